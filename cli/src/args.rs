@@ -1,0 +1,364 @@
+//! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
+
+use std::{net::IpAddr, num::NonZeroUsize, path::PathBuf};
+
+use clap::{
+    ArgAction, Args, Parser, Subcommand, ValueEnum,
+    builder::styling::{AnsiColor, Effects, Styles},
+};
+
+use crate::bench::test::BenchTest;
+
+/// Headings and literals in colour, on a terminal only.
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().effects(Effects::BOLD))
+    .usage(AnsiColor::Green.on_default().effects(Effects::BOLD))
+    .literal(AnsiColor::Cyan.on_default().effects(Effects::BOLD))
+    .placeholder(AnsiColor::Cyan.on_default())
+    .error(AnsiColor::Red.on_default().effects(Effects::BOLD));
+
+/// Serves language models from many processes, described by one manifest.
+#[derive(Debug, Parser)]
+#[command(name = "skein", version, styles = STYLES, max_term_width = 120, arg_required_else_help = true)]
+pub(crate) struct Skein {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Settings of every command.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Global {
+    /// Say more on stderr (-v: info, -vv: debug, -vvv: trace).
+    #[arg(short, long, global = true, action = ArgAction::Count, help_heading = "Global options")]
+    pub(crate) verbose: u8,
+    /// No progress bars, no summary; errors only.
+    #[arg(short, long, global = true, conflicts_with = "verbose", help_heading = "Global options")]
+    pub(crate) quiet: bool,
+    /// Form of log lines on stderr.
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, help_heading = "Global options")]
+    pub(crate) log_format: LogFormat,
+    /// Log filter, such as `info,router=debug`; wins over -v.
+    #[arg(long, global = true, env = "RUST_LOG", value_name = "FILTER", hide_env_values = true, help_heading = "Global options")]
+    pub(crate) log: Option<String>,
+    #[command(flatten)]
+    pub(crate) cache: CacheArgs,
+}
+
+/// Where fetched model files are kept.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CacheArgs {
+    /// Folder of fetched model files [default: $XDG_CACHE_HOME/skein or ~/.cache/skein].
+    #[arg(long = "cache", global = true, env = "SKEIN_CACHE", value_name = "DIR", hide_env_values = true, help_heading = "Global options")]
+    cache: Option<PathBuf>,
+    #[arg(long, global = true, env = "XDG_CACHE_HOME", hide = true)]
+    xdg_cache_home: Option<PathBuf>,
+    #[arg(long, global = true, env = "HOME", hide = true)]
+    home: Option<PathBuf>,
+    /// Token for hf:// sources.
+    #[arg(long, global = true, env = "HF_TOKEN", hide = true, hide_env_values = true)]
+    pub(crate) hf_token: Option<String>,
+    /// Base of hf:// sources.
+    #[arg(long, global = true, env = "HF_ENDPOINT", hide = true)]
+    pub(crate) hf_endpoint: Option<String>,
+}
+
+impl CacheArgs {
+    /// The cache folder: `--cache` or `$SKEIN_CACHE`, else `$XDG_CACHE_HOME/skein`, else `~/.cache/skein`; `None` when all are unset.
+    pub(crate) fn folder(&self) -> Option<PathBuf> {
+        let set = |path: &&PathBuf| !path.as_os_str().is_empty();
+        let xdg = self.xdg_cache_home.as_ref().filter(set).map(|base| base.join("skein"));
+        let home = self.home.as_ref().filter(set).map(|base| base.join(".cache/skein"));
+        self.cache.clone().filter(|path| set(&path)).or(xdg).or(home)
+    }
+}
+
+/// Form of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Show how a manifest's model is laid out over workers, and whether it fits.
+    Plan(PlanArgs),
+    /// Show what a model is, from its headers alone.
+    Inspect(InspectArgs),
+    /// Compute logits or perplexity.
+    #[command(subcommand)]
+    Eval(EvalCommand),
+    /// Measure an engine or a running endpoint.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EvalCommand {
+    /// Logits after a list of ids, the loss of each id, and greedy continuation.
+    Logits(LogitsArgs),
+    /// Perplexity of a text by llama.cpp's convention.
+    Ppl(PplArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// Prefill and decode speed of an engine.
+    Engine(BenchEngineArgs),
+    /// Latency and throughput of a running endpoint.
+    Load(BenchLoadArgs),
+}
+
+/// How a model is placed onto threads and processes.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct Placement {
+    /// Pipeline stages [default: 1, or the manifest's]; more than one worker in all means real worker processes.
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub(crate) pp: Option<NonZeroUsize>,
+    /// Tensor-parallel ranks of each stage [default: 1, or the manifest's].
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub(crate) tp: Option<NonZeroUsize>,
+    /// Compute threads in all [default: the cores this process may use].
+    #[arg(long, value_name = "N", help_heading = "Placement")]
+    pub(crate) threads: Option<NonZeroUsize>,
+    /// Instructions of the kernels; they change speed, never results.
+    #[arg(long, value_enum, default_value_t = IsaChoice::Auto, help_heading = "Placement")]
+    pub(crate) isa: IsaChoice,
+    /// Type of KV cache entries [default: f32 for float weights, else f16].
+    #[arg(long, value_enum, help_heading = "Placement")]
+    pub(crate) kv: Option<KvChoice>,
+    /// Most tokens in one step [default: 512, or the manifest's].
+    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
+    pub(crate) chunk: Option<NonZeroUsize>,
+    /// How the ranks of a stage talk.
+    #[arg(long, value_enum, default_value_t = CollectiveChoice::Shm, help_heading = "Placement")]
+    pub(crate) collective: CollectiveChoice,
+}
+
+/// Most tokens in a step when nothing says otherwise.
+const CHUNK: usize = 512;
+
+impl Placement {
+    /// Pipeline stages and tensor-parallel ranks of each, where no manifest says.
+    pub(crate) fn parallelism(&self) -> (usize, usize) {
+        (self.pp.map_or(1, NonZeroUsize::get), self.tp.map_or(1, NonZeroUsize::get))
+    }
+
+    /// Most tokens in a step, where no manifest says.
+    pub(crate) fn chunk(&self) -> usize {
+        self.chunk.map_or(CHUNK, NonZeroUsize::get)
+    }
+}
+
+/// Instructions of the kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IsaChoice {
+    Auto,
+    Scalar,
+    Avx2,
+    Avx512,
+}
+
+impl IsaChoice {
+    /// The name `kernels` knows it by.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Scalar => "scalar",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+        }
+    }
+}
+
+/// Type of KV cache entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvChoice {
+    F32,
+    F16,
+}
+
+/// Transport of a stage's collective.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CollectiveChoice {
+    Shm,
+    Unix,
+    Tcp,
+}
+
+/// A model, or a manifest that names one.
+#[derive(Clone, Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Target {
+    /// Folder, file or source (file:, hf://, http://, https://) of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// Manifest with a ModelDeployment; `-` reads standard input.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Folder, file or source of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// List every tensor.
+    #[arg(long)]
+    pub(crate) tensors: bool,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct LogitsArgs {
+    /// Folder, file or source of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Token ids, separated by commas.
+    #[arg(long, value_name = "ID,ID,…", value_delimiter = ',', required = true)]
+    pub(crate) input_ids: Vec<u32>,
+    /// Continue greedily by N tokens, whatever tokens come.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) greedy: u32,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PplArgs {
+    /// Folder, file or source of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Text to score; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: PathBuf,
+    /// Tokens of a chunk; the second half of each is scored.
+    #[arg(long, default_value_t = 512, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(4..))]
+    pub(crate) context: u32,
+    /// Score the first N chunks alone.
+    #[arg(long, value_name = "N")]
+    pub(crate) chunks: Option<NonZeroUsize>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchEngineArgs {
+    /// Folder, file or source of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: String,
+    /// Tests: ppN (prefill), tgN (decode), tgN@dM (decode after M tokens), batchN (decode of N sequences).
+    #[arg(long, value_delimiter = ',', default_value = "pp512,tg128", value_name = "TEST,…")]
+    pub(crate) tests: Vec<BenchTest>,
+    /// Timed repetitions of each test, after one that is not counted.
+    #[arg(long, default_value = "5", value_name = "N")]
+    pub(crate) repetitions: NonZeroUsize,
+    /// Show where the engine's time went.
+    #[arg(long)]
+    pub(crate) profile: bool,
+    /// One JSON object a test on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BenchLoadArgs {
+    /// Base of an OpenAI-compatible endpoint, such as http://127.0.0.1:8080.
+    #[arg(long)]
+    pub(crate) url: String,
+    /// Model name [default: the first of /v1/models].
+    #[arg(long)]
+    pub(crate) model: Option<String>,
+    /// Requests in flight at once.
+    #[arg(long, default_value = "8", value_name = "N")]
+    pub(crate) concurrency: NonZeroUsize,
+    /// Requests in all.
+    #[arg(long, default_value = "64", value_name = "N")]
+    pub(crate) requests: NonZeroUsize,
+    /// File with one prompt a line [default: built-in prompts of different lengths].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompts: Option<PathBuf>,
+    /// Tokens to generate for each request, end tokens ignored.
+    #[arg(long, default_value_t = 64, value_name = "N")]
+    pub(crate) max_tokens: u32,
+    /// Temperature of each request.
+    #[arg(long, default_value_t = 0.0, value_parser = at_least_zero)]
+    pub(crate) temperature: f32,
+    /// Seconds that one request may take.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub(crate) timeout: u64,
+    /// API key.
+    #[arg(long, env = "OPENAI_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Parses a finite number that is not negative.
+fn at_least_zero(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
+        _ => Err("expected a number of at least 0".into()),
+    }
+}
+
+/// Parses a number from 0 to 1.
+fn probability(text: &str) -> Result<f32, String> {
+    match text.parse::<f32>() {
+        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
+        _ => Err("expected a number from 0 to 1".into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn definitions_are_consistent() {
+        Skein::command().debug_assert();
+    }
+
+    #[test]
+    fn cache_folder_falls_back_in_order() {
+        let cache = |cache: Option<&str>, xdg: Option<&str>, home: Option<&str>| {
+            CacheArgs {
+                cache: cache.map(Into::into),
+                xdg_cache_home: xdg.map(Into::into),
+                home: home.map(Into::into),
+                hf_token: None,
+                hf_endpoint: None,
+            }
+            .folder()
+        };
+        assert_eq!(cache(Some("/a"), Some("/b"), Some("/c")), Some("/a".into()));
+        assert_eq!(cache(Some(""), Some("/b"), Some("/c")), Some("/b/skein".into()));
+        assert_eq!(cache(None, None, Some("/c")), Some("/c/.cache/skein".into()));
+        assert_eq!(cache(None, Some(""), None), None);
+    }
+}

@@ -1,0 +1,123 @@
+//! `skein bench engine`: prefill and decode speed, without API or scheduler.
+
+use engine::Timings;
+use serde::Serialize;
+
+use crate::{
+    args::{BenchEngineArgs, Global},
+    bench::{engine::EngineBench, stats::Spread, test::BenchTest},
+    blocks::Blocks,
+    drive::Drive,
+    exit::{BadInput, Outcome, bad_input},
+    local::loaded::{Loaded, Needs},
+    model::Model,
+    output::{self, Unit},
+};
+
+/// One test's result, as `--json` prints it. Rates are tokens per second.
+#[derive(Debug, Serialize)]
+struct Measured {
+    test: String,
+    threads: usize,
+    /// Median over the repetitions.
+    tok_s: f64,
+    min: f64,
+    max: f64,
+    /// Most bytes per second that the same threads read from memory, in units of 1e9, probed in this process.
+    read_gb_s: f64,
+    /// Name of the kernels' instructions.
+    isa: &'static str,
+    pp: usize,
+    tp: usize,
+    repetitions: usize,
+    /// Bytes of weights in the files.
+    weight_bytes: u64,
+}
+
+/// Runs the command.
+pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
+    let model = Model::open(global, &args.model).await?;
+    let placement = &args.placement;
+    let chunk = placement.chunk();
+    let (pp, tp) = placement.parallelism();
+    let context = args.tests.iter().map(BenchTest::context).max().unwrap_or(1);
+    let sequences = args.tests.iter().map(BenchTest::sequences).max().unwrap_or(1);
+    if let Some(test) = args.tests.iter().find(|test| test.context() > model.header.config.context) {
+        return Err(bad_input!("test {test} needs a context of {} tokens, the model has {}", test.context(), model.header.config.context));
+    }
+    let vocab = model.header.config.vocab;
+    let needs = Needs { context, sequences, batch_tokens: chunk.max(sequences) };
+    let loaded = Loaded::start(global, model, placement, &needs).await?;
+    let read = loaded.read_bandwidth() / 1e9;
+    let mut bench = EngineBench::new(Drive::open(loaded.replica.as_ref()).await?, loaded.replica.stages(), chunk, vocab);
+    for &test in &args.tests {
+        let blocks = Blocks::new(&loaded.plan.kv, test.sequences(), test.context(), chunk).bad_input()?;
+        let before = loaded.timings();
+        let rates = repeat(global, &mut bench, test, &blocks, args.repetitions.get()).await?;
+        let Some(spread) = Spread::of(&rates) else { continue };
+        let measured = Measured {
+            test: test.to_string(),
+            threads: loaded.threads,
+            tok_s: spread.median,
+            min: spread.min,
+            max: spread.max,
+            read_gb_s: read,
+            isa: loaded.isa.name(),
+            pp,
+            tp,
+            repetitions: rates.len(),
+            weight_bytes: loaded.plan.file_bytes,
+        };
+        if args.json {
+            output::json(&measured)?
+        } else {
+            print(&measured)?
+        }
+        if args.profile {
+            match (before, loaded.timings()) {
+                (Some(before), Some(after)) => profile(test, &before, &after),
+                _ => output::note(false, "--profile shows engines of this process only; worker processes log theirs with -vv"),
+            }
+        }
+    }
+    drop(bench);
+    loaded.close().await;
+    Ok(())
+}
+
+/// Rates of the timed repetitions, after one that warms caches and threads up.
+async fn repeat(global: &Global, bench: &mut EngineBench, test: BenchTest, blocks: &Blocks, times: usize) -> Outcome<Vec<f64>> {
+    let bar = output::bar(global.quiet, "Measuring", times as u64 + 1, Unit::Items);
+    let mut rates = Vec::with_capacity(times);
+    for repetition in 0..=times {
+        bar.set_message(test.to_string());
+        let rate = bench.once(test, blocks).await?;
+        if repetition > 0 {
+            rates.push(rate);
+        }
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    Ok(rates)
+}
+
+/// Prints what each phase of the steps between two readings took, on stderr.
+fn profile(test: BenchTest, before: &Timings, after: &Timings) {
+    let steps = after.steps.saturating_sub(before.steps).max(1);
+    output::note(false, &format!("{test}: {steps} steps, {} tokens", after.tokens.saturating_sub(before.tokens)));
+    for ((name, before), (_, after)) in before.phases().into_iter().zip(after.phases()) {
+        let spent = after.saturating_sub(before);
+        output::note(
+            false,
+            &format!("  {name:<11} {:>9.1} ms, {:>9.1} µs a step", spent.as_secs_f64() * 1e3, spent.as_secs_f64() * 1e6 / steps as f64),
+        );
+    }
+}
+
+/// The result for a person.
+fn print(measured: &Measured) -> Outcome {
+    output::line(&format!(
+        "{:<12} {:>10.1} tok/s  (min {:.1}, max {:.1}; {} threads, {}, memory reads {:.1} GB/s)",
+        measured.test, measured.tok_s, measured.min, measured.max, measured.threads, measured.isa, measured.read_gb_s
+    ))
+}

@@ -1,0 +1,27 @@
+//! The commands, one file each.
+
+mod bench_engine;
+mod bench_load;
+mod eval_logits;
+mod eval_ppl;
+mod inspect;
+mod plan;
+
+use crate::{
+    args::{BenchCommand, Command, EvalCommand, Skein},
+    exit::Outcome,
+    stop::Stop,
+};
+
+/// Runs the command that was asked for.
+pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
+    let global = &args.global;
+    match args.command {
+        Command::Plan(args) => stop.or(plan::plan(global, args)).await,
+        Command::Inspect(args) => stop.or(inspect::inspect(global, args)).await,
+        Command::Eval(EvalCommand::Logits(args)) => stop.or(eval_logits::eval(global, args)).await,
+        Command::Eval(EvalCommand::Ppl(args)) => stop.or(eval_ppl::eval(global, args)).await,
+        Command::Bench(BenchCommand::Engine(args)) => stop.or(bench_engine::bench(global, args)).await,
+        Command::Bench(BenchCommand::Load(args)) => stop.or(bench_load::bench(global, args)).await,
+    }
+}

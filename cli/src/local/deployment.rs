@@ -1,0 +1,169 @@
+//! From a manifest, or a model alone, to deployments that this machine can run.
+
+use std::{fs, io, num::NonZeroUsize, path::Path};
+
+use anyhow::Context;
+use plan::{
+    fleet::{RoutingPolicy, ServingSettings},
+    manifest::Manifest,
+    planner,
+    shard::ExecutionPlan,
+};
+
+use super::{loaded, memory};
+use crate::{
+    args::{Global, Placement, Target},
+    exit::{BadInput, Outcome, bad_input},
+    model::Model,
+};
+
+/// Most requests waiting, where no manifest says.
+const QUEUE_REQUESTS: usize = 1000;
+/// Longest wait in seconds, where no manifest says.
+const QUEUE_SECONDS: u64 = 60;
+/// Context of a model given without a manifest, unless it has less.
+const CONTEXT: usize = 8192;
+
+/// A deployment with its model opened and its plan made.
+#[derive(Debug)]
+pub(crate) struct Planned {
+    /// Name of the deployment.
+    pub(crate) name: String,
+    /// Name in requests.
+    pub(crate) served: String,
+    pub(crate) aliases: Vec<String>,
+    pub(crate) model: Model,
+    pub(crate) plan: ExecutionPlan,
+    /// Copies of the model.
+    pub(crate) replicas: usize,
+    pub(crate) prefix_caching: bool,
+    pub(crate) serving: ServingSettings,
+    /// Digests and settings that decide its bits.
+    pub(crate) numerics: String,
+}
+
+/// Opens and plans what `target` names. A plan that does not fit is not an error yet.
+///
+/// # Errors
+/// Bad input when a file, a manifest or a model is not usable, or no plan exists.
+pub(crate) async fn plans(global: &Global, target: &Target, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
+    match (&target.model, &target.file) {
+        (Some(model), None) => Ok(vec![model_alone(global, model, placement, context).await?]),
+        (None, Some(file)) => manifests(global, file, placement, context).await,
+        _ => Err(bad_input!("expected either a MODEL or a manifest with -f")),
+    }
+}
+
+/// Plans every deployment of a manifest; the command line's placement wins over its.
+async fn manifests(global: &Global, file: &Path, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
+    let parsed = read_manifests(file)?;
+    let size = |manifest: &Manifest| {
+        let spec = overridden(manifest.planner_spec(), placement, context);
+        manifest.spec().replicas as usize * spec.pipeline * spec.tensor
+    };
+    let workers = parsed.iter().map(size).sum();
+    let mut planned = Vec::with_capacity(parsed.len());
+    for manifest in parsed {
+        let model = Model::pinned(global, &manifest.spec().model.uri, manifest.spec().model.digest.as_deref()).await?;
+        manifest.check_format(&model.header).bad_input()?;
+        let spec = overridden(manifest.planner_spec(), placement, context);
+        let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
+            .with_context(|| format!("deployment {} cannot be planned", manifest.name()))
+            .bad_input()?;
+        planned.push(Planned {
+            name: manifest.name().to_owned(),
+            served: manifest.model_name().to_owned(),
+            aliases: manifest.spec().model.aliases.clone(),
+            numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype),
+            model,
+            plan,
+            replicas: manifest.spec().replicas as usize,
+            prefix_caching: manifest.spec().engine.kv_cache.prefix_caching,
+            serving: manifest.serving(),
+        });
+    }
+    Ok(planned)
+}
+
+/// The deployments of a manifest; `-` is standard input.
+fn read_manifests(file: &Path) -> Outcome<Vec<Manifest>> {
+    let text = if file == Path::new("-") {
+        io::read_to_string(io::stdin()).context("failed to read the manifest from standard input").bad_input()?
+    } else {
+        fs::read_to_string(file).with_context(|| format!("failed to read manifest {}", file.display())).bad_input()?
+    };
+    Manifest::parse_all(&file.display().to_string(), &text).bad_input()
+}
+
+/// A manifest's spec with what the command line says instead.
+fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<usize>) -> planner::Spec {
+    if let Some(pipeline) = placement.pp {
+        spec.pipeline = pipeline.get();
+        spec.stage_layers = None;
+    }
+    spec.tensor = placement.tp.map_or(spec.tensor, NonZeroUsize::get);
+    spec.max_batch_tokens = placement.chunk.map_or(spec.max_batch_tokens, NonZeroUsize::get);
+    spec.kv_dtype = placement.kv.map(loaded::kv_dtype).or(spec.kv_dtype);
+    spec.max_context = context.or(spec.max_context);
+    spec
+}
+
+/// Plans a model by the command line alone.
+async fn model_alone(global: &Global, uri: &str, placement: &Placement, context: Option<usize>) -> Outcome<Planned> {
+    let model = Model::open(global, uri).await?;
+    let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
+    let spec = overridden(planner::Spec::default(), placement, Some(context));
+    let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;
+    let name = short_name(uri);
+    Ok(Planned {
+        served: name.clone(),
+        name,
+        aliases: Vec::new(),
+        numerics: planner::numerics(&model.header, &model.uri, plan.kv.dtype),
+        model,
+        plan,
+        replicas: 1,
+        prefix_caching: true,
+        serving: serving(),
+    })
+}
+
+/// Settings of the API where no manifest says.
+fn serving() -> ServingSettings {
+    ServingSettings {
+        chat_template: None,
+        system_prompt: None,
+        policy: RoutingPolicy::default(),
+        queue_requests: QUEUE_REQUESTS,
+        queue_seconds: QUEUE_SECONDS,
+    }
+}
+
+/// The last part of a path or source, without revision and file ending: what requests call the model.
+fn short_name(uri: &str) -> String {
+    let path = uri.split(['?', '#']).next().unwrap_or(uri).trim_end_matches('/');
+    let last = path.rsplit('/').next().unwrap_or(path).trim_start_matches("file:");
+    let stem = [".gguf", ".safetensors"].iter().find_map(|ending| last.strip_suffix(ending)).unwrap_or(last);
+    let stem = stem.split('@').next().unwrap_or(stem);
+    if stem.is_empty() || stem.chars().all(|c| c == '.') { "model".into() } else { stem.to_owned() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::short_name;
+
+    #[test]
+    fn a_model_is_called_by_the_last_part_of_its_source() {
+        for (uri, name) in [
+            ("/a/b/gemma3.gguf", "gemma3"),
+            ("models/llama/", "llama"),
+            ("hf://org/repo@rev", "repo"),
+            ("hf://org/repo@rev/file.gguf", "file"),
+            ("https://host/a.gguf?x=1", "a"),
+            ("file:x", "x"),
+            (".", "model"),
+        ] {
+            assert_eq!(short_name(uri), name);
+        }
+    }
+}

@@ -1,0 +1,148 @@
+//! A replica without worker processes: the engine on a thread of its own.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError, mpsc as jobs},
+    thread,
+};
+
+use anyhow::Context;
+use engine::{Engine, NoMasks, StageOutput, Timings};
+use plan::{
+    card::ModelCard,
+    fleet::{FleetReplica, ReplicaLimits},
+    step::{Input, Output, OutputValue, SequenceId, Step, TokenId},
+};
+use router::replica::{BoxFuture, Connector, Replica, ReplicaError, Session, StepReply};
+use tokio::sync::mpsc;
+
+/// Name in errors.
+const NAME: &str = "in this process";
+/// Steps that may wait while one runs: with one stage, two are in flight, and one more sends without waiting.
+const STEPS: usize = 3;
+
+/// An engine that holds a whole model, driven as a replica of one stage and one rank.
+#[derive(Debug)]
+pub(crate) struct InProcess {
+    card: Arc<ModelCard>,
+    sessions: jobs::SyncSender<Ends>,
+    timings: Arc<Mutex<Timings>>,
+}
+
+/// The engine's ends of a session's channels.
+struct Ends {
+    steps: mpsc::Receiver<Step>,
+    replies: mpsc::Sender<Result<StepReply, ReplicaError>>,
+}
+
+impl InProcess {
+    /// Moves `engine` onto its thread, which ends when the replica and its session are dropped.
+    pub(crate) fn start(engine: Engine, card: Arc<ModelCard>) -> anyhow::Result<Self> {
+        // One session is live; the next one may wait here until the engine has finished the last one's step.
+        let (sessions, opened) = jobs::sync_channel(1);
+        let timings = Arc::default();
+        let told = Arc::clone(&timings);
+        thread::Builder::new()
+            .name("engine".into())
+            .spawn(move || serve(engine, &opened, &told))
+            .context("failed to start the engine thread")?;
+        Ok(Self { card, sessions, timings })
+    }
+
+    /// Where the engine's time went, up to the last step answered.
+    pub(crate) fn timings(&self) -> Timings {
+        *self.timings.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Replica for InProcess {
+    fn stages(&self) -> usize {
+        1
+    }
+
+    fn open(&self) -> BoxFuture<'_, Result<Session, ReplicaError>> {
+        Box::pin(async {
+            let (steps, receive_steps) = mpsc::channel(STEPS);
+            let (send_replies, replies) = mpsc::channel(STEPS + 1);
+            match self.sessions.try_send(Ends { steps: receive_steps, replies: send_replies }) {
+                Ok(()) => Ok(Session { steps, replies }),
+                Err(jobs::TrySendError::Full(_)) => Err(ReplicaError::Failed {
+                    worker: NAME.into(),
+                    reason: "busy".into(),
+                    detail: "an earlier session has not ended".into(),
+                }),
+                Err(jobs::TrySendError::Disconnected(_)) => Err(gone()),
+            }
+        })
+    }
+
+    fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>> {
+        Box::pin(async { Ok(self.card.clone()) })
+    }
+}
+
+/// Hands out one replica, whatever the fleet says.
+#[derive(Clone)]
+pub(crate) struct OneReplica(pub(crate) Arc<dyn Replica>);
+
+impl Connector for OneReplica {
+    fn replica(&self, _replica: &FleetReplica, _limits: &ReplicaLimits) -> Arc<dyn Replica> {
+        self.0.clone()
+    }
+}
+
+fn gone() -> ReplicaError {
+    ReplicaError::Lost { worker: NAME.into(), detail: "the engine thread has ended".into() }
+}
+
+/// The engine thread: one session after the other.
+fn serve(mut engine: Engine, opened: &jobs::Receiver<Ends>, timings: &Mutex<Timings>) {
+    while let Ok(mut ends) = opened.recv() {
+        engine.reset();
+        let mut sampled = HashMap::new();
+        while let Some(step) = ends.steps.blocking_recv() {
+            let reply = run(&mut engine, step, &mut sampled);
+            *timings.lock().unwrap_or_else(PoisonError::into_inner) = engine.timings();
+            let failed = reply.is_err();
+            if ends.replies.blocking_send(reply).is_err() || failed {
+                break;
+            }
+        }
+    }
+}
+
+/// Runs one step. `sampled` holds each live sequence's last token and the step that drew it.
+fn run(engine: &mut Engine, mut step: Step, sampled: &mut HashMap<SequenceId, (u64, TokenId)>) -> Result<StepReply, ReplicaError> {
+    let failed = |reason: &str, detail: String| ReplicaError::Failed { worker: NAME.into(), reason: reason.into(), detail };
+    for sequence in &step.frees {
+        sampled.remove(sequence);
+    }
+    for part in &mut step.sequences {
+        if let Input::Sampled { step: from, drafts } = &mut part.input {
+            let id = match sampled.get(&part.sequence) {
+                Some(&(drawn, id)) if drawn == *from => id,
+                _ => return Err(failed("protocol", format!("sequence {} has no token from step {from}", part.sequence))),
+            };
+            let mut ids = vec![id];
+            ids.append(drafts);
+            part.input = Input::Ids(ids);
+        }
+    }
+    match engine.run(&step, &[], &mut NoMasks) {
+        Ok(StageOutput::Outputs(outputs)) => {
+            remember(step.id, &outputs, sampled);
+            Ok(StepReply { step: step.id, outputs })
+        }
+        Ok(StageOutput::Hidden(_)) => Err(failed("engine", "the engine holds no last stage".into())),
+        Err(error) => Err(failed("engine", format!("{:#}", anyhow::Error::new(error)))),
+    }
+}
+
+/// Notes each sequence's last drawn token.
+fn remember(step: u64, outputs: &[Output], sampled: &mut HashMap<SequenceId, (u64, TokenId)>) {
+    for output in outputs {
+        if let OutputValue::Token { id, .. } = output.value {
+            sampled.insert(output.sequence, (step, id));
+        }
+    }
+}

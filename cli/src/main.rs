@@ -1,0 +1,41 @@
+//! `skein`: everything that needs no cluster. Runs models in one process or many, plans, inspects, evaluates, measures.
+
+mod args;
+mod bench;
+mod blocks;
+mod command;
+mod drive;
+mod exit;
+mod local;
+mod logging;
+mod model;
+mod output;
+mod stop;
+
+use std::process::ExitCode;
+
+use anyhow::Context;
+use clap::Parser;
+
+use crate::{args::Skein, exit::Outcome, stop::Stop};
+
+fn main() -> ExitCode {
+    let args = Skein::parse();
+    match start(args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            failure.code()
+        }
+    }
+}
+
+/// Sets the process up and runs the command to its end.
+fn start(args: Skein) -> Outcome {
+    logging::start(&args.global)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("failed to start the async runtime")?;
+    let outcome = runtime.block_on(async { command::dispatch(args, Stop::listen()?).await });
+    // What still runs at this point was abandoned by a signal or an error; the process ends without it.
+    runtime.shutdown_background();
+    outcome
+}

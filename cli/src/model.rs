@@ -1,0 +1,148 @@
+//! A model given on the command line: its source, opened, and its header, read.
+
+use std::{
+    collections::HashMap,
+    io,
+    ops::Range,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use anyhow::Context;
+use engine::WeightReader;
+use indicatif::ProgressBar;
+use plan::{card::ModelCard, model::ModelHeader};
+use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
+
+use crate::{
+    args::Global,
+    exit::{Failure, Outcome},
+    output::{self, Unit},
+};
+
+/// A model whose header was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Model {
+    /// What the user called it.
+    pub(crate) name: String,
+    /// Source that other processes can open too.
+    pub(crate) uri: String,
+    /// `sha256:<hex>` of its one weight file, when pinned.
+    pub(crate) digest: Option<String>,
+    pub(crate) source: Arc<Source>,
+    pub(crate) header: Arc<ModelHeader>,
+}
+
+impl Model {
+    /// Opens the model at `uri`: a folder, a file or a source.
+    ///
+    /// # Errors
+    /// Bad input when there is no model, or it is damaged or of an unknown kind.
+    pub(crate) async fn open(global: &Global, uri: &str) -> Outcome<Self> {
+        Self::pinned(global, uri, None).await
+    }
+
+    /// Opens the model at `uri`, whose one weight file has `digest` if that is given.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub(crate) async fn pinned(global: &Global, uri: &str, digest: Option<&str>) -> Outcome<Self> {
+        let options = SourceOptions { digest: digest.map(str::to_owned), progress: progress(global.quiet), ..source_options(global) };
+        let (name, digest) = (uri.to_owned(), digest.map(str::to_owned));
+        let opened = tokio::task::spawn_blocking(move || {
+            let source = Source::open(&name, options)?;
+            let header = source.header()?;
+            Ok((name, source, header))
+        });
+        let (name, source, header) = opened.await.context("opening the model was cut off")?.map_err(failure)?;
+        let uri = absolute(&name)?;
+        Ok(Self { name, uri, digest, source: Arc::new(source), header: Arc::new(header) })
+    }
+
+    /// The files that tell how its text is made.
+    ///
+    /// # Errors
+    /// Bad input when they cannot be read.
+    pub(crate) async fn card(&self) -> Outcome<Arc<ModelCard>> {
+        let source = self.source.clone();
+        let card = tokio::task::spawn_blocking(move || source.card()).await.context("reading the model was cut off")?;
+        card.map(Arc::new).map_err(failure)
+    }
+
+    /// Reads weights for an engine.
+    pub(crate) fn reader(&self) -> Reader {
+        Reader(self.source.clone())
+    }
+}
+
+/// Where files come from and are kept.
+pub(crate) fn source_options(global: &Global) -> SourceOptions {
+    let cache = &global.cache;
+    SourceOptions {
+        cache: cache.folder(),
+        hub: cache.hf_endpoint.clone().unwrap_or_else(|| PUBLIC_HUB.to_owned()),
+        token: cache.hf_token.clone(),
+        ..SourceOptions::default()
+    }
+}
+
+/// Whether the user's input or the world around is to blame.
+fn failure(error: SourceError) -> Failure {
+    let world = matches!(
+        error,
+        SourceError::Unreachable { .. }
+            | SourceError::Status { .. }
+            | SourceError::Protocol { .. }
+            | SourceError::DiskFull { .. }
+            | SourceError::NoCache { .. }
+    );
+    if world { Failure::Failed(error.into()) } else { Failure::Input(error.into()) }
+}
+
+/// The source in a form that does not depend on this process's folder.
+fn absolute(uri: &str) -> Outcome<String> {
+    if uri.contains("://") {
+        return Ok(uri.to_owned());
+    }
+    let path = uri.strip_prefix("file:").unwrap_or(uri);
+    let path = std::path::absolute(path).with_context(|| format!("failed to find the place of {path}"))?;
+    path.into_os_string().into_string().map_err(|path| crate::exit::bad_input!("the path {} is not UTF-8", path.display()))
+}
+
+/// Shows downloads, a bar for each file.
+fn progress(quiet: bool) -> Option<Arc<source::ProgressFn>> {
+    let bars: Mutex<HashMap<String, ProgressBar>> = Mutex::default();
+    Some(Arc::new(move |progress| {
+        let mut bars = bars.lock().unwrap_or_else(PoisonError::into_inner);
+        let bar = bars.entry(progress.name.to_owned()).or_insert_with(|| output::bar(quiet, "Downloading", 0, Unit::Bytes));
+        if let Some(total) = progress.total {
+            bar.set_length(total);
+        }
+        bar.set_position(progress.done);
+        if progress.total == Some(progress.done) {
+            bar.finish_and_clear();
+        }
+    }))
+}
+
+/// Weight files, as an engine reads them.
+#[derive(Clone, Debug)]
+pub(crate) struct Reader(Arc<Source>);
+
+impl WeightReader for Reader {
+    fn read(&self, file: usize, range: Range<u64>, into: &mut [u8]) -> io::Result<()> {
+        self.0.read(file, range, into).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_become_absolute_and_sources_stay() {
+        assert_eq!(absolute("hf://a/b").unwrap(), "hf://a/b");
+        assert_eq!(absolute("/a/b").unwrap(), "/a/b");
+        assert!(absolute("b").unwrap().ends_with("/b") && absolute("b").unwrap().starts_with('/'));
+        assert!(absolute("file:b").unwrap().starts_with('/'));
+    }
+}

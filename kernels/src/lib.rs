@@ -1,0 +1,30 @@
+//! Arithmetic on slices: packed weight matrices, quantized activations, matrix products, the thread pool, file mapping and shared memory.
+//!
+//! `scalar/` is the specification: it is written from the file formats and the definitions of the bits, and every vector kernel equals
+//! it bit for bit, whatever the number of tokens, rows or threads. This is the only crate of the workspace with `unsafe`; each file that
+//! needs it says why.
+#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what only vector kernels use waits for those of other processors"))]
+
+pub mod file_map;
+mod isa;
+mod layout;
+mod matmul;
+mod matrix;
+mod memory;
+pub mod pool;
+pub mod probe;
+mod quantized;
+mod scalar;
+#[cfg(unix)]
+pub mod shm;
+mod weight;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+pub use file_map::FileMap;
+pub use isa::{Avx2, Avx512, Isa, IsaError};
+pub use matmul::{Input, Product, matmul, matmul_group};
+pub use matrix::{Matrix, MatrixBuilder, MatrixError};
+pub use pool::{Pool, available_threads, split};
+pub use quantized::Quantized;
+pub use weight::WeightType;

@@ -1,0 +1,264 @@
+//! Matrix products: `out[t, r] = Σ_k weights[r, k] · input[t, k]`.
+#![expect(unsafe_code, reason = "threads write disjoint parts of the output")]
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use crate::layout::{Layout, ROWS};
+use crate::memory::AlignedBytes;
+use crate::pool::{Disjoint, split};
+use crate::quantized::{PANEL, Panel};
+use crate::scalar::{blocks, dot};
+use crate::{Isa, Matrix, Pool, Quantized};
+
+/// The input of a product, `[tokens, k]`.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// Row-major floats, for float weights.
+    F32(&'a [f32]),
+    /// Quantized, in blocks of [`Matrix::activation_block`], for quantized weights.
+    Quantized(&'a Quantized),
+}
+
+/// One of several products that share their input.
+#[derive(Debug)]
+pub struct Product<'a> {
+    /// The weights.
+    pub weights: &'a Matrix,
+    /// The rows wanted.
+    pub rows: Range<usize>,
+    /// `[tokens, rows.len()]`, row-major.
+    pub out: &'a mut [f32],
+}
+
+/// Multiplies the rows `rows` of `weights` with `tokens` inputs, in parallel: `out`, `[tokens, rows.len()]` row-major.
+///
+/// The bits of an output depend on its row and its token's input alone: not on the other rows and tokens, the threads or the ISA.
+///
+/// # Panics
+/// If `rows` is out of bounds, `out` or `input` has another size, or the input's form is not the one the weights need.
+pub fn matmul(pool: &Pool, isa: Isa, weights: &Matrix, rows: Range<usize>, input: Input<'_>, tokens: usize, out: &mut [f32]) {
+    matmul_group(pool, isa, &mut [Product { weights, rows, out }], input, tokens);
+}
+
+/// Several products with the same input, in one parallel region.
+///
+/// # Panics
+/// As [`matmul`], for any of the products.
+pub fn matmul_group(pool: &Pool, isa: Isa, products: &mut [Product<'_>], input: Input<'_>, tokens: usize) {
+    for product in &*products {
+        check(product, input, tokens);
+    }
+    let jobs: Vec<Job<'_>> = products
+        .iter_mut()
+        .map(|product| Job {
+            weights: product.weights,
+            rows: product.rows.clone(),
+            out: Output::new(&mut *product.out, product.rows.len(), tokens),
+        })
+        .collect();
+    pool.run(&|thread| {
+        for job in &jobs {
+            let part = split(job.rows.len(), pool.threads(), thread, ROWS);
+            if !part.is_empty() {
+                compute(isa, job, part, input, tokens);
+            }
+        }
+    });
+}
+
+struct Job<'a> {
+    weights: &'a Matrix,
+    rows: Range<usize>,
+    out: Output<'a>,
+}
+
+/// The output of a product, of which threads write different columns (rows of the matrix).
+struct Output<'a> {
+    values: Disjoint<'a, f32>,
+    width: usize,
+    tokens: usize,
+}
+
+impl<'a> Output<'a> {
+    fn new(out: &'a mut [f32], width: usize, tokens: usize) -> Self {
+        Self { values: Disjoint::new(out), width, tokens }
+    }
+
+    fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Stores the results of `token` for columns from `first` on.
+    ///
+    /// # Safety
+    /// No other thread may write these columns.
+    unsafe fn store(&self, token: usize, first: usize, results: &[f32]) {
+        assert!(first + results.len() <= self.width, "columns {first} + {} of {}", results.len(), self.width);
+        let start = token * self.width + first;
+        // SAFETY: this token's columns, which the caller has for itself; the borrow ends with this call.
+        unsafe { self.values.slice(start..start + results.len()) }.copy_from_slice(results);
+    }
+}
+
+fn check(product: &Product<'_>, input: Input<'_>, tokens: usize) {
+    let Product { weights, rows, out } = product;
+    assert!(rows.start <= rows.end && rows.end <= weights.rows(), "rows {rows:?} of {}", weights.rows());
+    assert_eq!(out.len(), tokens * rows.len(), "outputs of {tokens} tokens and rows {rows:?}");
+    match input {
+        Input::F32(x) => {
+            assert!(weights.activation_block().is_none(), "{} weights need a quantized input", weights.dtype());
+            assert_eq!(x.len(), tokens * weights.k(), "inputs of {tokens} tokens of {}", weights.k());
+        }
+        Input::Quantized(x) => {
+            assert_eq!(weights.activation_block(), Some(x.block()), "activation block of {} weights", weights.dtype());
+            assert_eq!((x.tokens(), x.k()), (tokens, weights.k()), "quantized tokens and values");
+        }
+    }
+}
+
+/// Computes the columns `part` of a job.
+fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
+    match (isa, input) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
+            tiles(job, part, x, &crate::x86_64::Avx512Tiles(proof));
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
+            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof));
+        }
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx512(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
+            crate::x86_64::float::multiply512(proof, job.weights.dtype(), rows, job.weights.k(), x, store);
+        }),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Avx2(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
+            crate::x86_64::float::multiply256(proof, job.weights.dtype(), rows, job.weights.k(), x, store);
+        }),
+        _ => scalar(job, part, input, tokens),
+    }
+}
+
+/// Results of a tile: 16 rows of each column of a panel.
+pub(crate) type Results = [[f32; ROWS]; PANEL];
+
+/// The kernels of one instruction set for interleaved tiles.
+pub(crate) trait Tiles {
+    /// Bytes `expand` writes for a tile; 0: tiles of this type are never expanded.
+    fn expanded_bytes(&self, layout: &Layout) -> usize;
+    /// Whether `multiply` needs the tile expanded for panels of `columns` columns, if it can be.
+    fn wants_expanded(&self, columns: usize) -> bool;
+    /// Expands the weights of a tile to bytes.
+    fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]);
+    /// Multiplies a tile with the columns of a panel. `expanded`: what `expand` made of the tile, if it did.
+    fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results);
+}
+
+/// Bytes of weights a thread keeps in its second-level cache while all panels pass over them.
+const BLOCK_BYTES: usize = 256 << 10;
+
+thread_local! {
+    /// Expanded tiles of this thread.
+    static EXPANDED: RefCell<AlignedBytes> = RefCell::new(AlignedBytes::zeroed(0));
+}
+
+/// Products of interleaved tiles: blocks of tiles that fit in the cache, expanded once, and every panel over each block.
+fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles) {
+    let Some(layout) = job.weights.layout() else { return };
+    if x.tokens() == 0 {
+        return;
+    }
+    let (first, last) = (job.rows.start + part.start, job.rows.start + part.end);
+    let whole = first / ROWS..last.div_ceil(ROWS);
+    let columns = x.panel(0).1.n;
+    let expanded_bytes = if kernels.wants_expanded(columns) { kernels.expanded_bytes(layout) } else { 0 };
+    let block = if x.panels() == 1 { 1 } else { (BLOCK_BYTES / expanded_bytes.max(layout.tile()).max(1)).max(1) };
+    EXPANDED.with_borrow_mut(|scratch| {
+        if scratch.len() < block * expanded_bytes {
+            *scratch = AlignedBytes::zeroed(block * expanded_bytes);
+        }
+        let mut results = [[0.0; ROWS]; PANEL];
+        for start in whole.clone().step_by(block) {
+            let block = start..(start + block).min(whole.end);
+            if expanded_bytes > 0 {
+                for (tile, out) in block.clone().zip(scratch.chunks_exact_mut(expanded_bytes)) {
+                    kernels.expand(layout, job.weights.tile(layout, tile), out);
+                }
+            }
+            for p in 0..x.panels() {
+                let (tokens, panel) = x.panel(p);
+                for tile in block.clone() {
+                    let bytes = (expanded_bytes > 0).then(|| &scratch[(tile - start) * expanded_bytes..][..expanded_bytes]);
+                    kernels.multiply(layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
+                    let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);
+                    for (token, results) in tokens.clone().zip(&results) {
+                        let results = &results[lanes.start - tile * ROWS..lanes.end - tile * ROWS];
+                        // SAFETY: `matmul_group` gives every thread columns of its own.
+                        unsafe { job.out.store(token, lanes.start - job.rows.start, results) };
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Products of float rows, four at a time: `multiply(rows, store)` computes them for all tokens.
+fn floats(job: &Job<'_>, part: Range<usize>, x: &[f32], multiply: impl Fn(&[&[u8]], &mut dyn FnMut(usize, usize, f32))) {
+    if x.is_empty() {
+        // Inputs of no values have products of 0.
+        return scalar(job, part, Input::F32(x), job.out.tokens());
+    }
+    for start in part.clone().step_by(4) {
+        let columns = start..(start + 4).min(part.end);
+        let rows = job.rows.start + columns.start..job.rows.start + columns.end;
+        let Some(stored) = job.weights.stored_rows(rows.clone()) else { return };
+        let rows: Vec<&[u8]> = stored.chunks_exact(stored.len() / rows.len()).collect();
+        multiply(&rows, &mut |row, token, result| {
+            // SAFETY: `matmul_group` gives every thread columns of its own.
+            unsafe { job.out.store(token, start + row, &[result]) };
+        });
+    }
+}
+
+fn scalar(job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
+    let k = job.weights.k();
+    let mut values = vec![0.0; if job.weights.activation_block().is_none() { k } else { 0 }];
+    let activations = match input {
+        Input::Quantized(x) => rows_of(x),
+        Input::F32(_) => (Vec::new(), Vec::new()),
+    };
+    for column in part {
+        let row = job.rows.start + column;
+        job.weights.with_stored_row(row, |stored| {
+            if let Input::F32(_) = input {
+                blocks::floats(job.weights.dtype(), stored, &mut values);
+            }
+            for token in 0..tokens {
+                let result = match input {
+                    Input::F32(x) => dot::float(&values, &x[token * k..(token + 1) * k]),
+                    Input::Quantized(x) => {
+                        let n = k / x.block();
+                        let activation = dot::Activation {
+                            q: &activations.0[token * k..(token + 1) * k],
+                            scales: &activations.1[token * n..(token + 1) * n],
+                        };
+                        dot::quantized(job.weights.dtype(), stored, activation)
+                    }
+                };
+                // SAFETY: `matmul_group` gives every thread columns of its own.
+                unsafe { job.out.store(token, column, &[result]) };
+            }
+        });
+    }
+}
+
+/// Row-major copies of q, `[tokens, k]`, and the scales, `[tokens, k / block]`.
+fn rows_of(x: &Quantized) -> (Vec<i8>, Vec<f32>) {
+    let (tokens, k, n) = (x.tokens(), x.k(), x.k() / x.block());
+    let (mut q, mut scales) = (vec![0; tokens * k], vec![0.0; tokens * n]);
+    for token in 0..tokens {
+        x.token(token, &mut q[token * k..(token + 1) * k], &mut scales[token * n..(token + 1) * n]);
+    }
+    (q, scales)
+}

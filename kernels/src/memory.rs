@@ -1,0 +1,135 @@
+//! Zeroed byte buffers aligned for vectors and huge pages.
+#![expect(unsafe_code, reason = "aligned memory and huge pages are asked of the system by pointer")]
+
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ops::{Deref, DerefMut};
+use std::ptr::NonNull;
+
+/// Buffers from this size on are mapped, aligned to huge pages and marked for them.
+const HUGE_FROM: usize = 4 << 20;
+const HUGE_PAGE: usize = 2 << 20;
+const VECTOR: usize = 64;
+
+/// A fixed number of bytes, zero at first, aligned to 64 bytes; to 2 MiB with transparent huge pages when large.
+#[derive(Debug)]
+pub(crate) struct AlignedBytes {
+    start: NonNull<u8>,
+    len: usize,
+    origin: Origin,
+}
+
+#[derive(Debug)]
+enum Origin {
+    Empty,
+    Heap(Layout),
+    #[cfg(unix)]
+    Mapped {
+        start: NonNull<u8>,
+        len: usize,
+    },
+}
+
+// SAFETY: the buffer owns its memory alone, like a `Box<[u8]>`.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: shared access only reads plain bytes.
+unsafe impl Sync for AlignedBytes {}
+
+impl AlignedBytes {
+    /// `len` zero bytes. Aborts when memory is exhausted, as a `Vec` does.
+    pub(crate) fn zeroed(len: usize) -> Self {
+        if len == 0 {
+            return Self { start: NonNull::<Line>::dangling().cast(), len, origin: Origin::Empty };
+        }
+        #[cfg(unix)]
+        if len >= HUGE_FROM
+            && let Some(buffer) = Self::mapped(len)
+        {
+            return buffer;
+        }
+        Self::heap(len)
+    }
+
+    fn heap(len: usize) -> Self {
+        let Ok(layout) = Layout::from_size_align(len, VECTOR) else { handle_alloc_error(Layout::new::<u8>()) };
+        // SAFETY: the layout's size is not zero, `zeroed` saw to that.
+        let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
+        Self { start, len, origin: Origin::Heap(layout) }
+    }
+
+    #[cfg(unix)]
+    fn mapped(len: usize) -> Option<Self> {
+        let whole = len.checked_next_multiple_of(HUGE_PAGE)?.checked_add(HUGE_PAGE)?;
+        // SAFETY: a new private anonymous mapping touches no existing memory.
+        let address = unsafe {
+            libc::mmap(std::ptr::null_mut(), whole, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
+        };
+        if address == libc::MAP_FAILED {
+            return None;
+        }
+        let origin = NonNull::new(address.cast::<u8>())?;
+        let skip = origin.as_ptr().align_offset(HUGE_PAGE);
+        // SAFETY: `skip` < HUGE_PAGE, and the mapping is HUGE_PAGE longer than `len` rounded up.
+        let start = unsafe { origin.add(skip) };
+        #[cfg(target_os = "linux")]
+        // SAFETY: the range lies in the mapping; the advice changes no content, and its failure is harmless.
+        unsafe {
+            libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+        }
+        Some(Self { start, len, origin: Origin::Mapped { start: origin, len: whole } })
+    }
+}
+
+/// Gives the dangling pointer of an empty buffer the alignment of a full one.
+#[repr(align(64))]
+struct Line;
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        match self.origin {
+            Origin::Empty => {}
+            // SAFETY: allocated in `heap` with this layout and never freed before.
+            Origin::Heap(layout) => unsafe { dealloc(self.start.as_ptr(), layout) },
+            #[cfg(unix)]
+            // SAFETY: mapped in `mapped` with this address and length and never unmapped before.
+            Origin::Mapped { start, len } => unsafe {
+                libc::munmap(start.as_ptr().cast(), len);
+            },
+        }
+    }
+}
+
+impl Deref for AlignedBytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `start` is valid for `len` initialised bytes for the life of `self` (dangling and aligned when `len` is 0).
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for AlignedBytes {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn buffers_are_zero_and_aligned() {
+        for len in [0, 1, 63, 4096, HUGE_FROM - 1, HUGE_FROM, HUGE_FROM + 5] {
+            let mut buffer = AlignedBytes::zeroed(len);
+            assert_eq!(buffer.len(), len);
+            assert!(buffer.as_ptr().addr().is_multiple_of(VECTOR));
+            assert!(buffer.iter().all(|&b| b == 0));
+            if let Some(last) = buffer.last_mut() {
+                *last = 7;
+                assert_eq!(buffer[len - 1], 7);
+            }
+        }
+        assert!(AlignedBytes::zeroed(HUGE_FROM).as_ptr().addr().is_multiple_of(HUGE_PAGE));
+    }
+}

@@ -1,0 +1,117 @@
+//! What the machine can do: read bandwidth of memory, and 8-bit multiplications. Measured figures stand beside these.
+#![cfg_attr(target_arch = "x86_64", expect(unsafe_code, reason = "vector instructions"))]
+
+use std::hint::black_box;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use crate::memory::AlignedBytes;
+use crate::pool::split;
+use crate::{Isa, Pool};
+
+/// Bytes read per pass: far more than any cache holds for long.
+const BYTES: usize = 256 << 20;
+
+/// Bytes per second that the pool's threads together read from memory: the best of `passes` passes over 256 MiB.
+pub fn read_bandwidth(pool: &Pool, passes: usize) -> f64 {
+    let mut buffer = AlignedBytes::zeroed(BYTES);
+    // Each thread touches its own part first, as the packing of a matrix does.
+    pool.for_rows(&mut buffer, 4096, 1, |_, part| part.fill(1));
+    let mut best = f64::INFINITY;
+    for _ in 0..passes {
+        let total = AtomicU64::new(0);
+        let start = Instant::now();
+        pool.run(&|thread| {
+            let part = &buffer[split(BYTES, pool.threads(), thread, 4096)];
+            let mut sums = [0_u64; 16];
+            for line in part.as_chunks::<128>().0 {
+                for (sum, word) in sums.iter_mut().zip(line.as_chunks::<8>().0) {
+                    *sum = sum.wrapping_add(u64::from_ne_bytes(*word));
+                }
+            }
+            total.fetch_add(sums.iter().fold(0, |a, b| a.wrapping_add(*b)), Ordering::Relaxed);
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+        black_box(total.into_inner());
+    }
+    BYTES as f64 / best
+}
+
+/// Multiplications and additions per second of 8-bit values that the pool's threads together do in registers with `isa`: the best of
+/// `passes` short passes.
+pub fn int8_peak(pool: &Pool, isa: Isa, passes: usize) -> f64 {
+    let rounds = 200_000;
+    let mut best = f64::INFINITY;
+    for _ in 0..passes {
+        let start = Instant::now();
+        pool.run(&|thread| {
+            black_box(multiply(isa, rounds, black_box(thread as i32)));
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    let products = match isa {
+        Isa::Scalar => 1,
+        Isa::Avx2(_) => 10 * 32,
+        Isa::Avx512(_) => 12 * 64,
+    };
+    (rounds * products * pool.threads()) as f64 / best
+}
+
+/// Dependent only through 10 or 12 accumulators, like the kernels.
+fn multiply(isa: Isa, rounds: usize, seed: i32) -> i32 {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features.
+        Isa::Avx512(_) => unsafe { vnni(rounds, seed) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features.
+        Isa::Avx2(_) => unsafe { maddubs(rounds, seed) },
+        _ => (0..rounds as i32).fold(seed, |acc, i| black_box(i).wrapping_mul(seed).wrapping_add(acc)),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
+unsafe fn vnni(rounds: usize, seed: i32) -> i32 {
+    use std::arch::x86_64::*;
+
+    let (a, b) = (_mm512_set1_epi32(seed), _mm512_set1_epi32(seed + 1));
+    let mut acc = [_mm512_setzero_si512(); 12];
+    for _ in 0..rounds {
+        for acc in &mut acc {
+            *acc = _mm512_dpbusd_epi32(*acc, a, b);
+        }
+    }
+    _mm512_reduce_add_epi32(acc.into_iter().fold(a, |a, b| _mm512_add_epi32(a, b)))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn maddubs(rounds: usize, seed: i32) -> i32 {
+    use std::arch::x86_64::*;
+
+    let b = _mm256_set1_epi32(seed + 1);
+    let mut acc = [_mm256_setzero_si256(); 10];
+    for _ in 0..rounds {
+        for acc in &mut acc {
+            // The accumulator is an operand, so that the products cannot be computed once for all rounds.
+            *acc = _mm256_add_epi16(*acc, _mm256_maddubs_epi16(*acc, b));
+        }
+    }
+    let sum = acc.into_iter().fold(b, |a, b| _mm256_add_epi32(a, b));
+    _mm256_extract_epi32::<0>(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn probes_measure_something() {
+        let pool = Pool::new(1);
+        for isa in Isa::available() {
+            assert!(int8_peak(&pool, isa, 1) > 0.0);
+        }
+        assert!(read_bandwidth(&pool, 1) > 0.0);
+    }
+}

@@ -1,0 +1,310 @@
+//! Activations quantized to 8 bits, laid out for the matrix kernels.
+//!
+//! Tokens are cut into panels of at most 12, as even as possible (13 tokens are 7 + 6). In a panel of n tokens everything is interleaved:
+//! four consecutive values of k of token 0, of token 1, … then the next four values; one scale per token and block, one sum per token and
+//! run, in the same order. A kernel thus reads its columns with one pointer. Which panel a token is in changes no bit of any result.
+#![expect(unsafe_code, reason = "threads fill disjoint parts of the panels")]
+
+use std::ops::Range;
+
+use crate::Isa;
+use crate::pool::{Disjoint, Pool, split};
+use crate::scalar::quantize::quantize_block;
+
+/// Tokens in a panel, at most.
+pub(crate) const PANEL: usize = 12;
+
+/// Fewer values than this are quantized by the caller alone.
+const PARALLEL_FROM: usize = 16 << 10;
+
+/// Quantized activations `[tokens, k]`: for each block of 32 or 256 values along k a scale `amax / 127` (f32) and
+/// `q = round_half_even(x · (127 / amax))` (i8), and the sums of q that the kernels need.
+///
+/// A block of zeros has scale 0. A block that holds an infinity or a NaN has it as its scale, so that it shows in every product.
+/// The buffers are kept and reused from one use to the next.
+#[derive(Clone, Debug)]
+pub struct Quantized {
+    block: usize,
+    tokens: usize,
+    k: usize,
+    q: Vec<i8>,
+    scales: Vec<f32>,
+    /// Blocks of 32: −128 · Σ q for each block. Blocks of 256: −32 · Σ q for each run of 16.
+    offsets: Vec<i32>,
+    /// Blocks of 32: −16 · Σ q for each block. Blocks of 256: Σ q of two runs of 32, as two i16 (the first one low), for each run of 64.
+    sums: Vec<i32>,
+}
+
+/// The columns of one panel, as the kernels read them; `n` tokens interleaved.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panel<'a> {
+    pub(crate) n: usize,
+    pub(crate) q: &'a [i8],
+    pub(crate) scales: &'a [f32],
+    pub(crate) offsets: &'a [i32],
+    pub(crate) sums: &'a [i32],
+}
+
+/// One block of all tokens of a panel, to be filled.
+struct Unit<'a> {
+    n: usize,
+    block: usize,
+    q: &'a mut [i8],
+    scales: &'a mut [f32],
+    offsets: &'a mut [i32],
+    sums: &'a mut [i32],
+}
+
+impl Unit<'_> {
+    /// Stores the block of the panel's token `j`.
+    fn store(&mut self, j: usize, q: &[i8], scale: f32) {
+        let n = self.n;
+        self.scales[j] = scale;
+        for (to, from) in self.q.as_chunks_mut::<4>().0[j..].iter_mut().step_by(n).zip(q.as_chunks::<4>().0) {
+            *to = *from;
+        }
+        let sum = |q: &[i8]| q.iter().map(|&q| i32::from(q)).sum::<i32>();
+        if self.block == 32 {
+            let sum = sum(q);
+            self.offsets[j] = -128 * sum;
+            self.sums[j] = -16 * sum;
+        } else {
+            for (i, run) in q.chunks_exact(16).enumerate() {
+                self.offsets[i * n + j] = -32 * sum(run);
+            }
+            for (i, run) in q.chunks_exact(64).enumerate() {
+                self.sums[i * n + j] = (sum(&run[..32]) & 0xffff) | sum(&run[32..]) << 16;
+            }
+        }
+    }
+}
+
+impl Quantized {
+    /// An empty activation with blocks of `block` values.
+    ///
+    /// # Panics
+    /// If `block` is neither 32 nor 256.
+    pub fn new(block: usize) -> Self {
+        assert!(block == 32 || block == 256, "activation blocks hold 32 or 256 values, not {block}");
+        Self { block, tokens: 0, k: 0, q: Vec::new(), scales: Vec::new(), offsets: Vec::new(), sums: Vec::new() }
+    }
+
+    /// Values in a block.
+    pub fn block(&self) -> usize {
+        self.block
+    }
+
+    /// Number of tokens.
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// Values of a token.
+    pub fn k(&self) -> usize {
+        self.k
+    }
+
+    /// Values of a token that share an element of `offsets`, and of `sums`.
+    fn runs(&self) -> (usize, usize) {
+        if self.block == 32 { (32, 32) } else { (16, 64) }
+    }
+
+    /// Makes this `[tokens, k]` with unspecified content, to be filled by [`Quantized::import`].
+    ///
+    /// # Panics
+    /// If `k` is not whole blocks.
+    pub fn resize(&mut self, tokens: usize, k: usize) {
+        assert!(k.is_multiple_of(self.block), "{k} values are not whole blocks of {}", self.block);
+        (self.tokens, self.k) = (tokens, k);
+        let values = tokens * k;
+        let (offset_run, sum_run) = self.runs();
+        self.q.resize(values, 0);
+        self.scales.resize(values / self.block, 0.0);
+        self.offsets.resize(values / offset_run, 0);
+        self.sums.resize(values / sum_run, 0);
+    }
+
+    /// Quantizes `x`, `[tokens, k]` row-major, in parallel.
+    ///
+    /// # Panics
+    /// If `x` is not `tokens · k` values or `k` is not whole blocks.
+    pub fn quantize(&mut self, pool: &Pool, isa: Isa, x: &[f32], tokens: usize, k: usize) {
+        assert_eq!(x.len(), tokens * k, "values of {tokens} tokens of {k}");
+        self.resize(tokens, k);
+        let (block, blocks) = (self.block, k / self.block);
+        if tokens == 0 {
+            return;
+        }
+        let panels = panels(tokens);
+        let (offset_run, sum_run) = self.runs();
+        let (q, scales) = (Disjoint::new(&mut self.q), Disjoint::new(&mut self.scales));
+        let (offsets, sums) = (Disjoint::new(&mut self.offsets), Disjoint::new(&mut self.sums));
+        let fill = |units: Range<usize>| {
+            let mut values = [0_i8; 256];
+            for index in units {
+                let (panel, b) = (panel(tokens, index / blocks), index % blocks);
+                let n = panel.len();
+                let first = panel.start * blocks + b * n;
+                let part = |run: usize| first * (block / run)..(first + n) * (block / run);
+                // SAFETY: unit `index` is n blocks of its own at `first`; every unit is filled by one thread.
+                let mut unit = unsafe {
+                    Unit {
+                        n,
+                        block,
+                        q: q.slice(part(1)),
+                        scales: scales.slice(part(block)),
+                        offsets: offsets.slice(part(offset_run)),
+                        sums: sums.slice(part(sum_run)),
+                    }
+                };
+                for j in 0..n {
+                    let start = (panel.start + j) * k + b * block;
+                    let scale = quantize_one(isa, &x[start..start + block], &mut values[..block]);
+                    unit.store(j, &values[..block], scale);
+                }
+            }
+        };
+        if x.len() < PARALLEL_FROM || pool.threads() == 1 {
+            fill(0..panels * blocks);
+        } else {
+            pool.run(&|thread| fill(split(panels * blocks, pool.threads(), thread, 1)));
+        }
+    }
+
+    /// Bytes that [`Quantized::export`] writes for `tokens` tokens and `len` values of k.
+    pub fn exported_bytes(&self, tokens: usize, len: usize) -> usize {
+        tokens * (len / self.block) * (4 + self.block)
+    }
+
+    /// Appends the blocks of `tokens` and of `k_range` to `out`: token by token, block by block, the scale (f32 little-endian), then q.
+    ///
+    /// # Panics
+    /// If a range is out of bounds or `k_range` cuts a block.
+    pub fn export(&self, tokens: Range<usize>, k_range: Range<usize>, out: &mut Vec<u8>) {
+        let blocks = self.block_range(&tokens, &k_range);
+        out.reserve(self.exported_bytes(tokens.len(), k_range.len()));
+        for token in tokens {
+            let (panel, j) = self.locate(token);
+            for b in blocks.clone() {
+                let first = panel.start * (self.k / self.block) + b * panel.len();
+                out.extend_from_slice(&self.scales[first + j].to_le_bytes());
+                let unit = &self.q[first * self.block..(first + panel.len()) * self.block];
+                for chunk in unit.as_chunks::<4>().0[j..].iter().step_by(panel.len()) {
+                    out.extend_from_slice(&chunk.map(i8::cast_unsigned));
+                }
+            }
+        }
+    }
+
+    /// Fills the blocks of `tokens` and of `k_range` with what [`Quantized::export`] wrote for as many tokens and values.
+    ///
+    /// # Panics
+    /// If a range is out of bounds, `k_range` cuts a block, or `bytes` has not the length [`Quantized::exported_bytes`] tells.
+    pub fn import(&mut self, tokens: Range<usize>, k_range: Range<usize>, bytes: &[u8]) {
+        let blocks = self.block_range(&tokens, &k_range);
+        assert_eq!(bytes.len(), self.exported_bytes(tokens.len(), k_range.len()), "bytes of {tokens:?} and {k_range:?}");
+        let (block, n_blocks) = (self.block, self.k / self.block);
+        let (offset_run, sum_run) = self.runs();
+        let mut source = bytes.chunks_exact(4 + block);
+        let mut values = [0_i8; 256];
+        for token in tokens {
+            let (panel, j) = self.locate(token);
+            let n = panel.len();
+            for b in blocks.clone() {
+                let Some((scale, q)) = source.next().and_then(|bytes| bytes.split_first_chunk::<4>()) else { return };
+                for (to, from) in values.iter_mut().zip(q) {
+                    *to = from.cast_signed();
+                }
+                let first = panel.start * n_blocks + b * n;
+                let part = |run: usize| first * (block / run)..(first + n) * (block / run);
+                let mut unit = Unit {
+                    n,
+                    block,
+                    q: &mut self.q[part(1)],
+                    scales: &mut self.scales[part(block)],
+                    offsets: &mut self.offsets[part(offset_run)],
+                    sums: &mut self.sums[part(sum_run)],
+                };
+                unit.store(j, &values[..block], f32::from_le_bytes(*scale));
+            }
+        }
+    }
+
+    /// Copies q and the scales of one token out of its panel: `q`: `[k]`, `scales`: `[k / block]`.
+    pub(crate) fn token(&self, token: usize, q: &mut [i8], scales: &mut [f32]) {
+        let (tokens, j) = self.locate(token);
+        let panel = self.panel_of(tokens);
+        for (to, from) in q.as_chunks_mut::<4>().0.iter_mut().zip(panel.q.as_chunks::<4>().0[j..].iter().step_by(panel.n)) {
+            *to = *from;
+        }
+        for (to, from) in scales.iter_mut().zip(panel.scales[j..].iter().step_by(panel.n)) {
+            *to = *from;
+        }
+    }
+
+    /// Number of panels.
+    pub(crate) fn panels(&self) -> usize {
+        panels(self.tokens)
+    }
+
+    /// The tokens of panel `index` and their columns.
+    pub(crate) fn panel(&self, index: usize) -> (Range<usize>, Panel<'_>) {
+        let tokens = panel(self.tokens, index);
+        (tokens.clone(), self.panel_of(tokens))
+    }
+
+    fn panel_of(&self, tokens: Range<usize>) -> Panel<'_> {
+        let part = |run: usize| tokens.start * (self.k / run)..tokens.end * (self.k / run);
+        let (offset_run, sum_run) = self.runs();
+        Panel {
+            n: tokens.len(),
+            q: &self.q[part(1)],
+            scales: &self.scales[part(self.block)],
+            offsets: &self.offsets[part(offset_run)],
+            sums: &self.sums[part(sum_run)],
+        }
+    }
+
+    /// The panel of `token` and its place in it.
+    fn locate(&self, token: usize) -> (Range<usize>, usize) {
+        let panels = panels(self.tokens);
+        let (small, larger) = (self.tokens / panels, self.tokens % panels);
+        // The first `larger` panels hold one token more.
+        let index = if token < larger * (small + 1) { token / (small + 1) } else { larger + (token - larger * (small + 1)) / small };
+        let panel = panel(self.tokens, index);
+        let j = token - panel.start;
+        (panel, j)
+    }
+
+    fn block_range(&self, tokens: &Range<usize>, k_range: &Range<usize>) -> Range<usize> {
+        assert!(tokens.start <= tokens.end && tokens.end <= self.tokens, "tokens {tokens:?} of {}", self.tokens);
+        assert!(
+            k_range.start <= k_range.end
+                && k_range.end <= self.k
+                && k_range.start.is_multiple_of(self.block)
+                && k_range.end.is_multiple_of(self.block),
+            "values {k_range:?} of {} are not whole blocks of {}",
+            self.k,
+            self.block
+        );
+        k_range.start / self.block..k_range.end / self.block
+    }
+}
+
+fn panels(tokens: usize) -> usize {
+    tokens.div_ceil(PANEL)
+}
+
+fn panel(tokens: usize, index: usize) -> Range<usize> {
+    split(tokens, panels(tokens), index, 1)
+}
+
+fn quantize_one(isa: Isa, x: &[f32], q: &mut [i8]) -> f32 {
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2(proof) => crate::x86_64::quantize::quantize_block(proof, x, q),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512(proof) => crate::x86_64::quantize::quantize_block(proof.avx2(), x, q),
+        _ => quantize_block(x, q),
+    }
+}

@@ -1,0 +1,458 @@
+//! Products of one tile of 16 rows with one panel of up to 12 columns, 256-bit vectors.
+//!
+//! A vector holds half a tile: lane r of half h is row 8h + r. Up to three columns both halves go together, so that a tile is read from
+//! memory once; above, the weights are first expanded to bytes, and each half runs over at most six columns at a time. Bytes are multiplied
+//! in pairs into 16-bit sums, as many of them as cannot overflow, before they are widened (with the scale of the run, where there is one).
+#![expect(unsafe_code, reason = "vector instructions and loads by pointer")]
+
+use std::arch::x86_64::*;
+
+use crate::Avx2;
+use crate::WeightType;
+use crate::layout::{LINE, Layout, Q4_K_LINES, Q4_K_MINS, Q4_K_SCALES, Q6_K_LINES};
+use crate::matmul::Results;
+use crate::quantized::{PANEL, Panel};
+
+use super::expanded_bytes;
+
+/// Up to this many columns, both halves of a tile are multiplied as they are unpacked.
+pub(super) const FUSED: usize = 3;
+/// Columns of half a tile, at most.
+const COLUMNS: usize = 6;
+/// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
+/// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
+const AHEAD: usize = 8192;
+
+/// Calls a kernel with its last two generic arguments, halves and columns, made constants.
+macro_rules! columns {
+    ($n:expr, $kernel:ident::<$($generic:tt),+; $halves:tt>($($argument:expr),+)) => {
+        match $n {
+            1 => $kernel::<$($generic),+, $halves, 1>($($argument),+),
+            2 => $kernel::<$($generic),+, $halves, 2>($($argument),+),
+            3 => $kernel::<$($generic),+, $halves, 3>($($argument),+),
+            4 => $kernel::<$($generic),+, $halves, 4>($($argument),+),
+            5 => $kernel::<$($generic),+, $halves, 5>($($argument),+),
+            6 => $kernel::<$($generic),+, $halves, 6>($($argument),+),
+            _ => unreachable!("columns are split into 1 to 6"),
+        }
+    };
+}
+/// As `columns`, for the whole tile and 1..=3 columns.
+macro_rules! few_columns {
+    ($n:expr, $kernel:ident::<$($generic:tt),+>($($argument:expr),+)) => {
+        match $n {
+            1 => $kernel::<$($generic),+, 2, 1>($($argument),+),
+            2 => $kernel::<$($generic),+, 2, 2>($($argument),+),
+            3 => $kernel::<$($generic),+, 2, 3>($($argument),+),
+            _ => unreachable!("more columns are multiplied by halves"),
+        }
+    };
+}
+
+/// Expands the weights of a tile to bytes, a line for every four values of k, in order.
+pub(crate) fn expand(_: Avx2, layout: &Layout, tile: &[u8], out: &mut [u8]) {
+    assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
+    let body = tile[layout.front..].as_ptr();
+    // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
+    unsafe {
+        match layout.dtype {
+            WeightType::Q5_0 => expand_all::<Q5>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_K => expand_all::<Q4K>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q6_K => expand_all::<Q6K>(body, layout.blocks, out.as_mut_ptr()),
+            _ => {}
+        }
+    }
+}
+
+/// Multiplies a tile with the columns of a panel. `expanded`: what [`expand`] made of the tile, if it did.
+pub(crate) fn multiply(_: Avx2, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    let k = layout.blocks * layout.dtype.block_len();
+    assert!(tile.len() == layout.tile() && (1..=PANEL).contains(&panel.n) && panel.q.len() == panel.n * k);
+    assert!(expanded.is_none_or(|bytes| bytes.len() == expanded_bytes(layout)));
+    // The other parts of a panel have the sizes that belong to `q`: `Quantized` sees to that.
+    let (front, body) = (tile.as_ptr(), tile[layout.front..].as_ptr());
+    let at = |half: usize, column: usize, n: usize| Tile {
+        front,
+        body,
+        bytes: expanded.map_or(body, <[u8]>::as_ptr),
+        blocks: layout.blocks,
+        panel,
+        half,
+        column,
+        n,
+    };
+    if panel.n <= FUSED && expanded.is_none() {
+        let tile = at(0, 0, panel.n);
+        // SAFETY: the token proves the features, and the lengths were checked above.
+        unsafe {
+            match layout.dtype {
+                WeightType::Q8_0 => few_columns!(panel.n, tile32::<Q8, false>(tile, out)),
+                WeightType::Q5_0 => few_columns!(panel.n, tile32::<Q5, false>(tile, out)),
+                WeightType::Q4_K => few_columns!(panel.n, tile256::<Q4K, false>(tile, out)),
+                WeightType::Q6_K => few_columns!(panel.n, tile256::<Q6K, false>(tile, out)),
+                _ => unreachable!("float weights have no tiles"),
+            }
+        }
+        return;
+    }
+    let groups = panel.n.div_ceil(COLUMNS);
+    for half in 0..2 {
+        for group in 0..groups {
+            let columns = crate::pool::split(panel.n, groups, group, 1);
+            let tile = at(half, columns.start, columns.len());
+            // SAFETY: the token proves the features, and the lengths were checked above; that all but Q8_0 are expanded
+            // here is checked below.
+            unsafe {
+                match layout.dtype {
+                    WeightType::Q8_0 => columns!(tile.n, tile32::<Q8, false; 1>(tile, out)),
+                    _ if expanded.is_none() => unreachable!("more than {FUSED} columns are multiplied expanded"),
+                    WeightType::Q5_0 => columns!(tile.n, tile32::<Q5, true; 1>(tile, out)),
+                    WeightType::Q4_K => columns!(tile.n, tile256::<Q4K, true; 1>(tile, out)),
+                    WeightType::Q6_K => columns!(tile.n, tile256::<Q6K, true; 1>(tile, out)),
+                    _ => unreachable!("float weights have no tiles"),
+                }
+            }
+        }
+    }
+}
+
+/// What a kernel multiplies: a tile, or half of it, with columns `column..column + n` of a panel.
+#[derive(Clone, Copy)]
+struct Tile<'a> {
+    front: *const u8,
+    body: *const u8,
+    bytes: *const u8,
+    blocks: usize,
+    panel: &'a Panel<'a>,
+    half: usize,
+    column: usize,
+    n: usize,
+}
+
+/// Broadcast of the four bytes at `at`.
+#[inline(always)]
+unsafe fn four(at: *const i8) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe { _mm256_set1_epi32(at.cast::<i32>().read_unaligned()) }
+}
+
+#[inline(always)]
+unsafe fn line(at: *const u8) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe { _mm256_loadu_si256(at.cast()) }
+}
+
+#[inline(always)]
+unsafe fn halves(at: *const u8) -> __m256 {
+    // SAFETY: the caller's.
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+}
+
+/// How half-lines of a type are unpacked.
+trait Weights {
+    /// Bytes of a block of a tile, and chunks of four k in it.
+    const BODY: usize;
+    const CHUNKS: usize;
+    /// Half-line `half` of chunk `c` of the block at `body`, as unsigned bytes (Q8_0: as they are stored, q + 128).
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i;
+}
+
+/// Weights in blocks of 32.
+trait Weights32: Weights {
+    /// Whether the bytes are signed and must be multiplied by magnitude and sign.
+    const SIGNED: bool;
+}
+
+/// Weights in blocks of 256.
+trait Weights256: Weights {
+    /// Values that share a scale.
+    const RUN: usize;
+    /// Chunks whose 16-bit sums cannot overflow together.
+    const SAFE: usize;
+    /// Whether every run has a minimum; else the bytes are biased by 32, and the panel's offsets correct it.
+    const MINS: bool;
+    /// Scales of the 8 rows of `half` for run `j`.
+    unsafe fn scales(body: *const u8, half: usize, j: usize) -> __m256i;
+}
+
+struct Q8;
+struct Q5;
+struct Q4K;
+struct Q6K;
+
+impl Weights for Q8 {
+    const BODY: usize = 8 * LINE;
+    const CHUNKS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
+        // SAFETY: the caller's block has 8 lines.
+        unsafe { line(body.add(c * LINE + half * 32)) }
+    }
+}
+
+impl Weights32 for Q8 {
+    const SIGNED: bool = true;
+}
+
+impl Weights for Q5 {
+    const BODY: usize = 5 * LINE;
+    const CHUNKS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
+        // SAFETY: the caller's block has 5 lines.
+        unsafe {
+            let (bits, nibbles) = (line(body.add(half * 32)), line(body.add((c % 4 + 1) * LINE + half * 32)));
+            let nibbles = if c < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
+            // Bit c of every byte moves to bit 4.
+            let bits = if c < 4 {
+                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(4 - c as i32))
+            } else {
+                _mm256_srl_epi16(bits, _mm_cvtsi32_si128(c as i32 - 4))
+            };
+            _mm256_or_si256(_mm256_and_si256(nibbles, _mm256_set1_epi8(15)), _mm256_and_si256(bits, _mm256_set1_epi8(16)))
+        }
+    }
+}
+
+impl Weights32 for Q5 {
+    const SIGNED: bool = false;
+}
+
+impl Weights for Q4K {
+    const BODY: usize = 37 * LINE;
+    const CHUNKS: usize = 64;
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
+        // SAFETY: the caller's block has 32 lines of nibbles.
+        unsafe {
+            let nibbles = line(body.add(Q4_K_LINES + (c / 16 * 8 + c % 8) * LINE + half * 32));
+            let shifted = if (c / 8).is_multiple_of(2) { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
+            _mm256_and_si256(shifted, _mm256_set1_epi8(15))
+        }
+    }
+}
+
+impl Weights256 for Q4K {
+    const RUN: usize = 32;
+    // 8 · 2 · 15 · 127 = 30480.
+    const SAFE: usize = 8;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, half: usize, j: usize) -> __m256i {
+        // SAFETY: the caller's block has 8 runs.
+        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(body.add(Q4_K_SCALES + 16 * j + 8 * half).cast())) }
+    }
+}
+
+impl Weights for Q6K {
+    const BODY: usize = 52 * LINE;
+    const CHUNKS: usize = 64;
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
+        // SAFETY: the caller's block has 2 · 8 · 3 lines.
+        unsafe {
+            let (part, field, i) = (c / 32, c / 8 % 4, c % 8);
+            let lines = body.add(Q6_K_LINES + (part * 24 + i * 3) * LINE + half * 32);
+            let (low, high) = (line(lines.add(field % 2 * LINE)), line(lines.add(2 * LINE)));
+            let low = if field < 2 { low } else { _mm256_srli_epi16::<4>(low) };
+            let high = match field {
+                0 => _mm256_slli_epi16::<4>(high),
+                1 => _mm256_slli_epi16::<2>(high),
+                2 => high,
+                _ => _mm256_srli_epi16::<2>(high),
+            };
+            _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(15)), _mm256_and_si256(high, _mm256_set1_epi8(0x30)))
+        }
+    }
+}
+
+impl Weights256 for Q6K {
+    const RUN: usize = 16;
+    // 2 · 2 · 63 · 127 = 32004.
+    const SAFE: usize = 2;
+    const MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, half: usize, j: usize) -> __m256i {
+        // SAFETY: the caller's block has 16 runs.
+        unsafe { _mm256_cvtepi8_epi32(_mm_loadl_epi64(body.add(16 * j + 8 * half).cast())) }
+    }
+}
+
+/// Half-line `c`, expanded or to be unpacked.
+#[inline(always)]
+unsafe fn chunk<W: Weights, const EXPANDED: bool>(tile: &Tile<'_>, block: usize, half: usize, c: usize) -> __m256i {
+    // SAFETY: the caller's tile has this block.
+    unsafe {
+        if EXPANDED {
+            line(tile.bytes.add((block * W::CHUNKS + c) * LINE + half * 32))
+        } else {
+            W::chunk(tile.body.add(block * W::BODY), half, c)
+        }
+    }
+}
+
+/// `H` halves of the tile with `N` columns.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile32<W: Weights32, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
+    // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front`, W::BODY at `body`, 8 lines at `bytes` if EXPANDED, and of
+    // the panel 32 values, a scale and an offset for each of its n columns. Prefetching may ask for any address.
+    unsafe {
+        let n = tile.panel.n;
+        let offsets = if W::SIGNED { None } else { Some(tile.panel.sums.as_ptr().add(tile.column)) };
+        let ones = _mm256_set1_epi16(1);
+        let mut acc = [[_mm256_setzero_ps(); N]; H];
+        for b in 0..tile.blocks {
+            if H == 2 {
+                let body = tile.body.wrapping_add(b * W::BODY + AHEAD);
+                for at in (0..W::BODY).step_by(LINE) {
+                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(at).cast());
+                }
+            }
+            let q = tile.panel.q.as_ptr().add(b * 32 * n + 4 * tile.column);
+            let mut sums = [[_mm256_setzero_si256(); N]; H];
+            if let Some(offsets) = offsets {
+                for c in 0..N {
+                    for h in 0..H {
+                        sums[h][c] = _mm256_set1_epi32(*offsets.add(b * n + c));
+                    }
+                }
+            }
+            if W::SIGNED {
+                for i in 0..8 {
+                    for h in 0..H {
+                        let w = _mm256_xor_si256(chunk::<W, EXPANDED>(&tile, b, tile.half + h, i), _mm256_set1_epi8(-128));
+                        let magnitude = _mm256_abs_epi8(w);
+                        for c in 0..N {
+                            // |w| ≤ 128 and |a| ≤ 127: 2 · 128 · 127 = 32512.
+                            let pairs = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(four(q.add(4 * (i * n + c))), w));
+                            sums[h][c] = _mm256_add_epi32(sums[h][c], _mm256_madd_epi16(pairs, ones));
+                        }
+                    }
+                }
+            } else {
+                for part in 0..2 {
+                    for h in 0..H {
+                        // 4 · 2 · 31 · 127 = 31496.
+                        let mut pairs = [_mm256_setzero_si256(); N];
+                        for i in 4 * part..4 * part + 4 {
+                            let w = chunk::<W, EXPANDED>(&tile, b, tile.half + h, i);
+                            for c in 0..N {
+                                pairs[c] = _mm256_add_epi16(pairs[c], _mm256_maddubs_epi16(w, four(q.add(4 * (i * n + c)))));
+                            }
+                        }
+                        for c in 0..N {
+                            sums[h][c] = _mm256_add_epi32(sums[h][c], _mm256_madd_epi16(pairs[c], ones));
+                        }
+                    }
+                }
+            }
+            for h in 0..H {
+                let d = halves(tile.front.add(32 * b + 16 * (tile.half + h)));
+                for c in 0..N {
+                    let d_a = _mm256_set1_ps(*tile.panel.scales.as_ptr().add(b * n + tile.column + c));
+                    acc[h][c] = _mm256_fmadd_ps(_mm256_mul_ps(d, d_a), _mm256_cvtepi32_ps(sums[h][c]), acc[h][c]);
+                }
+            }
+        }
+        for h in 0..H {
+            for c in 0..N {
+                _mm256_storeu_ps(out[tile.column + c][8 * (tile.half + h)..][..8].as_mut_ptr(), acc[h][c]);
+            }
+        }
+    }
+}
+
+/// `H` halves of the tile with `N` columns.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
+    // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front` (none with minima), W::BODY at `body`, 64 lines at `bytes` if
+    // EXPANDED, and of the panel 256 values, a scale, 16 offsets and 4 pairs of sums for each of its n columns. Prefetching may ask for any
+    // address.
+    unsafe {
+        let n = tile.panel.n;
+        let mut acc = [[_mm256_setzero_ps(); N]; H];
+        for b in 0..tile.blocks {
+            let body = tile.body.add(b * W::BODY);
+            if H == 2 {
+                for at in (0..W::BODY).step_by(LINE) {
+                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(W::BODY + at).cast());
+                }
+            }
+            let q = tile.panel.q.as_ptr().add(b * 256 * n + 4 * tile.column);
+            let offsets = tile.panel.offsets.as_ptr().add(b * 16 * n + tile.column);
+            let chunks = W::RUN / 4;
+            let mut total = [[_mm256_setzero_si256(); N]; H];
+            for j in 0..256 / W::RUN {
+                for h in 0..H {
+                    let half = tile.half + h;
+                    let scales = W::scales(body, half, j);
+                    // The scale in both 16-bit halves of a lane: the pair sums of a row get the same one.
+                    let both = _mm256_blend_epi16::<0xAA>(scales, _mm256_slli_epi32::<16>(scales));
+                    for part in 0..chunks / W::SAFE {
+                        let mut pairs = [_mm256_setzero_si256(); N];
+                        for i in 0..W::SAFE {
+                            let i = j * chunks + part * W::SAFE + i;
+                            let w = chunk::<W, EXPANDED>(&tile, b, half, i);
+                            for c in 0..N {
+                                pairs[c] = _mm256_add_epi16(pairs[c], _mm256_maddubs_epi16(w, four(q.add(4 * (i * n + c)))));
+                            }
+                        }
+                        for c in 0..N {
+                            total[h][c] = _mm256_add_epi32(total[h][c], _mm256_madd_epi16(pairs[c], both));
+                        }
+                    }
+                    if !W::MINS {
+                        for c in 0..N {
+                            let offset = _mm256_set1_epi32(*offsets.add(j * n + c));
+                            total[h][c] = _mm256_add_epi32(total[h][c], _mm256_mullo_epi32(scales, offset));
+                        }
+                    }
+                }
+            }
+            for h in 0..H {
+                let half = tile.half + h;
+                let d = halves(if W::MINS { body.add(16 * half) } else { tile.front.add(32 * b + 16 * half) });
+                for c in 0..N {
+                    let d_a = _mm256_set1_ps(*tile.panel.scales.as_ptr().add(b * n + tile.column + c));
+                    acc[h][c] = _mm256_fmadd_ps(_mm256_mul_ps(d, d_a), _mm256_cvtepi32_ps(total[h][c]), acc[h][c]);
+                    if W::MINS {
+                        let mut mins = _mm256_setzero_si256();
+                        for p in 0..4 {
+                            let m = _mm256_cvtepu8_epi16(_mm_loadu_si128(body.add(Q4_K_MINS + 32 * p + 16 * half).cast()));
+                            let a = _mm256_set1_epi32(*tile.panel.sums.as_ptr().add((b * 4 + p) * n + tile.column + c));
+                            mins = _mm256_add_epi32(mins, _mm256_madd_epi16(m, a));
+                        }
+                        let scale = _mm256_mul_ps(halves(body.add(32 + 16 * half)), d_a);
+                        acc[h][c] = _mm256_fnmadd_ps(scale, _mm256_cvtepi32_ps(mins), acc[h][c]);
+                    }
+                }
+            }
+        }
+        for h in 0..H {
+            for c in 0..N {
+                _mm256_storeu_ps(out[tile.column + c][8 * (tile.half + h)..][..8].as_mut_ptr(), acc[h][c]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2")]
+unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
+    // SAFETY: the caller's promise: W::BODY bytes at `body` and W::CHUNKS lines at `out` for each block.
+    unsafe {
+        for b in 0..blocks {
+            for c in 0..W::CHUNKS {
+                for half in 0..2 {
+                    let bytes = W::chunk(body.add(b * W::BODY), half, c);
+                    _mm256_storeu_si256(out.add((b * W::CHUNKS + c) * LINE + half * 32).cast(), bytes);
+                }
+            }
+        }
+    }
+}

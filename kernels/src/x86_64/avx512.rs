@@ -1,0 +1,374 @@
+//! Products of one tile of 16 rows with one panel of up to 12 columns, 512-bit vectors with VNNI.
+//!
+//! Lane r of every vector is row r of the tile. Weights are unsigned bytes, biased where the type has signed values; the accumulators begin
+//! at −bias · Σ a, so that the sums come out exact. The inner functions have no target features of their own: they are always inlined into
+//! `tile32` and `tile256`, which have them.
+#![expect(unsafe_code, reason = "vector instructions and loads by pointer")]
+
+use std::arch::x86_64::*;
+
+use crate::Avx512;
+use crate::WeightType;
+use crate::layout::{LINE, Layout, Q4_K_LINES, Q4_K_MINS, Q4_K_SCALES, Q6_K_LINES};
+use crate::matmul::Results;
+use crate::quantized::{PANEL, Panel};
+
+use super::expanded_bytes;
+
+/// Calls a kernel with its last generic argument, the number of columns, made a constant: 1..=12.
+macro_rules! columns {
+    ($n:expr, $kernel:ident::<$($generic:tt),+>($($argument:expr),+)) => {
+        match $n {
+            1 => $kernel::<$($generic),+, 1>($($argument),+),
+            2 => $kernel::<$($generic),+, 2>($($argument),+),
+            3 => $kernel::<$($generic),+, 3>($($argument),+),
+            4 => $kernel::<$($generic),+, 4>($($argument),+),
+            5 => $kernel::<$($generic),+, 5>($($argument),+),
+            6 => $kernel::<$($generic),+, 6>($($argument),+),
+            7 => $kernel::<$($generic),+, 7>($($argument),+),
+            8 => $kernel::<$($generic),+, 8>($($argument),+),
+            9 => $kernel::<$($generic),+, 9>($($argument),+),
+            10 => $kernel::<$($generic),+, 10>($($argument),+),
+            11 => $kernel::<$($generic),+, 11>($($argument),+),
+            12 => $kernel::<$($generic),+, 12>($($argument),+),
+            _ => unreachable!("panels hold 1 to 12 tokens"),
+        }
+    };
+}
+/// As `columns`, 1..=4.
+macro_rules! few_columns {
+    ($n:expr, $kernel:ident::<$($generic:tt),+>($($argument:expr),+)) => {
+        match $n {
+            1 => $kernel::<$($generic),+, 1>($($argument),+),
+            2 => $kernel::<$($generic),+, 2>($($argument),+),
+            3 => $kernel::<$($generic),+, 3>($($argument),+),
+            4 => $kernel::<$($generic),+, 4>($($argument),+),
+            _ => unreachable!("more columns are multiplied expanded"),
+        }
+    };
+}
+/// Up to this many columns, packed weights are multiplied as they are unpacked; above, they are first expanded to bytes.
+pub(super) const FUSED: usize = 4;
+/// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
+/// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
+const AHEAD: usize = 8192;
+
+/// Expands the weights of a tile to bytes, a line for every four values of k, in order.
+pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
+    assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
+    let body = tile[layout.front..].as_ptr();
+    // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
+    unsafe {
+        match layout.dtype {
+            WeightType::Q5_0 => expand_q5_0(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_K => expand256::<Q4K>(body, layout, out.as_mut_ptr()),
+            WeightType::Q6_K => expand256::<Q6K>(body, layout, out.as_mut_ptr()),
+            _ => {}
+        }
+    }
+}
+
+/// Multiplies a tile with the columns of a panel. `expanded`: what [`expand`] made of the tile, if it did.
+pub(crate) fn multiply(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    let k = layout.blocks * layout.dtype.block_len();
+    assert!(tile.len() == layout.tile() && (1..=PANEL).contains(&panel.n) && panel.q.len() == panel.n * k);
+    assert!(expanded.is_none_or(|bytes| bytes.len() == expanded_bytes(layout)));
+    // The other parts of a panel have the sizes that belong to `q`: `Quantized` sees to that.
+    let (front, body) = (tile.as_ptr(), tile[layout.front..].as_ptr());
+    let bytes = expanded.map(<[u8]>::as_ptr);
+    // SAFETY: the token proves the features, and the lengths were checked above; a block of the tile, of the expanded tile and of the panel
+    // is read for each of `layout.blocks`.
+    unsafe {
+        match (layout.dtype, bytes) {
+            (WeightType::Q8_0, _) => columns!(panel.n, tile32::<Bytes>(front, body, layout.blocks, panel, panel.offsets, out)),
+            (WeightType::Q5_0, Some(bytes)) => columns!(panel.n, tile32::<Bytes>(front, bytes, layout.blocks, panel, panel.sums, out)),
+            (WeightType::Q5_0, None) => few_columns!(panel.n, tile32::<Q5>(front, body, layout.blocks, panel, panel.sums, out)),
+            (WeightType::Q4_K, Some(bytes)) => columns!(panel.n, tile256::<Q4K, true>(front, body, bytes, layout.blocks, panel, out)),
+            (WeightType::Q4_K, None) => few_columns!(panel.n, tile256::<Q4K, false>(front, body, body, layout.blocks, panel, out)),
+            (WeightType::Q6_K, Some(bytes)) => columns!(panel.n, tile256::<Q6K, true>(front, body, bytes, layout.blocks, panel, out)),
+            (WeightType::Q6_K, None) => few_columns!(panel.n, tile256::<Q6K, false>(front, body, body, layout.blocks, panel, out)),
+            _ => unreachable!("float weights have no tiles"),
+        }
+    }
+}
+
+/// Broadcast of the four bytes at `at`.
+#[inline(always)]
+unsafe fn four(at: *const i8) -> __m512i {
+    // SAFETY: the caller's.
+    unsafe { _mm512_set1_epi32(at.cast::<i32>().read_unaligned()) }
+}
+
+#[inline(always)]
+unsafe fn line(at: *const u8) -> __m512i {
+    // SAFETY: the caller's.
+    unsafe { _mm512_loadu_si512(at.cast()) }
+}
+
+#[inline(always)]
+unsafe fn halves(at: *const u8) -> __m512 {
+    // SAFETY: the caller's.
+    unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
+}
+
+/// Weights in blocks of 32, as unsigned bytes.
+trait Weights32 {
+    /// Bytes of a block of a tile.
+    const BODY: usize;
+    /// Which chunks (four k each) share lines: `i` and `i + 4`, or neighbours.
+    const APART: bool;
+    /// Two chunks of the block at `body`, i in 0..4: `i` and `i + 4` if APART, else `2i` and `2i + 1`.
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2];
+}
+
+/// A line of bytes for each chunk: Q8_0, or anything expanded.
+struct Bytes;
+/// Packed Q5_0.
+struct Q5;
+
+impl Weights32 for Bytes {
+    const BODY: usize = 8 * LINE;
+    const APART: bool = false;
+
+    #[inline(always)]
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's block has 8 lines.
+        unsafe { [line(body.add(2 * i * LINE)), line(body.add((2 * i + 1) * LINE))] }
+    }
+}
+
+impl Weights32 for Q5 {
+    const BODY: usize = 5 * LINE;
+    const APART: bool = true;
+
+    #[inline(always)]
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's block has 5 lines.
+        unsafe {
+            let (low, bit) = (_mm512_set1_epi8(15), _mm512_set1_epi8(16));
+            let (high, nibbles) = (line(body), line(body.add((i + 1) * LINE)));
+            // 0xEA: (a & b) | c, with c the nibble and a & b the fifth bit, which is bit i of `high` for the first chunk, i + 4 for the second.
+            let first = _mm512_sllv_epi32(high, _mm512_set1_epi32(4 - i as i32));
+            let second = _mm512_srlv_epi32(high, _mm512_set1_epi32(i as i32));
+            [
+                _mm512_ternarylogic_epi32::<0xEA>(first, bit, _mm512_and_si512(nibbles, low)),
+                _mm512_ternarylogic_epi32::<0xEA>(second, bit, _mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), low)),
+            ]
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+unsafe fn tile32<W: Weights32, const N: usize>(
+    mut front: *const u8,
+    mut body: *const u8,
+    blocks: usize,
+    panel: &Panel<'_>,
+    offsets: &[i32],
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front`, W::BODY at `body`, and of the panel 32 · N values, N scales
+    // and N offsets. Prefetching may ask for any address.
+    unsafe {
+        let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), offsets.as_ptr());
+        let mut acc = [_mm512_setzero_ps(); N];
+        for _ in 0..blocks {
+            for at in (0..W::BODY).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + at).cast());
+            }
+            let mut sums = [_mm512_setzero_si512(); N];
+            for c in 0..N {
+                sums[c] = _mm512_set1_epi32(*offsets.add(c));
+            }
+            // A single column gets a second chain of sums, so that it does not wait for itself.
+            let mut more = [_mm512_setzero_si512(); N];
+            for i in 0..4 {
+                let [low, high] = W::pair(body, i);
+                let (first, second) = if W::APART { (i, i + 4) } else { (2 * i, 2 * i + 1) };
+                for c in 0..N {
+                    sums[c] = _mm512_dpbusd_epi32(sums[c], low, four(q.add(4 * (first * N + c))));
+                }
+                for c in 0..N {
+                    let a = four(q.add(4 * (second * N + c)));
+                    if N <= 2 {
+                        more[c] = _mm512_dpbusd_epi32(more[c], high, a);
+                    } else {
+                        sums[c] = _mm512_dpbusd_epi32(sums[c], high, a);
+                    }
+                }
+            }
+            let d = halves(front);
+            for c in 0..N {
+                let sum = if N <= 2 { _mm512_add_epi32(sums[c], more[c]) } else { sums[c] };
+                let scale = _mm512_mul_ps(d, _mm512_set1_ps(*scales.add(c)));
+                acc[c] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), acc[c]);
+            }
+            (front, body) = (front.add(32), body.add(W::BODY));
+            (q, scales, offsets) = (q.add(32 * N), scales.add(N), offsets.add(N));
+        }
+        for c in 0..N {
+            _mm512_storeu_ps(out[c].as_mut_ptr(), acc[c]);
+        }
+    }
+}
+
+/// Weights in blocks of 256, as unsigned bytes.
+trait Weights256 {
+    /// Bytes of a block of a tile.
+    const BODY: usize;
+    /// Values that share a scale.
+    const RUN: usize;
+    /// Whether every run has a minimum; else the bytes are biased by 32, and the panel's offsets correct it.
+    const MINS: bool;
+    /// Scales of the 16 rows for run `j`.
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i;
+    /// Chunk `c` (four k) of the block, c in 0..64.
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i;
+}
+
+struct Q4K;
+struct Q6K;
+
+impl Weights256 for Q4K {
+    const BODY: usize = 37 * LINE;
+    const RUN: usize = 32;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's block has 8 runs.
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(body.add(Q4_K_SCALES + 16 * j).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+        // SAFETY: the caller's block has 32 lines of nibbles.
+        unsafe {
+            let nibbles = line(body.add(Q4_K_LINES + (c / 16 * 8 + c % 8) * LINE));
+            let shifted = if (c / 8).is_multiple_of(2) { nibbles } else { _mm512_srli_epi16::<4>(nibbles) };
+            _mm512_and_si512(shifted, _mm512_set1_epi8(15))
+        }
+    }
+}
+
+impl Weights256 for Q6K {
+    const BODY: usize = 52 * LINE;
+    const RUN: usize = 16;
+    const MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's block has 16 runs.
+        unsafe { _mm512_cvtepi8_epi32(_mm_loadu_si128(body.add(16 * j).cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+        // SAFETY: the caller's block has 2 · 8 · 3 lines.
+        unsafe {
+            let (half, field, i) = (c / 32, c / 8 % 4, c % 8);
+            let lines = body.add(Q6_K_LINES + (half * 24 + i * 3) * LINE);
+            let (low, high) = (line(lines.add(field % 2 * LINE)), line(lines.add(2 * LINE)));
+            let low = if field < 2 { low } else { _mm512_srli_epi16::<4>(low) };
+            let high = match field {
+                0 => _mm512_slli_epi16::<4>(high),
+                1 => _mm512_slli_epi16::<2>(high),
+                2 => high,
+                _ => _mm512_srli_epi16::<2>(high),
+            };
+            _mm512_ternarylogic_epi32::<0xEA>(high, _mm512_set1_epi8(0x30), _mm512_and_si512(low, _mm512_set1_epi8(15)))
+        }
+    }
+}
+
+/// `EXPANDED`: the weights are lines of bytes at `bytes`, else they are unpacked from `body`.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
+unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
+    front: *const u8,
+    body: *const u8,
+    bytes: *const u8,
+    blocks: usize,
+    panel: &Panel<'_>,
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front` (none with minima), W::BODY at `body`, 64 lines at `bytes` if
+    // EXPANDED, and of the panel 256 · N values, N scales, 16 · N offsets and 4 · N pairs of sums. Prefetching may ask for any address.
+    unsafe {
+        for c in 0..N {
+            out[c] = [0.0; 16];
+        }
+        for b in 0..blocks {
+            let (body, bytes) = (body.add(b * W::BODY), bytes.add(b * 64 * LINE));
+            let (q, offsets) = (panel.q.as_ptr().add(b * 256 * N), panel.offsets.as_ptr().add(b * 16 * N));
+            let chunks = W::RUN / 4;
+            let mut total = [_mm512_setzero_si512(); N];
+            for j in 0..256 / W::RUN {
+                if !EXPANDED {
+                    // A share of the lines ahead with every run.
+                    let lines = W::BODY / LINE * W::RUN / 256 + 1;
+                    for i in 0..lines {
+                        _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (j * lines + i) * LINE).cast());
+                    }
+                }
+                let mut sums = [_mm512_setzero_si512(); N];
+                if !W::MINS {
+                    for c in 0..N {
+                        sums[c] = _mm512_set1_epi32(*offsets.add(j * N + c));
+                    }
+                }
+                for i in 0..chunks {
+                    let chunk = j * chunks + i;
+                    let w = if EXPANDED { line(bytes.add(chunk * LINE)) } else { W::chunk(body, chunk) };
+                    for c in 0..N {
+                        sums[c] = _mm512_dpbusd_epi32(sums[c], w, four(q.add(4 * (chunk * N + c))));
+                    }
+                }
+                let scales = W::scales(body, j);
+                for c in 0..N {
+                    total[c] = _mm512_add_epi32(total[c], _mm512_mullo_epi32(sums[c], scales));
+                }
+            }
+            let d = halves(if W::MINS { body } else { front.add(32 * b) });
+            for c in 0..N {
+                let d_a = _mm512_set1_ps(*panel.scales.as_ptr().add(b * N + c));
+                let mut acc = _mm512_loadu_ps(out[c].as_ptr());
+                acc = _mm512_fmadd_ps(_mm512_mul_ps(d, d_a), _mm512_cvtepi32_ps(total[c]), acc);
+                if W::MINS {
+                    let mut mins = _mm512_setzero_si512();
+                    for p in 0..4 {
+                        let m = _mm512_cvtepu8_epi16(_mm256_loadu_si256(body.add(Q4_K_MINS + 32 * p).cast()));
+                        mins = _mm512_dpwssd_epi32(mins, m, _mm512_set1_epi32(*panel.sums.as_ptr().add((b * 4 + p) * N + c)));
+                    }
+                    acc = _mm512_fnmadd_ps(_mm512_mul_ps(halves(body.add(32)), d_a), _mm512_cvtepi32_ps(mins), acc);
+                }
+                _mm512_storeu_ps(out[c].as_mut_ptr(), acc);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn expand_q5_0(body: *const u8, blocks: usize, out: *mut u8) {
+    // SAFETY: the caller's promise: 5 lines at `body` and 8 at `out` for each block.
+    unsafe {
+        for b in 0..blocks {
+            for i in 0..4 {
+                let [low, high] = Q5::pair(body.add(b * Q5::BODY), i);
+                _mm512_storeu_si512(out.add((8 * b + i) * LINE).cast(), low);
+                _mm512_storeu_si512(out.add((8 * b + i + 4) * LINE).cast(), high);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
+unsafe fn expand256<W: Weights256>(body: *const u8, layout: &Layout, out: *mut u8) {
+    // SAFETY: the caller's promise: W::BODY bytes at `body` and 64 lines at `out` for each block.
+    unsafe {
+        for b in 0..layout.blocks {
+            for c in 0..64 {
+                _mm512_storeu_si512(out.add((64 * b + c) * LINE).cast(), W::chunk(body.add(b * W::BODY), c));
+            }
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Element types of stored tensors and the geometry of their blocks.
+
+use serde::{Deserialize, Serialize};
+
+/// How a tensor's elements are stored. Values come in blocks that run along the contiguous (last) axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[allow(non_camel_case_types, reason = "these are the format's own names")]
+#[expect(missing_docs, reason = "each variant is named after the format it stands for")]
+pub enum DType {
+    F32,
+    F16,
+    BF16,
+    Q8_0,
+    Q5_0,
+    Q4_K,
+    Q6_K,
+}
+
+impl DType {
+    /// Values per block.
+    pub const fn block_len(self) -> usize {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => 1,
+            Self::Q8_0 | Self::Q5_0 => 32,
+            Self::Q4_K | Self::Q6_K => 256,
+        }
+    }
+
+    /// Bytes per block.
+    pub const fn block_bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::BF16 => 2,
+            Self::Q8_0 => 34,
+            Self::Q5_0 => 22,
+            Self::Q4_K => 144,
+            Self::Q6_K => 210,
+        }
+    }
+
+    /// Bytes of one row of `len` values, or `None` when `len` is not a whole number of blocks.
+    pub const fn row_bytes(self, len: usize) -> Option<usize> {
+        if len % self.block_len() == 0 { (len / self.block_len()).checked_mul(self.block_bytes()) } else { None }
+    }
+
+    /// Values per block of the activation that a product with this type quantizes its input to; `None` for float types.
+    pub const fn activation_block(self) -> Option<usize> {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => None,
+            Self::Q8_0 | Self::Q5_0 => Some(32),
+            Self::Q4_K | Self::Q6_K => Some(256),
+        }
+    }
+}

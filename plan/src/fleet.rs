@@ -1,0 +1,103 @@
+//! The fleet as a router sees it: deployments, replicas and where their workers listen.
+
+use crate::shard::KvGeometry;
+use serde::{Deserialize, Serialize};
+
+/// The whole state pushed to routers. States with a lower `(term, number)` than one already taken are ignored.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FleetState {
+    /// Lease term of whoever pushes.
+    pub term: u64,
+    /// Number of the state in its term.
+    pub number: u64,
+    /// Deployments served in this namespace.
+    pub deployments: Vec<FleetDeployment>,
+}
+
+/// One deployment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct FleetDeployment {
+    /// Resource name.
+    pub name: String,
+    /// Name in the `model` field of requests.
+    pub model: String,
+    /// Other names it answers to.
+    pub aliases: Vec<String>,
+    /// What a router may send to its replicas.
+    pub limits: ReplicaLimits,
+    /// Chat and queue settings.
+    pub serving: ServingSettings,
+    /// Its replicas.
+    pub replicas: Vec<FleetReplica>,
+}
+
+/// What one replica can hold.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReplicaLimits {
+    /// KV groups and blocks.
+    pub kv: KvGeometry,
+    /// Longest sequence in tokens.
+    pub max_context: usize,
+    /// Most sequences in a step.
+    pub max_batch_sequences: usize,
+    /// Most tokens in a step.
+    pub max_batch_tokens: usize,
+    /// Reuse KV blocks of equal prefixes.
+    pub prefix_caching: bool,
+}
+
+/// Settings of the API that are not the engine's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServingSettings {
+    /// Chat template that replaces the model's own.
+    pub chat_template: Option<ChatTemplate>,
+    /// Put before the first message when a request has no system message.
+    pub system_prompt: Option<String>,
+    /// How a replica is chosen.
+    pub policy: RoutingPolicy,
+    /// Most requests waiting.
+    pub queue_requests: usize,
+    /// Longest wait in seconds.
+    pub queue_seconds: u64,
+}
+
+/// Where a chat template comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ChatTemplate {
+    /// `<start_of_turn>` form.
+    Gemma,
+    /// `<|im_start|>` form.
+    ChatML,
+    /// `<|start_header_id|>` form.
+    Llama3,
+    /// Jinja source.
+    Inline(String),
+}
+
+/// How a replica is chosen for a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "the names say it")]
+pub enum RoutingPolicy {
+    #[default]
+    PrefixAware,
+    LeastLoad,
+    RoundRobin,
+    Random,
+}
+
+/// One replica: its workers and their addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetReplica {
+    /// Unique name.
+    pub name: String,
+    /// Revision of the spec it runs.
+    pub revision: String,
+    /// Digests and settings that decide its bits; streams move only between equal ids.
+    pub numerics: String,
+    /// Share of new requests, relative to the other replicas.
+    pub weight: u32,
+    /// No new requests; running ones move away.
+    pub draining: bool,
+    /// `workers[stage][rank]`: address `host:port`.
+    pub workers: Vec<Vec<String>>,
+}

@@ -1,0 +1,195 @@
+//! Manifests that work, and what is said of those that do not.
+
+use proptest::prelude::*;
+
+use super::{Manifest, Memory};
+use crate::{
+    fleet::{ChatTemplate, RoutingPolicy},
+    planner::KvMemory,
+    shard::KvDType,
+};
+
+const LEAST: &str = "apiVersion: skein.dev/v1alpha1
+kind: ModelDeployment
+metadata:
+  name: tiny
+spec:
+  model:
+    uri: file:/models/tiny
+";
+
+fn error(yaml: &str) -> String {
+    Manifest::parse("m.yaml", yaml).unwrap_err().to_string()
+}
+
+#[test]
+fn six_lines_are_enough() {
+    let m = Manifest::parse("m.yaml", LEAST).unwrap();
+    assert_eq!((m.name(), m.model_name(), m.spec().replicas), ("tiny", "tiny", 1));
+    let spec = m.planner_spec();
+    assert_eq!((spec.pipeline, spec.tensor, spec.max_batch_sequences, spec.kv_memory), (1, 1, 64, KvMemory::Auto));
+    assert!(m.spec().engine.kv_cache.prefix_caching);
+    let serving = m.serving();
+    assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::PrefixAware, 1000, 60));
+}
+
+#[test]
+fn every_field_has_an_effect() {
+    let m = Manifest::parse(
+        "m.yaml",
+        &format!(
+            "{LEAST}    name: served
+    aliases: [other, third]
+    digest: sha256:{}
+    format: GGUF
+  chat:
+    template: {{builtin: Gemma}}
+    systemPrompt: be brief
+  engine:
+    dtype: Auto
+    device: CPU
+    maxContextTokens: 100
+    maxBatchSequences: 5
+    maxBatchTokens: 6
+    kvCache: {{blockTokens: 16, memory: 1Gi, prefixCaching: false, dtype: F32}}
+  parallelism:
+    pipeline: 2
+    tensor: 3
+    stages: [{{layers: 1}}, {{layers: 3}}]
+  replicas: 4
+  router:
+    policy: RoundRobin
+    queue: {{maxRequests: 7, timeoutSeconds: 8}}
+",
+            "a".repeat(64)
+        ),
+    )
+    .unwrap();
+    assert_eq!((m.model_name(), m.spec().model.aliases.len(), m.spec().replicas), ("served", 2, 4));
+    let spec = m.planner_spec();
+    assert_eq!((spec.pipeline, spec.tensor, spec.stage_layers), (2, 3, Some(vec![1, 3])));
+    assert_eq!((spec.max_context, spec.max_batch_sequences, spec.max_batch_tokens), (Some(100), 5, 6));
+    assert_eq!((spec.kv_memory, spec.kv_dtype), (KvMemory::Bytes(1 << 30), Some(KvDType::F32)));
+    let serving = m.serving();
+    assert_eq!((serving.chat_template, serving.system_prompt.as_deref()), (Some(ChatTemplate::Gemma), Some("be brief")));
+    assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::RoundRobin, 7, 8));
+    assert!(!m.spec().engine.kv_cache.prefix_caching);
+}
+
+#[test]
+fn errors_name_line_column_field_and_expectation() {
+    let cases: &[(&str, &[&str])] = &[
+        ("  engine:\n    maxTokens: 3\n", &["m.yaml:9:5", "spec.engine.maxTokens", "unknown field", "maxBatchTokens"]),
+        ("  replicas: many\n", &["m.yaml:8:13", "spec.replicas", "whole number", "\"many\""]),
+        ("  replicas: -1\n", &["m.yaml:8:13", "spec.replicas", "-1"]),
+        ("  replicas: 1001\n", &["m.yaml:8:13", "spec.replicas", "0 to 1000", "1001"]),
+        ("  engine:\n    device: CUDA\n", &["m.yaml:9:13", "spec.engine.device", "CUDA is not supported yet", "CPU"]),
+        ("  engine:\n    device: TPU\n", &["spec.engine.device", "Auto, CPU", "\"TPU\""]),
+        ("  autoscaling:\n    mode: Builtin\n", &["m.yaml:8:3", "spec.autoscaling", "not supported yet"]),
+        ("  parallelism: 3\n", &["m.yaml:8:16", "spec.parallelism", "a mapping", "3"]),
+        ("  parallelism: {pipeline: 0}\n", &["m.yaml:8:27", "spec.parallelism.pipeline", "1 to 256"]),
+        ("  parallelism: {pipeline: 64, tensor: 32}\n", &["spec.parallelism", "1024", "2048"]),
+        ("  parallelism: {pipeline: 2, stages: [{layers: 1}]}\n", &["spec.parallelism.stages", "2 stages, got 1"]),
+        ("  parallelism: {pipeline: 1, stages: [{layers: x}]}\n", &["m.yaml:8:48", "spec.parallelism.stages[0].layers"]),
+        ("  parallelism: {stages: [{layers: 0}]}\n", &["m.yaml:8:35", "spec.parallelism.stages[0].layers", "at least 1"]),
+        ("  engine: {kvCache: {blockTokens: 32}}\n", &["spec.engine.kvCache.blockTokens", "expected 16, got 32"]),
+        ("  engine: {kvCache: {memory: lots}}\n", &["m.yaml:8:30", "spec.engine.kvCache.memory", "512Mi", "lots"]),
+        ("  chat: {template: {builtin: Gemma, inline: x}}\n", &["spec.chat.template", "exactly one", "got 2"]),
+        ("  chat: {template: {}}\n", &["spec.chat.template", "exactly one", "got 0"]),
+        ("  chat: {template: {configMapKeyRef: {name: a, key: b}}}\n", &["m.yaml:8:38", "ConfigMap a is not in the file"]),
+        ("    uri: hf://a/b\n", &["m.yaml:8:5", "uri"]),
+        ("    aliases: [tiny]\n", &["m.yaml:8:15", "spec.model.aliases[0]", "tiny"]),
+        ("    digest: abc\n", &["spec.model.digest", "64 hexadecimal"]),
+        ("    name: 12\n", &["m.yaml:8:11", "spec.model.name", "text"]),
+        ("  replicas: [1\n", &["m.yaml:"]),
+    ];
+    for (tail, parts) in cases {
+        let got = error(&format!("{LEAST}{tail}"));
+        for part in *parts {
+            assert!(got.contains(part), "{tail:?} says {got:?}, without {part:?}");
+        }
+    }
+}
+
+#[test]
+fn errors_of_whole_documents() {
+    for (from, to, parts) in [
+        ("file:/models/tiny", "s3://b/k", ["spec.model.uri", "s3:// is not supported yet"]),
+        ("file:/models/tiny", "/models/tiny", ["m.yaml:7:10", "spec.model.uri"]),
+        ("name: tiny", "name: Tiny_1", ["m.yaml:4:9", "metadata.name"]),
+        ("name: tiny", "namespace: x", ["metadata", "the field name is missing"]),
+        ("skein.dev/v1alpha1", "skein.dev/v2", ["m.yaml:1:13", "expected skein.dev/v1alpha1"]),
+        ("ModelDeployment", "Deployment", ["m.yaml:2:7", "expected ModelDeployment"]),
+        ("    uri: file:/models/tiny\n", "    {}\n", ["spec.model", "the field uri is missing"]),
+        ("kind: ModelDeployment\n", "", ["kind", "missing"]),
+    ] {
+        let got = error(&LEAST.replace(from, to));
+        assert!(parts.iter().all(|p| got.contains(p)), "{to:?} says {got:?}, expected {parts:?}");
+    }
+    assert!(error("").contains("expected a document of kind ModelDeployment"));
+    assert!(error(&format!("{LEAST}---\n{LEAST}")).contains("expected one ModelDeployment, got 2"));
+    assert_eq!(Manifest::parse_all("m.yaml", &format!("{LEAST}---\n{LEAST}")).unwrap().len(), 2);
+}
+
+#[test]
+fn config_map_of_the_same_file_is_the_template() {
+    let map = "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: chat}\ndata:\n  t: '{{ messages }}'\n---\napiVersion: v1\nkind: Secret\nmetadata: {name: s}\nstringData: {a: b}\n";
+    let deployment = format!("{LEAST}  chat: {{template: {{configMapKeyRef: {{name: chat, key: t}}}}}}\n");
+    let m = Manifest::parse("m.yaml", &format!("{deployment}{map}")).unwrap();
+    assert_eq!(m.chat_template, Some(ChatTemplate::Inline("{{ messages }}".into())));
+    let wrong = error(&format!("{}{map}", deployment.replace("key: t", "key: u")));
+    assert!(wrong.contains("has no key u, it has t"), "{wrong}");
+}
+
+#[test]
+fn null_means_absent() {
+    let m = Manifest::parse("m.yaml", &format!("{LEAST}  engine:\n  chat: ~\n")).unwrap();
+    assert_eq!(m.spec().engine, super::EngineSpec::default());
+    assert!(error(&format!("{LEAST}  nothing:\n")).contains("unknown field"));
+}
+
+#[test]
+fn bombs_are_refused() {
+    let mut bomb = String::from("a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n");
+    for i in 1..9 {
+        let refs = vec![format!("*a{}", i - 1); 10].join(", ");
+        bomb += &format!("a{i}: &a{i} [{refs}]\n");
+    }
+    assert!(Manifest::parse("m.yaml", &bomb).is_err());
+    assert!(Manifest::parse("m.yaml", &"[".repeat(100_000)).is_err());
+    assert!(Manifest::parse("m.yaml", &"a: ".repeat(1000)).is_err());
+    assert!(error(&" ".repeat(2 << 20)).contains("bytes"));
+}
+
+#[test]
+fn types_survive_json() {
+    let yaml = format!("{LEAST}  engine: {{kvCache: {{memory: 0.5}}}}\n");
+    let m = Manifest::parse("m.yaml", &yaml).unwrap();
+    assert_eq!(m.spec().engine.kv_cache.memory, Some(Memory::Fraction(0.5)));
+    let json = serde_json::to_string(&m.deployment).unwrap();
+    assert_eq!(serde_json::from_str::<super::ModelDeployment>(&json).unwrap(), m.deployment);
+}
+
+#[test]
+fn samples_are_valid() {
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/samples");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let m = Manifest::parse(&path.display().to_string(), &std::fs::read_to_string(&path).unwrap()).unwrap();
+        assert!(!m.spec().model.uri.is_empty());
+        seen += 1;
+    }
+    assert!(seen > 0);
+}
+
+proptest! {
+    #[test]
+    fn mutated_manifests_never_panic(at in 0..LEAST.len(), byte in any::<u8>(), cut in any::<bool>()) {
+        let mut bytes = LEAST.as_bytes().to_vec();
+        if cut { bytes.truncate(at) } else { bytes[at] = byte }
+        if let Ok(text) = String::from_utf8(bytes) {
+            let _ = Manifest::parse_all("m.yaml", &text);
+        }
+    }
+}

@@ -1,0 +1,264 @@
+//! The resource's types. Field names in YAML are camelCase; what the text says of a default is what an absent field means.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::quantity::Memory;
+use crate::fleet::RoutingPolicy;
+
+/// A deployment of a model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelDeployment {
+    /// `skein.dev/v1alpha1`.
+    pub api_version: String,
+    /// `ModelDeployment`.
+    pub kind: String,
+    /// Name and labels.
+    pub metadata: Metadata,
+    /// Desired state.
+    pub spec: DeploymentSpec,
+}
+
+/// Kubernetes' metadata, as far as it means something here.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct Metadata {
+    /// Name: a DNS label of at most 45 characters.
+    pub name: String,
+    /// Namespace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Labels.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+    /// Annotations.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub annotations: BTreeMap<String, String>,
+}
+
+/// Desired state of a deployment.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DeploymentSpec {
+    /// Which model.
+    pub model: ModelSpec,
+    /// How chats become text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat: Option<ChatSpec>,
+    /// How it is computed.
+    #[serde(default)]
+    pub engine: EngineSpec,
+    /// Over how many workers a replica is spread.
+    #[serde(default)]
+    pub parallelism: ParallelismSpec,
+    /// Whole copies of the model, 0 to 1000; default 1.
+    #[serde(default = "one")]
+    pub replicas: u32,
+    /// How requests reach it.
+    #[serde(default)]
+    pub router: RouterSpec,
+}
+
+/// Which model, and what it is called.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ModelSpec {
+    /// `hf://`, `http(s)://` or `file:`, at most 2048 characters.
+    pub uri: String,
+    /// The `model` of requests; default: the resource's name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// Other names it answers to, at most 16.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub aliases: Vec<String>,
+    /// `sha256:<hex>` of the single weight file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+    /// Format of the weights; refused when the source has another.
+    #[serde(default)]
+    pub format: FormatChoice,
+}
+
+/// Format of the weights.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the formats")]
+pub enum FormatChoice {
+    #[default]
+    Auto,
+    Safetensors,
+    GGUF,
+}
+
+/// How chats become text.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct ChatSpec {
+    /// Replaces the model's own template.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<TemplateSpec>,
+    /// Put before chats without a system message.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub system_prompt: Option<String>,
+}
+
+/// A chat template: exactly one of the fields.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct TemplateSpec {
+    /// One of Skein's own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub builtin: Option<BuiltinTemplate>,
+    /// Jinja source.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub inline: Option<String>,
+    /// Jinja source in a `ConfigMap`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub config_map_key_ref: Option<KeyRef>,
+}
+
+/// Skein's own chat templates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the models they come from")]
+pub enum BuiltinTemplate {
+    Gemma,
+    ChatML,
+    Llama3,
+}
+
+/// A key of a named object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeyRef {
+    /// The object.
+    pub name: String,
+    /// The key in its data.
+    pub key: String,
+}
+
+/// How the model is computed.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct EngineSpec {
+    /// Type the weights are computed in.
+    pub dtype: DTypeChoice,
+    /// What computes.
+    pub device: DeviceChoice,
+    /// Longest sequence; default: the model's context.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_context_tokens: Option<u32>,
+    /// Most sequences in a step; default 64.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_batch_sequences: Option<u32>,
+    /// Most tokens in a step; default 512.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_batch_tokens: Option<u32>,
+    /// The KV cache.
+    pub kv_cache: KvCacheSpec,
+}
+
+/// Type the weights are computed in.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "there is one yet: as stored")]
+pub enum DTypeChoice {
+    #[default]
+    Auto,
+}
+
+/// What computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the devices")]
+pub enum DeviceChoice {
+    #[default]
+    Auto,
+    CPU,
+}
+
+/// The KV cache.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct KvCacheSpec {
+    /// Tokens per block; 16.
+    pub block_tokens: u32,
+    /// Bytes on each worker (a quantity), or a fraction of its memory.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
+    /// Reuse blocks of equal prefixes; default true.
+    pub prefix_caching: bool,
+    /// Type of entries; `Auto` follows the weights.
+    pub dtype: KvDTypeChoice,
+}
+
+impl Default for KvCacheSpec {
+    fn default() -> Self {
+        Self { block_tokens: crate::shard::BLOCK_TOKENS as u32, memory: None, prefix_caching: true, dtype: KvDTypeChoice::Auto }
+    }
+}
+
+/// Type of KV entries.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the types")]
+pub enum KvDTypeChoice {
+    #[default]
+    Auto,
+    F32,
+    F16,
+}
+
+/// Over how many workers a replica is spread; at most 1024.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ParallelismSpec {
+    /// Pipeline stages, 1 to 256; default 1.
+    pub pipeline: u32,
+    /// Tensor-parallel ranks of each stage, 1 to 64; default 1.
+    pub tensor: u32,
+    /// Layers of each stage; default: balanced by bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stages: Option<Vec<StageSpec>>,
+}
+
+impl Default for ParallelismSpec {
+    fn default() -> Self {
+        Self { pipeline: 1, tensor: 1, stages: None }
+    }
+}
+
+/// One stage, given by hand.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct StageSpec {
+    /// Its layers.
+    pub layers: u32,
+}
+
+/// How requests reach the replicas.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct RouterSpec {
+    /// How a replica is chosen; default `PrefixAware`.
+    pub policy: RoutingPolicy,
+    /// Requests that wait.
+    pub queue: QueueSpec,
+}
+
+/// Requests that wait for a place.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct QueueSpec {
+    /// Most of them; default 1000.
+    pub max_requests: u32,
+    /// Longest wait; default 60.
+    pub timeout_seconds: u32,
+}
+
+impl Default for QueueSpec {
+    fn default() -> Self {
+        Self { max_requests: 1000, timeout_seconds: 60 }
+    }
+}
+
+fn one() -> u32 {
+    1
+}

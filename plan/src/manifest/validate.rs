@@ -1,0 +1,137 @@
+//! Ranges and rules of the resource's fields.
+
+use super::types::ModelDeployment;
+use crate::shard::BLOCK_TOKENS;
+
+/// A field and what is wrong with it; the field's position is found by whoever has the document.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Problem {
+    pub(super) path: String,
+    pub(super) message: String,
+}
+
+impl Problem {
+    pub(super) fn new(path: &str, message: String) -> Self {
+        Self { path: path.to_owned(), message }
+    }
+}
+
+/// Schemes of `model.uri` that work, and those that will.
+const SCHEMES: [&str; 4] = ["hf://", "http://", "https://", "file:"];
+const LATER_SCHEMES: [&str; 4] = ["s3://", "gs://", "oci://", "pvc://"];
+/// Longest URI, and longest name of a resource and of a model.
+const MAX_URI: usize = 2048;
+const MAX_NAME: usize = 45;
+const MAX_MODEL_NAME: usize = 253;
+/// Most aliases.
+const MAX_ALIASES: usize = 16;
+/// Most workers of a replica.
+const MAX_WORKERS: u32 = 1024;
+/// Upper bounds that only keep sizes within reason.
+const MAX_CONTEXT: u32 = 1 << 27;
+const MAX_BATCH: u32 = 1 << 16;
+
+/// Checks every field against its range.
+pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let (metadata, spec) = (&deployment.metadata, &deployment.spec);
+    if !is_label(&metadata.name, MAX_NAME) {
+        let expected = format!("expected lower-case letters, digits and '-', at most {MAX_NAME}, got {:?}", metadata.name);
+        return Err(Problem::new("metadata.name", expected));
+    }
+    if let Some(namespace) = metadata.namespace.as_ref().filter(|n| !is_label(n, 63)) {
+        let expected = format!("expected lower-case letters, digits and '-', at most 63, got {namespace:?}");
+        return Err(Problem::new("metadata.namespace", expected));
+    }
+    model(deployment)?;
+    chat(deployment)?;
+    let engine = &spec.engine;
+    if engine.kv_cache.block_tokens as usize != BLOCK_TOKENS {
+        return Err(Problem::new(
+            "spec.engine.kvCache.blockTokens",
+            format!("expected {BLOCK_TOKENS}, got {}", engine.kv_cache.block_tokens),
+        ));
+    }
+    let parallelism = &spec.parallelism;
+    for (path, value, low, high) in [
+        ("spec.engine.maxContextTokens", engine.max_context_tokens, 1, MAX_CONTEXT),
+        ("spec.engine.maxBatchSequences", engine.max_batch_sequences, 1, MAX_BATCH),
+        ("spec.engine.maxBatchTokens", engine.max_batch_tokens, 1, MAX_BATCH),
+        ("spec.parallelism.pipeline", Some(parallelism.pipeline), 1, 256),
+        ("spec.parallelism.tensor", Some(parallelism.tensor), 1, 64),
+        ("spec.replicas", Some(spec.replicas), 0, 1000),
+        ("spec.router.queue.maxRequests", Some(spec.router.queue.max_requests), 1, 1_000_000),
+        ("spec.router.queue.timeoutSeconds", Some(spec.router.queue.timeout_seconds), 1, 86_400),
+    ] {
+        if let Some(value) = value.filter(|v| !(low..=high).contains(v)) {
+            return Err(Problem::new(path, format!("expected {low} to {high}, got {value}")));
+        }
+    }
+    let workers = parallelism.pipeline * parallelism.tensor;
+    if workers > MAX_WORKERS {
+        let message = format!("expected pipeline × tensor of at most {MAX_WORKERS}, got {workers}");
+        return Err(Problem::new("spec.parallelism", message));
+    }
+    if let Some(stages) = &parallelism.stages {
+        if stages.len() != parallelism.pipeline as usize {
+            let message = format!("expected one entry for each of {} stages, got {}", parallelism.pipeline, stages.len());
+            return Err(Problem::new("spec.parallelism.stages", message));
+        }
+        if let Some(i) = stages.iter().position(|s| s.layers == 0) {
+            return Err(Problem::new(&format!("spec.parallelism.stages[{i}].layers"), "expected at least 1, got 0".to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let model = &deployment.spec.model;
+    let uri = &model.uri;
+    if uri.len() > MAX_URI {
+        return Err(Problem::new("spec.model.uri", format!("expected at most {MAX_URI} characters, got {}", uri.len())));
+    }
+    if let Some(scheme) = LATER_SCHEMES.iter().find(|s| uri.starts_with(**s)) {
+        return Err(Problem::new("spec.model.uri", format!("{scheme} is not supported yet; expected hf://, http://, https:// or file:")));
+    }
+    if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
+        return Err(Problem::new("spec.model.uri", format!("expected hf://, http://, https:// or file:, got {uri:?}")));
+    }
+    let is_name = |n: &str| !n.is_empty() && n.len() <= MAX_MODEL_NAME && !n.chars().any(char::is_control);
+    let expected = |n: &str| format!("expected 1 to {MAX_MODEL_NAME} characters, got {n:?}");
+    if let Some(name) = model.name.as_ref().filter(|n| !is_name(n)) {
+        return Err(Problem::new("spec.model.name", expected(name)));
+    }
+    if model.aliases.len() > MAX_ALIASES {
+        return Err(Problem::new("spec.model.aliases", format!("expected at most {MAX_ALIASES}, got {}", model.aliases.len())));
+    }
+    let own = model.name.as_ref().unwrap_or(&deployment.metadata.name);
+    for (i, alias) in model.aliases.iter().enumerate() {
+        let path = format!("spec.model.aliases[{i}]");
+        if !is_name(alias) {
+            return Err(Problem::new(&path, expected(alias)));
+        }
+        if alias == own || model.aliases[..i].contains(alias) {
+            return Err(Problem::new(&path, format!("expected a name that is not taken, got {alias} again")));
+        }
+    }
+    let is_digest =
+        |d: &str| d.strip_prefix("sha256:").is_some_and(|h| h.len() == 64 && h.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
+    match model.digest.as_ref().filter(|d| !is_digest(d)) {
+        Some(digest) => Err(Problem::new("spec.model.digest", format!("expected sha256: and 64 hexadecimal digits, got {digest:?}"))),
+        None => Ok(()),
+    }
+}
+
+fn chat(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let Some(template) = deployment.spec.chat.as_ref().and_then(|c| c.template.as_ref()) else { return Ok(()) };
+    let given = [template.builtin.is_some(), template.inline.is_some(), template.config_map_key_ref.is_some()];
+    match given.iter().filter(|g| **g).count() {
+        1 => Ok(()),
+        n => Err(Problem::new("spec.chat.template", format!("expected exactly one of builtin, inline and configMapKeyRef, got {n}"))),
+    }
+}
+
+/// Whether `text` is a DNS label of at most `limit` characters.
+fn is_label(text: &str, limit: usize) -> bool {
+    let inner = text.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+    !text.is_empty() && text.len() <= limit && inner && !text.starts_with('-') && !text.ends_with('-')
+}

@@ -1,0 +1,30 @@
+//! Which slice of each dimension each rank of a stage owns.
+
+use std::ops::Range;
+
+use super::balanced;
+use crate::{
+    model::{ModelHeader, Role},
+    shard::{Splits, VOCAB_TILE},
+};
+
+/// Rows that kernels compute together; ranks get multiples of it where there are enough rows.
+const ROW_UNIT: usize = 16;
+
+/// Splits of the stage with `layers` over `ranks` ranks; `ranks` is at most the number of query heads.
+pub(super) fn splits(header: &ModelHeader, layers: &Range<usize>, ranks: usize) -> Splits {
+    let c = &header.config;
+    let group = c.heads / c.kv_heads;
+    let heads = balanced(c.heads, ranks, 1);
+    let kv_heads = heads.iter().map(|h| if h.is_empty() { 0..0 } else { h.start / group..(h.end - 1) / group + 1 }).collect();
+    let row_unit = |len: usize| if len >= ROW_UNIT * ranks { ROW_UNIT } else { 1 };
+    let down = header.tensors.iter().filter(|(id, _)| id.role == Role::Down && id.layer.is_some_and(|l| layers.contains(&(l as usize))));
+    let block = down.filter_map(|(_, t)| t.dtype.activation_block()).max();
+    Splits {
+        kv_heads,
+        hidden: balanced(c.hidden, ranks, row_unit(c.hidden)),
+        ffn: balanced(c.ffn, ranks, block.unwrap_or_else(|| row_unit(c.ffn))),
+        vocab: balanced(c.vocab, ranks, VOCAB_TILE),
+        heads,
+    }
+}

@@ -1,0 +1,142 @@
+//! The plan: which worker holds which slice of which tensor, and how large its KV cache is.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{ModelConfig, TensorId, TensorInfo};
+
+/// Tokens per KV block.
+pub const BLOCK_TOKENS: usize = 16;
+/// Vocabulary rows per tile: softmax sums are formed per tile and merged in row order; ranks own whole tiles.
+pub const VOCAB_TILE: usize = 1024;
+
+/// Type of KV cache entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the types")]
+pub enum KvDType {
+    F32,
+    F16,
+}
+
+/// Layers that share a pool of blocks and a block table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvGroup {
+    /// `None`: full attention; `Some(w)`: sliding window of `w` tokens.
+    pub window: Option<u32>,
+    /// The model's layers in this group, ascending (all stages).
+    pub layers: Vec<usize>,
+    /// Blocks in the pool; the same number on every worker.
+    pub blocks: usize,
+}
+
+/// How every worker lays out its KV cache.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KvGeometry {
+    /// Entry type.
+    pub dtype: KvDType,
+    /// Groups in the order in which steps number them.
+    pub groups: Vec<KvGroup>,
+}
+
+/// Which slice of each split dimension each rank of a stage owns; every vector has one range per rank, in order.
+///
+/// Output rows only are split, so nothing is ever summed across ranks.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Splits {
+    /// Query heads. Disjoint, cover all heads.
+    pub heads: Vec<Range<usize>>,
+    /// Key/value heads read by those query heads. May overlap where a group is cut.
+    pub kv_heads: Vec<Range<usize>>,
+    /// Output rows of the attention output and down matrices (the hidden width). Disjoint, cover `hidden`.
+    pub hidden: Vec<Range<usize>>,
+    /// Rows of gate and up. Whole activation blocks of the down product. Disjoint, cover `ffn`.
+    pub ffn: Vec<Range<usize>>,
+    /// Rows of the vocabulary matrix and of the embedding table: whole tiles. Disjoint, cover `vocab`.
+    pub vocab: Vec<Range<usize>>,
+}
+
+/// The rows of one tensor that a worker holds: one contiguous byte range of one file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TensorSlice {
+    /// Which tensor.
+    pub id: TensorId,
+    /// The whole tensor.
+    pub tensor: TensorInfo,
+    /// Rows held (elements, for vectors).
+    pub rows: Range<usize>,
+    /// Bytes of those rows in the file.
+    pub bytes: Range<u64>,
+}
+
+/// What one worker, rank `rank` of stage `stage`, owns.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Shard {
+    /// Pipeline stage, from 0.
+    pub stage: usize,
+    /// Number of stages.
+    pub stages: usize,
+    /// Rank in the stage, from 0.
+    pub rank: usize,
+    /// Ranks in the stage.
+    pub ranks: usize,
+    /// The model's layers of this stage.
+    pub layers: Range<usize>,
+    /// Splits over the ranks of this stage.
+    pub splits: Splits,
+    /// Everything to load, ordered by file and offset: one slice for every tensor the stage uses, also where this rank holds no row of it.
+    /// A tied table stands on the first and the last stage under [`Role::Embedding`](crate::model::Role::Embedding).
+    pub slices: Vec<TensorSlice>,
+    /// Bytes of weights to load.
+    pub weight_bytes: u64,
+    /// Bytes of KV cache.
+    pub kv_bytes: u64,
+}
+
+impl Shard {
+    /// Whether this stage turns ids into hidden states.
+    pub fn is_first(&self) -> bool {
+        self.stage == 0
+    }
+
+    /// Whether this stage turns hidden states into tokens.
+    pub fn is_last(&self) -> bool {
+        self.stage + 1 == self.stages
+    }
+}
+
+/// One pipeline stage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stage {
+    /// Layers of this stage.
+    pub layers: Range<usize>,
+    /// One shard per rank.
+    pub shards: Vec<Shard>,
+}
+
+/// The whole replica: every stage and rank, the KV geometry, and whether it fits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ExecutionPlan {
+    /// Model shape.
+    pub config: ModelConfig,
+    /// Stages in order; at least one, each with at least one layer.
+    pub stages: Vec<Stage>,
+    /// KV cache layout.
+    pub kv: KvGeometry,
+    /// Longest sequence served, in tokens.
+    pub max_context: usize,
+    /// Most sequences in a step.
+    pub max_batch_sequences: usize,
+    /// Most tokens in a step.
+    pub max_batch_tokens: usize,
+    /// Bytes of weight files.
+    pub file_bytes: u64,
+    /// Bytes of the tensors the forward pass uses, each counted once.
+    pub tensor_bytes: u64,
+    /// Bytes held by more than one worker, counted once for each extra holder.
+    pub shared_bytes: u64,
+    /// Whether every worker fits into its memory.
+    pub fits: bool,
+    /// Why, with numbers.
+    pub message: String,
+}

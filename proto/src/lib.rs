@@ -1,0 +1,27 @@
+//! What crosses the wire: generated messages and services, and their conversions to the plain types of `plan`.
+//!
+//! The code in `src/generated/` is made from `proto/` by `cargo xtask codegen` and committed; a test fails when it is stale.
+//! Other crates let generated types reach no further than their own servers and clients.
+
+pub mod convert;
+
+/// `skein.v1`: the typed interface for clients.
+pub mod inference {
+    #![expect(missing_docs, clippy::all, reason = "generated")]
+    include!("generated/skein.v1.rs");
+
+    /// Encoded `FileDescriptorSet` of this package, for reflection.
+    pub const FILE_DESCRIPTOR_SET: &[u8] = include_bytes!("generated/skein.v1.binpb");
+}
+
+/// `skein.worker.v1`: sessions, links and epochs.
+pub mod worker {
+    #![expect(missing_docs, clippy::all, reason = "generated")]
+    include!("generated/skein.worker.v1.rs");
+}
+
+/// `skein.fleet.v1`: the fleet and its load.
+pub mod fleet {
+    #![expect(missing_docs, clippy::all, reason = "generated")]
+    include!("generated/skein.fleet.v1.rs");
+}

@@ -1,0 +1,104 @@
+//! The models requests can name, each with its tokenizer.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Json;
+use axum::extract::{Path, State};
+use plan::card::ModelCard;
+use plan::fleet::ChatTemplate;
+use serde_json::{Value, json};
+
+use super::Shared;
+use super::error::ApiError;
+use crate::edge::{Edge, ModelStatus, SubmitError};
+use crate::encode::Tokenizer;
+
+/// A model with what is needed to talk to it.
+#[derive(Clone)]
+pub(crate) struct Model {
+    pub(crate) status: ModelStatus,
+    pub(crate) tokenizer: Arc<Tokenizer>,
+}
+
+struct Entry {
+    card: Arc<ModelCard>,
+    template: Option<ChatTemplate>,
+    tokenizer: Arc<Tokenizer>,
+}
+
+/// Tokenizers by deployment, built once per card and template.
+#[derive(Default)]
+pub(crate) struct Models {
+    built: Mutex<HashMap<String, Entry>>,
+    /// Held while a tokenizer is built, so that it is built once.
+    building: tokio::sync::Mutex<()>,
+}
+
+impl Models {
+    /// The model called `name`.
+    pub(crate) async fn get(&self, edge: &Edge, name: &str) -> Result<Model, ApiError> {
+        let status = find(edge, name)?;
+        let card = edge.card(&status.name).await?;
+        if let Some(tokenizer) = self.ready(&status, &card) {
+            return Ok(Model { status, tokenizer });
+        }
+        let _one = self.building.lock().await;
+        if let Some(tokenizer) = self.ready(&status, &card) {
+            return Ok(Model { status, tokenizer });
+        }
+        let (template, source) = (status.serving.chat_template.clone(), Arc::clone(&card));
+        let build = move || {
+            let tokenizer = Tokenizer::from_card(&source)?;
+            Ok::<_, ApiError>(Arc::new(match &template {
+                Some(template) => tokenizer.with_template(template),
+                None => tokenizer,
+            }))
+        };
+        let tokenizer = tokio::task::spawn_blocking(build).await.map_err(|e| ApiError::internal(e.to_string()))??;
+        let entry = Entry { card, template: status.serving.chat_template.clone(), tokenizer: Arc::clone(&tokenizer) };
+        let mut built = self.built.lock().unwrap_or_else(PoisonError::into_inner);
+        built.retain(|name, _| edge.models().iter().any(|m| &m.deployment == name));
+        built.insert(status.deployment.clone(), entry);
+        Ok(Model { status, tokenizer })
+    }
+
+    fn ready(&self, status: &ModelStatus, card: &Arc<ModelCard>) -> Option<Arc<Tokenizer>> {
+        let built = self.built.lock().unwrap_or_else(PoisonError::into_inner);
+        let entry = built.get(&status.deployment)?;
+        let same = Arc::ptr_eq(&entry.card, card) || entry.card == *card;
+        (same && entry.template == status.serving.chat_template).then(|| Arc::clone(&entry.tokenizer))
+    }
+}
+
+/// The status of the model called `name`, or having it as an alias.
+pub(crate) fn find(edge: &Edge, name: &str) -> Result<ModelStatus, ApiError> {
+    let named = |m: &ModelStatus| m.name == name || m.aliases.iter().any(|a| a == name);
+    edge.models().into_iter().find(named).ok_or_else(|| SubmitError::UnknownModel(name.to_owned()).into())
+}
+
+/// Seconds since 1970.
+pub(crate) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn object(status: &ModelStatus, name: &str, created: u64) -> Value {
+    json!({
+        "id": name, "object": "model", "created": created, "owned_by": "skein",
+        "root": status.name, "parent": null, "max_model_len": status.limits.max_context,
+    })
+}
+
+/// `GET /v1/models`: every name that requests can use.
+pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Value> {
+    let models = shared.edge.models();
+    let created = shared.started;
+    let names = models.iter().flat_map(|m| std::iter::once(&m.name).chain(&m.aliases).map(move |n| object(m, n, created)));
+    Json(json!({"object": "list", "data": names.collect::<Vec<_>>()}))
+}
+
+/// `GET /v1/models/{id}`; the id may hold slashes.
+pub(super) async fn get(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
+    Ok(Json(object(&find(&shared.edge, &name)?, &name, shared.started)))
+}

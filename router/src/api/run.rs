@@ -1,0 +1,322 @@
+//! A request under way: its choices' streams, decoded, with stop strings, until each has finished.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use plan::step::{Logprobs, TokenId};
+use tokio::time::Instant;
+
+use super::error::ApiError;
+use super::metrics::{Metrics, TokenTimes};
+use super::models::Model;
+use super::parameters::Parameters;
+use crate::decode::{self, Decoder};
+use crate::edge::{Edge, FinishReason, Generation, StreamEvent, TokenStream};
+
+/// A prompt, tokenized.
+#[derive(Clone, Debug)]
+pub(crate) struct Prompt {
+    pub(crate) ids: Arc<[TokenId]>,
+    /// The text it came from, when it came as text.
+    pub(crate) text: Option<Arc<str>>,
+}
+
+/// A token as the API shows it.
+#[derive(Clone, Debug)]
+pub(crate) struct Shown {
+    pub(crate) id: TokenId,
+    pub(crate) logprobs: Option<Logprobs>,
+    /// Where its text starts in the choice's text, in bytes.
+    pub(crate) offset: usize,
+}
+
+/// News of one choice.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Delta {
+    pub(crate) choice: usize,
+    /// Text that became certain.
+    pub(crate) text: String,
+    /// Tokens whose text became certain.
+    pub(crate) tokens: Vec<Shown>,
+    pub(crate) finish: Option<FinishReason>,
+}
+
+/// Tokens of a request.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: u64,
+    pub(crate) completion_tokens: u64,
+    pub(crate) cached_tokens: u64,
+}
+
+struct Choice {
+    prompt: Prompt,
+    first_of_prompt: bool,
+    decoder: Decoder,
+    /// Tokens whose text is still held back.
+    held: VecDeque<Shown>,
+    /// Bytes of text released, the echo included.
+    released: usize,
+    /// Bytes of the echo.
+    echoed: usize,
+    emitted: u32,
+    started: bool,
+    last_token: Option<Instant>,
+    first_token: Option<Instant>,
+}
+
+/// What waits for a stream's next event, and gives the stream back with it.
+type Next = Pin<Box<dyn Future<Output = (usize, TokenStream, Option<StreamEvent>)> + Send>>;
+
+fn next(choice: usize, mut stream: TokenStream) -> Next {
+    Box::pin(async move {
+        let event = stream.next().await;
+        (choice, stream, event)
+    })
+}
+
+/// A request under way. Dropping it cancels all its sequences.
+pub(crate) struct Run {
+    streams: FuturesUnordered<Next>,
+    choices: Vec<Choice>,
+    model: Model,
+    metrics: Arc<Metrics>,
+    times: TokenTimes,
+    arrived: Instant,
+    deadline: Instant,
+    limit: Duration,
+    min_tokens: u32,
+    echo: bool,
+    end_ids: Arc<[TokenId]>,
+    usage: Usage,
+}
+
+/// A request ready to run.
+pub(crate) struct Job {
+    pub(crate) model: Model,
+    pub(crate) prompts: Vec<Prompt>,
+    pub(crate) parameters: Parameters,
+    /// Return the prompt before what follows it.
+    pub(crate) echo: bool,
+    pub(crate) arrived: Instant,
+    /// Longest the request may take.
+    pub(crate) limit: Duration,
+}
+
+impl Run {
+    /// Submits every choice of every prompt; choice `p * n + c` is the c-th of prompt p.
+    pub(crate) fn start(edge: &Edge, metrics: &Arc<Metrics>, job: Job) -> Result<Self, ApiError> {
+        let Job { model, prompts, parameters, echo, arrived, limit } = job;
+        let context = model.status.limits.max_context;
+        let end_ids = parameters.end_ids(&model.tokenizer);
+        let sampling = parameters.sampling(&model.tokenizer, &end_ids)?;
+        let score_prompt = if echo { parameters.logprobs } else { None };
+        let (streams, mut choices, mut usage) = (FuturesUnordered::new(), Vec::new(), Usage::default());
+        for prompt in &prompts {
+            let max_tokens = room(prompt.ids.len(), context, parameters.max_tokens)?;
+            usage.prompt_tokens += prompt.ids.len() as u64;
+            for c in 0..parameters.n {
+                let mut sampling = sampling.clone();
+                sampling.choice = c as u32;
+                let (prompt_ids, end_ids) = (Arc::clone(&prompt.ids), Arc::clone(&end_ids));
+                let generation = Generation { prompt: prompt_ids, sampling, max_tokens, end_ids, score_prompt };
+                let stream = edge.submit(&model.status.name, generation)?;
+                streams.push(next(choices.len(), stream));
+                let decoder = Decoder::new(Arc::clone(&model.tokenizer), Arc::clone(&parameters.stop), prompt.ids.last().copied());
+                choices.push(Choice {
+                    prompt: prompt.clone(),
+                    first_of_prompt: c == 0,
+                    decoder,
+                    held: VecDeque::new(),
+                    released: 0,
+                    echoed: 0,
+                    emitted: 0,
+                    started: false,
+                    last_token: None,
+                    first_token: None,
+                });
+            }
+        }
+        metrics.submitted(&model.status.name, &parameters, usage.prompt_tokens);
+        let deadline = arrived + limit;
+        let (metrics, min_tokens) = (Arc::clone(metrics), parameters.min_tokens);
+        let times = metrics.tokens(&model.status.name);
+        Ok(Self { streams, choices, model, metrics, times, arrived, deadline, limit, min_tokens, echo, end_ids, usage })
+    }
+
+    /// Choices in all.
+    pub(crate) fn choices(&self) -> usize {
+        self.choices.len()
+    }
+
+    /// The tokens so far.
+    pub(crate) fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    /// The model that runs.
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// The next news; `None` after every choice has finished. Nothing may be asked after an error.
+    pub(crate) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        loop {
+            if self.streams.is_empty() {
+                return None;
+            }
+            let waited = tokio::time::timeout_at(self.deadline, self.streams.next()).await;
+            let Ok(next_event) = waited else {
+                self.streams.clear();
+                self.metrics.finished(&self.model.status.name, "abort", self.arrived.elapsed(), None);
+                return Some(Err(ApiError::deadline(self.limit.as_secs())));
+            };
+            let (choice, stream, event) = next_event?;
+            match self.take(choice, event) {
+                Ok((delta, open)) => {
+                    if open {
+                        self.streams.push(next(choice, stream));
+                    }
+                    if !delta.text.is_empty() || !delta.tokens.is_empty() || delta.finish.is_some() {
+                        return Some(Ok(delta));
+                    }
+                }
+                Err(e) => {
+                    self.streams.clear();
+                    self.metrics.finished(&self.model.status.name, "error", self.arrived.elapsed(), None);
+                    return Some(Err(e));
+                }
+            }
+        }
+    }
+
+    /// Takes an event of a choice; the flag says whether its stream goes on.
+    fn take(&mut self, index: usize, event: Option<StreamEvent>) -> Result<(Delta, bool), ApiError> {
+        let mut delta = Delta { choice: index, ..Delta::default() };
+        match event {
+            Some(StreamEvent::Prompt { cached_tokens, scores }) => {
+                self.begin(index, &mut delta, scores);
+                // Choices of one prompt share it; it was counted once.
+                if self.choices[index].first_of_prompt {
+                    self.usage.cached_tokens += u64::from(cached_tokens);
+                }
+            }
+            Some(StreamEvent::Token { id, logprobs }) => {
+                self.begin(index, &mut delta, Vec::new());
+                let open = self.token(index, id, logprobs, &mut delta);
+                return Ok((delta, open));
+            }
+            Some(StreamEvent::Finished(reason)) => {
+                self.begin(index, &mut delta, Vec::new());
+                let scan = self.choices[index].emitted > self.min_tokens;
+                let before = delta.text.len();
+                let stopped = self.choices[index].decoder.finish(scan, &mut delta.text);
+                self.choices[index].released += delta.text.len() - before;
+                self.end(index, if stopped { FinishReason::Stop } else { reason }, &mut delta);
+                return Ok((delta, false));
+            }
+            Some(StreamEvent::Failed(e)) => return Err(e.into()),
+            None => return Err(ApiError::internal("the stream ended without a reason")),
+        }
+        Ok((delta, true))
+    }
+
+    /// The prompt's own text and tokens, once, where they are echoed.
+    fn begin(&mut self, index: usize, delta: &mut Delta, scores: Vec<Logprobs>) {
+        let choice = &mut self.choices[index];
+        if std::mem::replace(&mut choice.started, true) || !self.echo {
+            return;
+        }
+        let tokenizer = &self.model.tokenizer;
+        match &choice.prompt.text {
+            Some(text) => delta.text.push_str(text),
+            None => delta.text.push_str(&decode::text(tokenizer, &choice.prompt.ids, false)),
+        }
+        let mut scores = std::iter::once(None).chain(scores.into_iter().map(Some));
+        let mut offset = 0;
+        for &id in choice.prompt.ids.iter() {
+            delta.tokens.push(Shown { id, logprobs: scores.next().flatten(), offset });
+            offset += if tokenizer.is_control(id) { 0 } else { tokenizer.piece(id).len() };
+        }
+        choice.echoed = delta.text.len();
+        choice.released = choice.echoed;
+    }
+
+    fn token(&mut self, index: usize, id: TokenId, logprobs: Option<Logprobs>, delta: &mut Delta) -> bool {
+        let now = Instant::now();
+        let choice = &mut self.choices[index];
+        self.usage.completion_tokens += 1;
+        choice.emitted += 1;
+        match choice.last_token.replace(now) {
+            Some(last) => self.times.between.observe((now - last).as_secs_f64()),
+            None => {
+                choice.first_token = Some(now);
+                self.times.first.observe((now - self.arrived).as_secs_f64());
+            }
+        }
+        if self.end_ids.binary_search(&id).is_ok() {
+            // The end token, or one drawn past it by mistake: not text. `Finished` follows.
+            return true;
+        }
+        let before = delta.text.len();
+        choice.held.push_back(Shown { id, logprobs, offset: choice.echoed + choice.decoder.decoded() });
+        let stopped = choice.decoder.push(id, choice.emitted > self.min_tokens, &mut delta.text);
+        choice.released += delta.text.len() - before;
+        if stopped {
+            self.end(index, FinishReason::Stop, delta);
+            return false;
+        }
+        let whole = choice.echoed + choice.decoder.decoded() == choice.released;
+        while choice.held.get(1).map_or(whole, |second| second.offset <= choice.released) {
+            let Some(shown) = choice.held.pop_front() else { break };
+            delta.tokens.push(shown);
+        }
+        true
+    }
+
+    fn end(&mut self, index: usize, reason: FinishReason, delta: &mut Delta) {
+        let choice = &mut self.choices[index];
+        let stopped = choice.decoder.stop().is_some();
+        // Tokens past the place where a stop string began are not part of the answer.
+        let cut = choice.released;
+        delta.tokens.extend(choice.held.drain(..).filter(|s| !stopped || s.offset < cut));
+        delta.finish = Some(reason);
+        let decode_time = choice.first_token.zip(choice.last_token).map(|(first, last)| (last - first, choice.emitted));
+        let reason = if reason == FinishReason::Stop { "stop" } else { "length" };
+        self.metrics.finished(&self.model.status.name, reason, self.arrived.elapsed(), decode_time);
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        if !self.streams.is_empty() {
+            self.metrics.disconnected();
+            self.metrics.finished(&self.model.status.name, "abort", self.arrived.elapsed(), None);
+        }
+    }
+}
+
+/// Tokens that may follow a prompt.
+fn room(prompt: usize, context: usize, max_tokens: Option<u32>) -> Result<u32, ApiError> {
+    let too_long = |what: String| {
+        let message = format!("{what}; the model's context is {context} tokens");
+        ApiError { code: "context_length_exceeded", ..ApiError::parameter("prompt", message) }
+    };
+    let left = context.saturating_sub(prompt);
+    match max_tokens {
+        _ if prompt > context || (left == 0 && max_tokens != Some(0)) => {
+            Err(too_long(format!("the prompt has {prompt} tokens and leaves no room for an answer")))
+        }
+        Some(most) if most as usize > left => Err(ApiError {
+            param: Some("max_tokens".to_owned()),
+            ..too_long(format!("the prompt has {prompt} tokens and max_tokens is {most}"))
+        }),
+        Some(most) => Ok(most),
+        None => Ok(u32::try_from(left).unwrap_or(u32::MAX)),
+    }
+}

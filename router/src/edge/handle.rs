@@ -1,0 +1,227 @@
+//! The edge's handle: what the API and the command line call.
+
+use std::{
+    sync::{
+        Arc, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use plan::{card::ModelCard, fleet::FleetState};
+use tokio::{sync::watch, task::JoinHandle, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    DeploymentLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
+    stats::QueueSlot,
+    stream::{Course, Limits},
+};
+use crate::{
+    fleet::{Deployment, Supervisor, View},
+    replica::Connector,
+    scheduler::Submission,
+};
+
+/// Settings of an edge.
+#[derive(Clone)]
+pub struct EdgeOptions {
+    /// How replicas are reached.
+    pub connector: Arc<dyn Connector>,
+    /// Longest a stream that lost its replica waits for one that can go on with it.
+    pub resume: Duration,
+    /// Longest a stream may take in all; `None` sets no limit.
+    pub deadline: Option<Duration>,
+}
+
+/// The edge: chooses replicas, keeps streams alive. A cheap clone; the last one dropped stops it.
+#[derive(Clone)]
+pub struct Edge {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    view: watch::Receiver<Arc<View>>,
+    options: EdgeOptions,
+    stop: CancellationToken,
+    supervisor: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+impl Edge {
+    /// Starts driving the replicas of `fleet` and of every state that follows it. Must be called in a tokio runtime.
+    ///
+    /// The state of the moment is in force when this returns.
+    pub fn start(mut fleet: watch::Receiver<FleetState>, options: EdgeOptions) -> Self {
+        let stop = CancellationToken::new();
+        let (sender, view) = watch::channel(Arc::default());
+        let mut supervisor = Supervisor::new(options.connector.clone(), sender, stop.clone());
+        let state = fleet.borrow_and_update().clone();
+        supervisor.apply(state);
+        let task = tokio::spawn(supervisor.run(fleet));
+        Self { inner: Arc::new(Inner { view, options, stop, supervisor: std::sync::Mutex::new(Some(task)) }) }
+    }
+
+    /// Queues a generation. The stream waits for a replica when none is ready yet.
+    ///
+    /// # Errors
+    /// When the model is unknown, the queue is full, the prompt does not fit the context, or the deployment has no replicas.
+    pub fn submit(&self, model: &str, generation: Generation) -> Result<TokenStream, SubmitError> {
+        let Generation { prompt, sampling, max_tokens, end_ids, score_prompt } = generation;
+        let submission = Submission { score_prompt, ..Submission::generate(prompt, sampling, max_tokens, end_ids) };
+        self.course(model, submission).map(TokenStream)
+    }
+
+    /// Admits a sequence to its deployment's queue.
+    pub(super) fn course(&self, model: &str, submission: Submission) -> Result<Course, SubmitError> {
+        let deployment = self.find(model)?;
+        let (spec, stats) = (&deployment.spec, &deployment.lasting.stats);
+        let (prompt, context) = (submission.prompt.len(), spec.limits.max_context);
+        if prompt > context || (prompt == context && submission.max_tokens > 0) {
+            return Err(SubmitError::TooLong { prompt, context });
+        }
+        if deployment.members.is_empty() {
+            return Err(SubmitError::NotReady(model.to_owned()));
+        }
+        let slot = QueueSlot::take(stats, spec.serving.queue_requests).map_err(|queued| {
+            stats.refused.fetch_add(1, Ordering::Relaxed);
+            SubmitError::QueueFull { queued, retry_after_seconds: stats.retry_after(queued) }
+        })?;
+        let limits = Limits {
+            queue: Duration::from_secs(spec.serving.queue_seconds),
+            resume: self.inner.options.resume,
+            total: self.inner.options.deadline,
+        };
+        Ok(Course::new(self.inner.view.clone(), spec.name.clone(), stats.clone(), submission, slot, limits))
+    }
+
+    /// The files needed to tokenize for `model`, fetched from a worker once and kept.
+    ///
+    /// # Errors
+    /// When the model is unknown or no worker of it can be asked.
+    pub async fn card(&self, model: &str) -> Result<Arc<ModelCard>, SubmitError> {
+        let deployment = self.find(model)?;
+        deployment.card().await.map_err(|detail| SubmitError::NotReady(format!("{model} ({detail})")))
+    }
+
+    /// Every model served, in the order of the fleet state.
+    pub fn models(&self) -> Vec<ModelStatus> {
+        let status = |d: &Arc<Deployment>| ModelStatus {
+            name: d.spec.model.clone(),
+            aliases: d.spec.aliases.clone(),
+            deployment: d.spec.name.clone(),
+            limits: d.spec.limits.clone(),
+            serving: d.spec.serving.clone(),
+            replicas: d.members.len(),
+            ready_replicas: d.members.iter().filter(|m| m.owner.ready()).count(),
+        };
+        self.inner.view.borrow().deployments.iter().map(status).collect()
+    }
+
+    /// Whether a real token came out of the last stage of at least one replica of `model`.
+    pub fn ready(&self, model: &str) -> bool {
+        self.find(model).is_ok_and(|d| d.members.iter().any(|m| m.owner.ready()))
+    }
+
+    /// Waits until [`Edge::ready`], or until the edge stops (`false`).
+    pub async fn wait_ready(&self, model: &str) -> bool {
+        let mut view = self.inner.view.clone();
+        let ready = |view: &Arc<View>| view.find(model).is_some_and(|d| d.members.iter().any(|m| m.owner.ready()));
+        view.wait_for(ready).await.is_ok()
+    }
+
+    /// Loads of all deployments.
+    pub fn load(&self) -> Vec<DeploymentLoad> {
+        let now = Instant::now();
+        self.inner.view.borrow().deployments.iter().map(|d| deployment_load(d, now)).collect()
+    }
+
+    /// Stops all streams and sessions, and waits until every task has ended.
+    pub async fn shutdown(&self) {
+        self.inner.stop.cancel();
+        let task = self.inner.supervisor.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(Err(error)) = match task {
+            Some(task) => Some(task.await),
+            None => None,
+        } {
+            tracing::error!(%error, "the fleet's task did not end well");
+        }
+    }
+
+    fn find(&self, model: &str) -> Result<Arc<Deployment>, SubmitError> {
+        self.inner.view.borrow().find(model).cloned().ok_or_else(|| SubmitError::UnknownModel(model.to_owned()))
+    }
+}
+
+impl std::fmt::Debug for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Edge").finish_non_exhaustive()
+    }
+}
+
+fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
+    let stats = &deployment.lasting.stats;
+    let rates = stats.rates(now);
+    let read = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
+    let replicas: Vec<ReplicaLoad> = deployment
+        .members
+        .iter()
+        .map(|m| ReplicaLoad {
+            name: m.spec.name.clone(),
+            ready: m.owner.ready(),
+            draining: m.spec.draining,
+            queued: read(&m.owner.queued),
+            running: read(&m.owner.running),
+            kv_used: m.owner.kv_used(),
+            steps_total: m.owner.steps.load(Ordering::Relaxed),
+            failures_total: m.owner.failures.load(Ordering::Relaxed),
+            last_failure: m.owner.last_failure(),
+        })
+        .collect();
+    let ready = replicas.iter().filter(|r| r.ready).count().max(1);
+    let mut load = DeploymentLoad {
+        deployment: deployment.spec.name.clone(),
+        model: deployment.spec.model.clone(),
+        queued: read(&stats.waiting),
+        running: replicas.iter().map(|r| r.running).sum(),
+        kv_used: replicas.iter().filter(|r| r.ready).map(|r| r.kv_used).sum::<f32>() / ready as f32,
+        ttft_p90_seconds: rates.ttft_p90,
+        itl_p90_seconds: rates.itl_p90,
+        tokens_per_second: rates.tokens_per_second,
+        tokens_total: rates.tokens,
+        resumed_total: stats.resumed.load(Ordering::Relaxed),
+        refused_total: stats.refused.load(Ordering::Relaxed),
+        replicas,
+        ..DeploymentLoad::default()
+    };
+    for member in &deployment.members {
+        let counters = member.owner.counters();
+        load.prompt_tokens_total += counters.prompt_tokens;
+        load.prefix_query_tokens_total += counters.prefix_query_tokens;
+        load.prefix_hit_tokens_total += counters.prefix_hit_tokens;
+        load.preemptions_total += counters.preemptions;
+    }
+    load
+}
+
+#[cfg(test)]
+impl Edge {
+    /// Waits until the state sent last is in force.
+    pub(super) async fn inner_view_changed(&self) {
+        let mut view = self.inner.view.clone();
+        view.mark_unchanged();
+        view.changed().await.expect("the supervisor runs");
+    }
+
+    /// Waits until a replica is ready.
+    pub(super) async fn wait_replica(&self, name: &str) {
+        let mut view = self.inner.view.clone();
+        let ready = |v: &Arc<View>| v.deployments.iter().flat_map(|d| &d.members).any(|m| m.spec.name == name && m.owner.ready());
+        view.wait_for(ready).await.expect("the supervisor runs");
+    }
+}

@@ -1,0 +1,82 @@
+//! Snapshots of what the edge serves and how busy it is, for `/v1/models`, `/metrics` and the report to the control plane.
+
+use plan::fleet::{ReplicaLimits, ServingSettings};
+
+/// One model that requests can name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ModelStatus {
+    /// Name in the `model` field of requests.
+    pub name: String,
+    /// Other names it answers to.
+    pub aliases: Vec<String>,
+    /// Resource name of its deployment.
+    pub deployment: String,
+    /// What its replicas can hold.
+    pub limits: ReplicaLimits,
+    /// Chat and queue settings.
+    pub serving: ServingSettings,
+    /// Replicas in the fleet.
+    pub replicas: usize,
+    /// Replicas from which a token came out of the last stage.
+    pub ready_replicas: usize,
+}
+
+/// How busy a deployment is. Counters only grow while the deployment stays in the fleet.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct DeploymentLoad {
+    /// Resource name.
+    pub deployment: String,
+    /// Name in the `model` field of requests.
+    pub model: String,
+    /// Sequences waiting.
+    pub queued: usize,
+    /// Sequences in batches.
+    pub running: usize,
+    /// Fraction of KV blocks in use by sequences, 0 to 1; the fullest group, the mean over ready replicas.
+    pub kv_used: f32,
+    /// 90th percentile of the time from submission to the first token, in seconds, over the last 512 streams.
+    pub ttft_p90_seconds: Option<f32>,
+    /// 90th percentile of the time between tokens of a stream, in seconds, over the last 4,096 tokens.
+    pub itl_p90_seconds: Option<f32>,
+    /// Tokens emitted per second over the last 10 s.
+    pub tokens_per_second: f32,
+    /// Tokens emitted.
+    pub tokens_total: u64,
+    /// Prompt tokens processed or found in the cache.
+    pub prompt_tokens_total: u64,
+    /// Tokens looked up in the prefix cache.
+    pub prefix_query_tokens_total: u64,
+    /// Tokens found in the prefix cache.
+    pub prefix_hit_tokens_total: u64,
+    /// Sequences put back into the queue because blocks ran out.
+    pub preemptions_total: u64,
+    /// Streams that went on after their replica was lost or drained.
+    pub resumed_total: u64,
+    /// Requests refused because the queue was full.
+    pub refused_total: u64,
+    /// Its replicas.
+    pub replicas: Vec<ReplicaLoad>,
+}
+
+/// How busy a replica is.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ReplicaLoad {
+    /// Unique name.
+    pub name: String,
+    /// A token came out of the last stage in the present session.
+    pub ready: bool,
+    /// No new requests are sent to it.
+    pub draining: bool,
+    /// Sequences waiting.
+    pub queued: usize,
+    /// Sequences in batches.
+    pub running: usize,
+    /// Fraction of KV blocks in use by sequences, 0 to 1; the fullest group.
+    pub kv_used: f32,
+    /// Steps finished in all sessions.
+    pub steps_total: u64,
+    /// Sessions that ended in a failure.
+    pub failures_total: u64,
+    /// Why the last session ended, or could not be opened.
+    pub last_failure: Option<String>,
+}

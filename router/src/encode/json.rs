@@ -1,0 +1,190 @@
+//! Vocabularies from tokenizer.json.
+
+use plan::step::TokenId;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::card::TokenizerConfig;
+use super::error::TokenizerError;
+use super::pieces::{Pieces, byte_level, named_byte};
+use super::pipeline::Pipeline;
+use super::specials::{Special, Specials};
+use super::spm::BOUNDARY;
+use super::vocabulary::{END_TEXTS, Encoder, Vocabulary};
+
+/// The parts of tokenizer.json that the `tokenizers` crate does not give away.
+#[derive(Deserialize)]
+struct File {
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+}
+
+#[derive(Deserialize)]
+struct Added {
+    id: TokenId,
+    content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    normalized: bool,
+    #[serde(default)]
+    special: bool,
+}
+
+/// How a token's text becomes bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// The GPT-2 alphabet.
+    ByteLevel,
+    /// A boundary mark for spaces, `<0xHH>` for bytes.
+    Boundary,
+    /// Words without spaces; `##` continues one.
+    WordPiece,
+    /// As it is.
+    Plain,
+}
+
+/// Builds the vocabulary of `bytes`, a tokenizer.json.
+///
+/// # Errors
+/// When it cannot be read or has a decoder that is not known.
+pub(super) fn vocabulary(bytes: &[u8], config: &TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
+    let wrong = |problem: String| TokenizerError::File { file: "tokenizer.json", problem };
+    let file: File = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
+    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| wrong(e.to_string()))?;
+    inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?.with_padding(None);
+    let (form, strip_space) = decoder(&file.decoder)?;
+
+    let added = |id: TokenId| file.added_tokens.iter().find(|a| a.id == id);
+    let size = inner.get_vocab(true).values().max().map_or(0, |&id| id as usize + 1);
+    if size > MOST_TOKENS {
+        return Err(wrong(format!("token id {} is past the limit of {MOST_TOKENS}", size - 1)));
+    }
+    let (mut pieces, mut control) = (Pieces::default(), vec![false; size]);
+    let by_id: std::collections::HashMap<TokenId, &Added> = file.added_tokens.iter().map(|a| (a.id, a)).collect();
+    for id in 0..size as TokenId {
+        match (by_id.get(&id), inner.id_to_token(id)) {
+            (Some(added), _) => {
+                control[id as usize] = added.special;
+                pieces.push(added.content.as_bytes());
+            }
+            (None, Some(token)) => pieces.push(&piece(form, &token)),
+            (None, None) => pieces.push(&[]),
+        }
+    }
+    let id_of = |text: &str| inner.token_to_id(text);
+    let bos = config.bos.as_deref().and_then(id_of);
+    let eos = config.eos.as_deref().and_then(id_of);
+    let (mut prefix, mut suffix) = around(&file.post_processor, &id_of);
+    // Classes of their own rebuild the post-processor from these flags; the generic class does not.
+    if config.class.as_deref().is_some_and(|c| !c.starts_with("PreTrainedTokenizer")) {
+        if let Some(add) = config.add_bos {
+            prefix = bos.filter(|_| add).into_iter().collect();
+        }
+        if let Some(add) = config.add_eos {
+            suffix = eos.filter(|_| add).into_iter().collect();
+        }
+    }
+    let ends = END_TEXTS.iter().filter_map(|t| id_of(t)).filter(|&id| added(id).is_some_and(|a| a.special)).chain(eos).collect();
+    let special = |normalized: bool| {
+        let pick = file.added_tokens.iter().filter(move |a| a.normalized == normalized);
+        pick.map(|a| Special {
+            text: a.content.clone(),
+            id: a.id,
+            control: a.special,
+            lstrip: a.lstrip,
+            rstrip: a.rstrip,
+            single_word: a.single_word,
+        })
+    };
+    let raw = Specials::new(special(false).collect());
+    let normalized = special(true).map(|s| Special { text: normalize(&inner, &s.text), ..s });
+    let normalized = Specials::new(normalized.collect());
+    let encoder = Encoder::Pipeline(Box::new(Pipeline::from_json(inner, raw, normalized)));
+    Ok(Vocabulary { encoder, pieces, control, prefix, suffix, bos, eos, ends, strip_space })
+}
+
+/// Ids a tokenizer.json may name; far above any model's vocabulary, so that a wild id cannot ask for a table of gigabytes.
+const MOST_TOKENS: usize = 1 << 22;
+
+fn normalize(inner: &tokenizers::Tokenizer, text: &str) -> String {
+    use tokenizers::Normalizer;
+    let Some(normalizer) = inner.get_normalizer() else { return text.to_owned() };
+    let mut normal = tokenizers::NormalizedString::from(text);
+    if normalizer.normalize(&mut normal).is_ok() { normal.get().to_owned() } else { text.to_owned() }
+}
+
+fn piece(form: Form, token: &str) -> Vec<u8> {
+    match form {
+        Form::ByteLevel => byte_level(token),
+        Form::Boundary => match named_byte(token) {
+            Some(byte) => vec![byte],
+            None => token.replace(BOUNDARY, " ").into_bytes(),
+        },
+        Form::WordPiece => token.strip_prefix("##").map_or_else(|| format!(" {token}"), str::to_owned).into_bytes(),
+        Form::Plain => token.as_bytes().to_vec(),
+    }
+}
+
+/// The form of tokens, and whether the first piece of a text loses a leading space.
+fn decoder(decoder: &Value) -> Result<(Form, bool), TokenizerError> {
+    let (mut form, mut strip) = (Form::Plain, false);
+    let mut steps = vec![decoder];
+    while let Some(step) = steps.pop() {
+        match step.get("type").and_then(Value::as_str) {
+            None => {}
+            Some("Sequence") => steps.extend(step.get("decoders").and_then(Value::as_array).into_iter().flatten()),
+            Some("ByteLevel") => form = Form::ByteLevel,
+            Some("ByteFallback" | "Replace") => form = Form::Boundary,
+            Some("Metaspace") => {
+                form = Form::Boundary;
+                strip |= step.get("prepend_scheme").and_then(Value::as_str) != Some("never")
+                    && step.get("add_prefix_space").and_then(Value::as_bool) != Some(false);
+            }
+            Some("Strip") => strip |= step.get("start").and_then(Value::as_u64).is_some_and(|n| n > 0),
+            Some("WordPiece") => (form, strip) = (Form::WordPiece, true),
+            Some("Fuse") => {}
+            Some(other) => return Err(TokenizerError::Decoder(other.to_owned())),
+        }
+    }
+    Ok((form, strip))
+}
+
+/// Ids that the post-processor puts before and after a text.
+fn around(processor: &Value, id_of: &impl Fn(&str) -> Option<TokenId>) -> (Vec<TokenId>, Vec<TokenId>) {
+    let (mut before, mut after) = (Vec::new(), Vec::new());
+    match processor.get("type").and_then(Value::as_str) {
+        Some("Sequence") => {
+            for step in processor.get("processors").and_then(Value::as_array).into_iter().flatten() {
+                let (b, a) = around(step, id_of);
+                before.splice(0..0, b);
+                after.extend(a);
+            }
+        }
+        Some("TemplateProcessing") => {
+            let mut passed = false;
+            for item in processor.get("single").and_then(Value::as_array).into_iter().flatten() {
+                passed |= item.get("Sequence").is_some();
+                let Some(name) = item.pointer("/SpecialToken/id").and_then(Value::as_str) else { continue };
+                let table = processor.pointer("/special_tokens").and_then(|t| t.get(name)).and_then(|t| t.get("ids"));
+                let ids = table.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_u64).map(|id| id as TokenId);
+                if passed { after.extend(ids) } else { before.extend(ids) }
+            }
+        }
+        Some("BertProcessing" | "RobertaProcessing") => {
+            let id = |key: &str| processor.get(key).and_then(|v| v.get(0)).and_then(Value::as_str).and_then(id_of);
+            before.extend(id("cls"));
+            after.extend(id("sep"));
+        }
+        _ => {}
+    }
+    (before, after)
+}

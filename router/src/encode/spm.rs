@@ -1,0 +1,144 @@
+//! SentencePiece vocabularies merged by score (`tokenizer.ggml.model` = `llama`).
+
+use std::cmp::Ordering;
+use std::collections::BinaryHeap;
+
+use ahash::AHashMap;
+use plan::step::TokenId;
+
+use super::specials::{Parse, Specials};
+
+/// The word boundary of SentencePiece; here a plain space stands for it in text and vocabulary alike.
+pub(super) const BOUNDARY: char = '\u{2581}';
+
+/// A vocabulary merged by score.
+pub(super) struct Spm {
+    /// Tokens that merging may produce, boundary as space.
+    pub(super) ids: AHashMap<Box<str>, TokenId>,
+    /// Score of each id.
+    pub(super) scores: Vec<f32>,
+    /// Id of each single byte.
+    pub(super) bytes: Box<[Option<TokenId>; 256]>,
+    /// For bytes without a token.
+    pub(super) unknown: Option<TokenId>,
+    /// Tokens matched whole.
+    pub(super) specials: Specials,
+    /// Put a space before the text, and before text that follows a special token.
+    pub(super) space_prefix: bool,
+    /// Bytes of the longest token in `ids`.
+    pub(super) longest: usize,
+}
+
+struct Symbol {
+    start: u32,
+    /// 0 once merged into the one before.
+    len: u32,
+    prev: u32,
+    next: u32,
+}
+
+const NONE: u32 = u32::MAX;
+
+struct Pair {
+    score: f32,
+    left: u32,
+    right: u32,
+    len: u32,
+}
+
+impl Ord for Pair {
+    /// The greatest is merged next: the highest score, of equals the leftmost.
+    fn cmp(&self, other: &Self) -> Ordering {
+        self.score.total_cmp(&other.score).then(other.left.cmp(&self.left))
+    }
+}
+
+impl PartialOrd for Pair {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Pair {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other) == Ordering::Equal
+    }
+}
+
+impl Eq for Pair {}
+
+impl Spm {
+    /// Appends the ids of `text`.
+    pub(super) fn encode(&self, text: &str, parse: Parse<'_>, ids: &mut Vec<TokenId>) {
+        let mut at = 0;
+        for found in self.specials.find_longest(text, parse) {
+            self.fragment(&text[at..found.range.start], ids);
+            ids.push(found.id);
+            at = found.range.end;
+        }
+        self.fragment(&text[at..], ids);
+    }
+
+    /// Appends the ids of a text without specials; what is before it is a special token or nothing.
+    fn fragment(&self, text: &str, ids: &mut Vec<TokenId>) {
+        if text.is_empty() {
+            return;
+        }
+        let mut plain = String::with_capacity(text.len() + 1);
+        if self.space_prefix {
+            plain.push(' ');
+        }
+        plain.extend(text.chars().map(|c| if c == BOUNDARY { ' ' } else { c }));
+        self.merge(&plain, ids);
+    }
+
+    fn merge(&self, text: &str, ids: &mut Vec<TokenId>) {
+        let mut symbols: Vec<Symbol> = Vec::with_capacity(text.len());
+        for (i, (start, c)) in text.char_indices().enumerate() {
+            let i = i as u32;
+            symbols.push(Symbol { start: start as u32, len: c.len_utf8() as u32, prev: i.wrapping_sub(1), next: i + 1 });
+        }
+        if let Some(last) = symbols.last_mut() {
+            last.next = NONE;
+        }
+        let mut queue = BinaryHeap::with_capacity(symbols.len());
+        for i in 1..symbols.len() as u32 {
+            self.offer(text, &symbols, i - 1, i, &mut queue);
+        }
+        while let Some(pair) = queue.pop() {
+            let (left, right) = (&symbols[pair.left as usize], &symbols[pair.right as usize]);
+            if left.len == 0 || right.len == 0 || left.len + right.len != pair.len {
+                continue;
+            }
+            let (prev, next) = (left.prev, right.next);
+            symbols[pair.left as usize].len = pair.len;
+            symbols[pair.left as usize].next = next;
+            symbols[pair.right as usize].len = 0;
+            if next != NONE {
+                symbols[next as usize].prev = pair.left;
+                self.offer(text, &symbols, pair.left, next, &mut queue);
+            }
+            if prev != NONE {
+                self.offer(text, &symbols, prev, pair.left, &mut queue);
+            }
+        }
+        for symbol in symbols.iter().filter(|s| s.len > 0) {
+            let token = &text[symbol.start as usize..(symbol.start + symbol.len) as usize];
+            match self.ids.get(token) {
+                Some(&id) => ids.push(id),
+                None => ids.extend(token.bytes().filter_map(|b| self.bytes[usize::from(b)].or(self.unknown))),
+            }
+        }
+    }
+
+    fn offer(&self, text: &str, symbols: &[Symbol], left: u32, right: u32, queue: &mut BinaryHeap<Pair>) {
+        let (l, r) = (&symbols[left as usize], &symbols[right as usize]);
+        let len = l.len + r.len;
+        if len as usize > self.longest {
+            return;
+        }
+        if let Some(&id) = self.ids.get(&text[l.start as usize..(l.start + len) as usize]) {
+            queue.push(Pair { score: self.scores[id as usize], left, right, len });
+        }
+    }
+}

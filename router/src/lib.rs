@@ -1,0 +1,11 @@
+//! The router: HTTP and gRPC API, tokenizer, scheduler, token streams. Knows nothing of Kubernetes or of weights.
+
+pub mod api;
+pub mod decode;
+pub mod edge;
+pub mod encode;
+mod fleet;
+pub mod replica;
+pub mod scheduler;
+
+pub use api::{ApiOptions, ServeError, serve};

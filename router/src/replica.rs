@@ -1,0 +1,136 @@
+//! Replicas: what drives one whole copy of a model, wherever it runs.
+//!
+//! A [`Replica`] is dialled again and again over its life; every [`Session`] it opens starts from empty workers. Steps go in
+//! and replies come out in the same order. How the steps travel (gRPC to worker processes, a thread with an engine in it, a
+//! simulation) is the implementation's business; what they contain is the scheduler's.
+
+pub(crate) mod owner;
+pub mod simulated;
+
+use std::{future::Future, pin::Pin, sync::Arc};
+
+use plan::{
+    card::ModelCard,
+    fleet::{FleetReplica, ReplicaLimits},
+    step::{Output, Step},
+};
+use tokio::sync::mpsc;
+
+/// A boxed future, so that traits with async functions can be objects.
+pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
+
+/// One whole copy of a model.
+pub trait Replica: Send + Sync + 'static {
+    /// Pipeline stages; at least 1. At most `stages + 1` steps are in flight.
+    fn stages(&self) -> usize;
+
+    /// Opens a session: every worker of the replica is ready for steps and has no sequences and no KV content.
+    ///
+    /// At most one session is open at a time; the caller drops the last one before it asks for another.
+    fn open(&self) -> BoxFuture<'_, Result<Session, ReplicaError>>;
+
+    /// The files the router needs to tokenize for the model.
+    fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>>;
+}
+
+/// A live session. Dropping it ends the session; the implementation stops when `steps` closes.
+#[derive(Debug)]
+pub struct Session {
+    /// Steps, in order. The capacity is at least `stages + 1`, so that a send never waits for a reply.
+    pub steps: mpsc::Sender<Step>,
+    /// One reply per step, in order, from the last stage; after an error, or when the channel closes, nothing more.
+    /// The capacity is at least `stages + 2`: every step in flight and one error.
+    pub replies: mpsc::Receiver<Result<StepReply, ReplicaError>>,
+}
+
+/// What the last stage says about a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct StepReply {
+    /// The step's number.
+    pub step: u64,
+    /// Results in the order of the step's sequences and their wants.
+    pub outputs: Vec<Output>,
+}
+
+/// Why a session could not be opened, or ended.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// A worker cannot be reached, or its connection broke.
+    #[error("worker {worker} is gone: {detail}")]
+    Lost {
+        /// Address, or another name.
+        worker: String,
+        /// What was seen.
+        detail: String,
+    },
+    /// A worker's heartbeats stopped.
+    #[error("worker {worker} has been silent for {millis} ms")]
+    Silent {
+        /// Address, or another name.
+        worker: String,
+        /// Since when.
+        millis: u64,
+    },
+    /// A worker makes no progress in a step.
+    #[error("worker {worker} has been stuck at step {step}, layer {layer} for {millis} ms")]
+    Stuck {
+        /// Address, or another name.
+        worker: String,
+        /// The step.
+        step: u64,
+        /// Layers finished in it.
+        layer: u32,
+        /// Since when.
+        millis: u64,
+    },
+    /// A worker ended the session.
+    #[error("worker {worker} ended the session: {reason}: {detail}")]
+    Failed {
+        /// Address, or another name.
+        worker: String,
+        /// From the closed list of `worker.proto`.
+        reason: String,
+        /// For a person.
+        detail: String,
+    },
+    /// A worker sent what cannot be.
+    #[error("worker {worker} broke the protocol: {detail}")]
+    Protocol {
+        /// Address, or another name.
+        worker: String,
+        /// What was expected and what came.
+        detail: String,
+    },
+    /// Weights are still being loaded.
+    #[error("worker {worker} has loaded {percent} % of its weights")]
+    Loading {
+        /// Address, or another name.
+        worker: String,
+        /// 0 to 100.
+        percent: u8,
+    },
+    /// The router is stopping, or the replica left the fleet.
+    #[error("the session was closed")]
+    Closed,
+}
+
+impl ReplicaError {
+    /// Stable, low-cardinality key for metrics and logs.
+    pub fn reason(&self) -> &'static str {
+        match self {
+            Self::Lost { .. } => "worker_lost",
+            Self::Silent { .. } => "worker_silent",
+            Self::Stuck { .. } => "worker_stuck",
+            Self::Failed { .. } => "worker_failed",
+            Self::Protocol { .. } => "protocol",
+            Self::Loading { .. } => "loading",
+            Self::Closed => "closed",
+        }
+    }
+}
+
+/// Makes the [`Replica`] for each replica that appears in the fleet.
+pub trait Connector: Send + Sync + 'static {
+    /// Called once for each replica of a fleet state and again when its workers change. Does not dial.
+    fn replica(&self, replica: &FleetReplica, limits: &ReplicaLimits) -> Arc<dyn Replica>;
+}

@@ -1,0 +1,451 @@
+//! The owner of a replica: opens its session, runs the scheduler, and hands sequences back when the session is lost.
+//!
+//! Between an edge and an owner there are sequences one way and their events the other, and nothing else; the edge keeps
+//! what is needed to submit a sequence again. Here both are in one process.
+
+use std::{
+    collections::{HashMap, HashSet},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use plan::{fleet::ReplicaLimits, step::Sampling};
+use tokio::{
+    sync::{Notify, mpsc},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::{Replica, ReplicaError, Session};
+use crate::{
+    edge::stats::{QueueSlot, Stats},
+    scheduler::{BlockHash, Counters, EventKind, PrefixChange, Scheduler, SchedulerOptions, Submission},
+};
+
+/// First and longest pause between attempts to open a session.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
+/// Ticket of the one-token sequence that proves a session.
+const PROBE: u64 = 0;
+
+/// What an owner says about a sequence.
+#[derive(Debug)]
+pub(crate) enum SequenceEvent {
+    /// It went on.
+    Happened(EventKind),
+    /// It is handed back: its replica was lost, drained or stopped. The last event.
+    Released,
+}
+
+/// Where a sequence's events go.
+#[derive(Debug)]
+pub(crate) struct EventSink {
+    /// Its capacity is what the sequence can say, so it is never full.
+    pub(crate) events: mpsc::Sender<SequenceEvent>,
+    /// Given back when the sequence enters a batch.
+    pub(crate) slot: Option<QueueSlot>,
+    /// When the stream was submitted.
+    pub(crate) submitted: Instant,
+    /// When its last token came.
+    pub(crate) last_token: Option<Instant>,
+    pub(crate) stats: Arc<Stats>,
+}
+
+impl EventSink {
+    fn send(&mut self, kind: EventKind, now: Instant) {
+        match &kind {
+            EventKind::Started => {
+                self.slot = None;
+                self.stats.started(now);
+            }
+            EventKind::Token { .. } => {
+                match self.last_token {
+                    Some(last) => self.stats.token(now, Some(now - last)),
+                    None => self.stats.first_token(now, now - self.submitted),
+                }
+                self.last_token = Some(now);
+            }
+            _ => {}
+        }
+        // Closed when the stream was dropped; its cancellation is on the way.
+        let _ = self.events.try_send(SequenceEvent::Happened(kind));
+    }
+}
+
+enum Command {
+    Submit(u64, Box<Submission>, EventSink),
+    Cancel(u64),
+    /// Hand back every sequence.
+    Release,
+}
+
+/// Commands not taken yet. At most one submission per queue slot or live stream, one cancellation per live sequence.
+#[derive(Default)]
+struct Inbox {
+    open: bool,
+    commands: Vec<Command>,
+}
+
+/// The edge's side of an owner.
+pub(crate) struct Owner {
+    inbox: Mutex<Inbox>,
+    wake: Notify,
+    tickets: AtomicU64,
+    /// Sequences submitted and not ended.
+    live: AtomicUsize,
+    pub(crate) queued: AtomicUsize,
+    pub(crate) running: AtomicUsize,
+    kv_used: AtomicU32,
+    pub(crate) steps: AtomicU64,
+    pub(crate) failures: AtomicU64,
+    last_failure: Mutex<Option<String>>,
+    counters: Mutex<Counters>,
+    prefixes: Mutex<HashSet<BlockHash>>,
+}
+
+impl Owner {
+    pub(crate) fn new() -> Self {
+        Self {
+            inbox: Mutex::default(),
+            wake: Notify::new(),
+            tickets: AtomicU64::new(PROBE + 1),
+            live: AtomicUsize::new(0),
+            queued: AtomicUsize::new(0),
+            running: AtomicUsize::new(0),
+            kv_used: AtomicU32::new(0),
+            steps: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            last_failure: Mutex::default(),
+            counters: Mutex::default(),
+            prefixes: Mutex::default(),
+        }
+    }
+
+    /// Submits a sequence; gives the sink back when the replica is not ready.
+    pub(crate) fn submit(&self, submission: Submission, sink: EventSink) -> Result<u64, EventSink> {
+        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+        {
+            let mut inbox = lock(&self.inbox);
+            if !inbox.open {
+                return Err(sink);
+            }
+            self.live.fetch_add(1, Ordering::Relaxed);
+            inbox.commands.push(Command::Submit(ticket, Box::new(submission), sink));
+        }
+        self.wake.notify_one();
+        Ok(ticket)
+    }
+
+    /// Drops a sequence with the next step.
+    pub(crate) fn cancel(&self, ticket: u64) {
+        self.command(Command::Cancel(ticket));
+    }
+
+    /// Hands every sequence back.
+    pub(crate) fn release(&self) {
+        self.command(Command::Release);
+    }
+
+    fn command(&self, command: Command) {
+        let mut inbox = lock(&self.inbox);
+        if inbox.open {
+            inbox.commands.push(command);
+            drop(inbox);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Whether a token came out of the last stage in the present session.
+    pub(crate) fn ready(&self) -> bool {
+        lock(&self.inbox).open
+    }
+
+    /// Sequences submitted and not ended.
+    pub(crate) fn live(&self) -> usize {
+        self.live.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn kv_used(&self) -> f32 {
+        f32::from_bits(self.kv_used.load(Ordering::Relaxed))
+    }
+
+    pub(crate) fn last_failure(&self) -> Option<String> {
+        lock(&self.last_failure).clone()
+    }
+
+    pub(crate) fn counters(&self) -> Counters {
+        *lock(&self.counters)
+    }
+
+    /// How many blocks of a prefix are cached here.
+    pub(crate) fn cached_blocks(&self, hashes: &[BlockHash]) -> usize {
+        let prefixes = lock(&self.prefixes);
+        hashes.iter().take_while(|h| prefixes.contains(h)).count()
+    }
+
+    fn take(&self) -> Vec<Command> {
+        std::mem::take(&mut lock(&self.inbox).commands)
+    }
+
+    fn set_open(&self, open: bool) -> Vec<Command> {
+        let mut inbox = lock(&self.inbox);
+        inbox.open = open;
+        if open { Vec::new() } else { std::mem::take(&mut inbox.commands) }
+    }
+}
+
+/// Nothing panics while one of these is held; a poisoned one is as good as before.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The owner's task: what it needs for as long as the replica is in the fleet.
+pub(crate) struct Drive {
+    pub(crate) name: String,
+    pub(crate) owner: Arc<Owner>,
+    pub(crate) replica: Arc<dyn Replica>,
+    pub(crate) limits: ReplicaLimits,
+    pub(crate) revision: Vec<u8>,
+    pub(crate) stop: CancellationToken,
+    /// Called when readiness changes.
+    pub(crate) changed: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Drive {
+    /// Opens sessions and runs sequences until stopped. Every sequence is handed back in the end.
+    pub(crate) async fn run(self) {
+        let mut pause = BACKOFF.0;
+        loop {
+            let error = tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return,
+                opened = self.replica.open() => match opened {
+                    Ok(session) => {
+                        let started = Instant::now();
+                        let error = self.serve(session).await;
+                        if started.elapsed() > BACKOFF.1 {
+                            pause = BACKOFF.0;
+                        }
+                        error
+                    }
+                    Err(error) => Some(error),
+                },
+            };
+            let Some(error) = error else { return };
+            self.note(&error);
+            tokio::select! {
+                () = self.stop.cancelled() => return,
+                () = tokio::time::sleep(pause) => pause = (pause * 2).min(BACKOFF.1),
+            }
+        }
+    }
+
+    fn note(&self, error: &ReplicaError) {
+        let text = error.to_string();
+        let mut last = lock(&self.owner.last_failure);
+        let again = last.as_deref() == Some(&text);
+        if matches!(error, ReplicaError::Loading { .. }) || again {
+            debug!(replica = self.name, error = text, "session not opened");
+        } else {
+            warn!(replica = self.name, reason = error.reason(), error = text, "session lost or not opened");
+        }
+        *last = Some(text);
+    }
+
+    /// Runs a session until it fails (the reason) or the owner is stopped (`None`).
+    async fn serve(&self, session: Session) -> Option<ReplicaError> {
+        let options = SchedulerOptions { limits: self.limits.clone(), stages: self.replica.stages(), revision: self.revision.clone() };
+        let before = self.owner.counters();
+        let mut run = Run { drive: self, scheduler: Scheduler::new(options), sinks: HashMap::new(), session, before, proven: false };
+        let result = run.run().await;
+        let was_ready = run.proven;
+        run.hand_back();
+        if result.is_some() && was_ready {
+            self.owner.failures.fetch_add(1, Ordering::Relaxed);
+        }
+        (self.changed)();
+        result
+    }
+}
+
+/// One session of an owner.
+struct Run<'a> {
+    drive: &'a Drive,
+    scheduler: Scheduler,
+    sinks: HashMap<u64, EventSink>,
+    session: Session,
+    /// Counters of the sessions before.
+    before: Counters,
+    /// A token came out.
+    proven: bool,
+}
+
+impl Run<'_> {
+    async fn run(&mut self) -> Option<ReplicaError> {
+        let owner = &self.drive.owner;
+        let probe = Submission::generate(Arc::new([0]), Sampling::default(), 1, Arc::new([]));
+        if let Err(detail) = self.scheduler.submit(PROBE, probe) {
+            return Some(ReplicaError::Protocol { worker: self.drive.name.clone(), detail });
+        }
+        loop {
+            for command in owner.take() {
+                self.obey(command);
+            }
+            while let Some(step) = self.scheduler.next_step() {
+                if self.session.steps.try_send(step).is_err() {
+                    return Some(self.closing_error().await);
+                }
+            }
+            self.dispatch();
+            self.publish();
+            tokio::select! {
+                biased;
+                () = self.drive.stop.cancelled() => return None,
+                reply = self.session.replies.recv() => {
+                    let mut next = Some(reply);
+                    while let Some(reply) = next {
+                        match reply {
+                            Some(Ok(reply)) => {
+                                owner.steps.fetch_add(1, Ordering::Relaxed);
+                                if let Err(error) = self.scheduler.reply(reply.step, reply.outputs) {
+                                    let (worker, detail) = (self.drive.name.clone(), error.to_string());
+                                    return Some(ReplicaError::Protocol { worker, detail });
+                                }
+                            }
+                            Some(Err(error)) => return Some(error),
+                            None => return Some(ReplicaError::Closed),
+                        }
+                        next = self.session.replies.try_recv().ok().map(Some);
+                    }
+                }
+                () = owner.wake.notified() => {}
+            }
+        }
+    }
+
+    /// The session takes no more steps: the error it left, if any.
+    async fn closing_error(&mut self) -> ReplicaError {
+        while let Some(reply) = self.session.replies.recv().await {
+            if let Err(error) = reply {
+                return error;
+            }
+        }
+        ReplicaError::Closed
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Submit(ticket, submission, sink) => {
+                if sink.events.is_closed() {
+                    self.end(1);
+                    return;
+                }
+                self.sinks.insert(ticket, sink);
+                if let Err(message) = self.scheduler.submit(ticket, *submission) {
+                    self.emit(ticket, EventKind::Failed(message));
+                }
+            }
+            Command::Cancel(ticket) => {
+                self.scheduler.cancel(ticket);
+                let known = self.sinks.remove(&ticket).is_some();
+                self.end(usize::from(known));
+            }
+            Command::Release => {
+                for (ticket, sink) in std::mem::take(&mut self.sinks) {
+                    self.scheduler.cancel(ticket);
+                    let _ = sink.events.try_send(SequenceEvent::Released);
+                    self.end(1);
+                }
+            }
+        }
+    }
+
+    fn end(&self, sequences: usize) {
+        self.drive.owner.live.fetch_sub(sequences, Ordering::Relaxed);
+    }
+
+    fn dispatch(&mut self) {
+        for event in self.scheduler.take_events() {
+            if event.ticket == PROBE {
+                if matches!(event.kind, EventKind::Finished(_)) {
+                    self.proven = true;
+                    self.drive.owner.set_open(true);
+                    *lock(&self.drive.owner.last_failure) = None;
+                    info!(replica = self.drive.name, "replica ready");
+                    (self.drive.changed)();
+                }
+            } else {
+                self.emit(event.ticket, event.kind);
+            }
+        }
+    }
+
+    fn emit(&mut self, ticket: u64, kind: EventKind) {
+        let last = matches!(kind, EventKind::Finished(_) | EventKind::Failed(_));
+        if let Some(sink) = self.sinks.get_mut(&ticket) {
+            sink.send(kind, Instant::now());
+            if last {
+                self.sinks.remove(&ticket);
+                self.end(1);
+            }
+        }
+    }
+
+    fn publish(&mut self) {
+        let owner = &self.drive.owner;
+        owner.queued.store(self.scheduler.queued(), Ordering::Relaxed);
+        owner.running.store(self.scheduler.running(), Ordering::Relaxed);
+        owner.kv_used.store(self.scheduler.kv_used().to_bits(), Ordering::Relaxed);
+        let (now, before) = (self.scheduler.counters(), self.before);
+        *lock(&owner.counters) = Counters {
+            prompt_tokens: before.prompt_tokens + now.prompt_tokens,
+            prefix_query_tokens: before.prefix_query_tokens + now.prefix_query_tokens,
+            prefix_hit_tokens: before.prefix_hit_tokens + now.prefix_hit_tokens,
+            preemptions: before.preemptions + now.preemptions,
+            steps: before.steps + now.steps,
+        };
+        let changes = self.scheduler.take_prefix_changes();
+        if !changes.is_empty() {
+            let mut prefixes = lock(&owner.prefixes);
+            for change in changes {
+                match change {
+                    PrefixChange::Added(hash) => prefixes.insert(hash),
+                    PrefixChange::Removed(hash) => prefixes.remove(&hash),
+                };
+            }
+        }
+    }
+
+    /// The session is over: nothing more is taken, and every sequence goes back to its stream.
+    fn hand_back(mut self) {
+        let owner = &self.drive.owner;
+        let left = owner.set_open(false);
+        // Tokens that came with the last replies go first.
+        self.dispatch_last();
+        for command in left {
+            if let Command::Submit(ticket, _, sink) = command {
+                self.sinks.insert(ticket, sink);
+            }
+        }
+        self.end(self.sinks.len());
+        for sink in self.sinks.values() {
+            let _ = sink.events.try_send(SequenceEvent::Released);
+        }
+        for value in [&owner.queued, &owner.running] {
+            value.store(0, Ordering::Relaxed);
+        }
+        owner.kv_used.store(0, Ordering::Relaxed);
+        lock(&owner.prefixes).clear();
+    }
+
+    fn dispatch_last(&mut self) {
+        for event in self.scheduler.take_events() {
+            if event.ticket != PROBE {
+                self.emit(event.ticket, event.kind);
+            }
+        }
+    }
+}

@@ -1,0 +1,256 @@
+//! A replica without weights: it keeps, for every KV slot, which ids led there, checks every read against them, and draws
+//! tokens from what it read. Steps cost virtual time by a simple model.
+//!
+//! A block that is shared wrongly, given away too early or not copied shows as an error at the first read, so running any
+//! load through it tests the scheduler's block tables.
+
+mod session;
+
+use std::collections::HashMap;
+
+use plan::{
+    shard::{BLOCK_TOKENS, KvGeometry},
+    step::{Begin, Input, Logprobs, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TokenId, WantKind},
+};
+pub use session::{CostModel, Fault, Pipeline, SimulatedConnector, SimulatedReplica};
+
+/// The tokens a simulated model draws: a function of the ids so far and the sampling key, like a real one's.
+#[derive(Clone, Copy, Debug)]
+pub struct SimulatedModel {
+    /// Ids are below this.
+    pub vocab: u32,
+}
+
+impl SimulatedModel {
+    /// The state before any id.
+    pub const START: u64 = 0x243f_6a88_85a3_08d3;
+
+    /// The state after one more id.
+    pub fn advance(state: u64, id: TokenId) -> u64 {
+        mix(state ^ u64::from(id).wrapping_add(1))
+    }
+
+    /// The token drawn in a state, at `position` (of the last id), after `emitted` tokens.
+    pub fn draw(&self, state: u64, sampling: &Sampling, position: u32, emitted: u32) -> TokenId {
+        let key =
+            if sampling.temperature > 0.0 { mix(sampling.seed ^ mix(u64::from(sampling.choice) << 32 | u64::from(position))) } else { 0 };
+        let mut id = (mix(state ^ key) % u64::from(self.vocab)) as TokenId;
+        while emitted < sampling.min_tokens && sampling.suppress.contains(&id) {
+            id = (id + 1) % self.vocab;
+        }
+        id
+    }
+
+    /// Everything a generation alone would emit: at most `most` tokens, up to and including an end token.
+    pub fn solo(&self, prompt: &[TokenId], sampling: &Sampling, most: usize, ends: &[TokenId]) -> Vec<TokenId> {
+        let mut state = prompt.iter().fold(Self::START, |s, id| Self::advance(s, *id));
+        let mut tokens = Vec::new();
+        while tokens.len() < most {
+            let position = (prompt.len() + tokens.len() - 1) as u32;
+            let id = self.draw(state, sampling, position, tokens.len() as u32);
+            tokens.push(id);
+            if ends.contains(&id) {
+                break;
+            }
+            state = Self::advance(state, id);
+        }
+        tokens
+    }
+
+    fn logprobs(&self, state: u64, target: TokenId, top: u32) -> Logprobs {
+        let of = |id: TokenId| -((mix(state ^ u64::from(id)) % 1000) as f32) / 100.0;
+        let mut all: Vec<(TokenId, f32)> = (0..self.vocab.min(64)).map(|id| (id, of(id))).collect();
+        all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        all.truncate(top as usize);
+        Logprobs { token: of(target), top: all }
+    }
+
+    fn logits(&self, state: u64) -> Vec<f32> {
+        (0..self.vocab).map(|id| (mix(state ^ u64::from(id)) % 4096) as f32 / 256.0).collect()
+    }
+}
+
+fn mix(x: u64) -> u64 {
+    // The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// What a slot of a block holds: a position and the state after its id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Slot {
+    position: u32,
+    state: u64,
+}
+
+#[derive(Debug)]
+struct Tracked {
+    tables: Vec<Vec<Option<u32>>>,
+    /// State after each id whose KV entry exists, and before the first.
+    states: Vec<u64>,
+    prompt_len: u32,
+    sampling: Sampling,
+    /// Ids of the next positions, when known from `begin`.
+    begin_ids: Vec<TokenId>,
+    drawn: HashMap<u64, TokenId>,
+}
+
+/// A worker's state as the steps it was sent make it, for all stages and ranks at once.
+#[derive(Debug)]
+pub struct SimulatedEngine {
+    model: SimulatedModel,
+    kv: KvGeometry,
+    pools: Vec<Vec<[Option<Slot>; BLOCK_TOKENS]>>,
+    sequences: HashMap<SequenceId, Tracked>,
+    last_step: u64,
+    /// Check every slot that is read. On by default.
+    pub verify: bool,
+}
+
+impl SimulatedEngine {
+    /// An engine with empty pools.
+    pub fn new(model: SimulatedModel, kv: KvGeometry) -> Self {
+        let pools = kv.groups.iter().map(|g| vec![[None; BLOCK_TOKENS]; g.blocks]).collect();
+        Self { model, kv, pools, sequences: HashMap::new(), last_step: 0, verify: true }
+    }
+
+    /// Sequences whose state is held.
+    pub fn sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Runs a step.
+    ///
+    /// # Errors
+    /// When the step contradicts those before it, or a slot that is read holds anything but the sequence's own prefix.
+    pub fn run(&mut self, step: &Step) -> Result<Vec<Output>, String> {
+        if step.id != self.last_step + 1 {
+            return Err(format!("step {} follows step {}", step.id, self.last_step));
+        }
+        self.last_step = step.id;
+        for free in &step.frees {
+            self.sequences.remove(free).ok_or_else(|| format!("step {} frees unknown sequence {free}", step.id))?;
+        }
+        for copy in &step.copies {
+            let pool = &mut self.pools[copy.group as usize];
+            pool[copy.to as usize] = pool[copy.from as usize];
+        }
+        for part in &step.sequences {
+            self.write(part)?;
+        }
+        let mut outputs = Vec::new();
+        for part in &step.sequences {
+            if self.verify {
+                self.check_reads(part)?;
+            }
+            self.compute(step.id, part, &mut outputs)?;
+        }
+        Ok(outputs)
+    }
+
+    fn write(&mut self, part: &SequenceStep) -> Result<(), String> {
+        let id = part.sequence;
+        if let Some(begin) = &part.begin {
+            let fresh = self.begin(begin, part.first_position)?;
+            if self.sequences.insert(id, fresh).is_some() {
+                return Err(format!("sequence {id} begins twice"));
+            }
+        }
+        let tracked = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} never began"))?;
+        for change in &part.tables {
+            let table = &mut tracked.tables[change.group as usize];
+            let end = change.first as usize + change.blocks.len();
+            if table.len() < end {
+                table.resize(end, None);
+            }
+            for (i, block) in change.blocks.iter().enumerate() {
+                table[change.first as usize + i] = Some(*block);
+            }
+        }
+        let first = part.first_position as usize;
+        if tracked.states.len() != first + 1 {
+            return Err(format!("sequence {id} goes on at {first}, expected {}", tracked.states.len() - 1));
+        }
+        let ids = match &part.input {
+            Input::Ids(ids) => ids.clone(),
+            Input::Sampled { step, drafts } => {
+                let drawn = tracked.drawn.remove(step).ok_or_else(|| format!("sequence {id} drew nothing in step {step}"))?;
+                std::iter::once(drawn).chain(drafts.iter().copied()).collect()
+            }
+        };
+        for (i, token) in ids.into_iter().enumerate() {
+            let position = first + i;
+            if tracked.begin_ids.get(position).is_some_and(|known| *known != token) {
+                return Err(format!("sequence {id} began with another id at {position}"));
+            }
+            let state = SimulatedModel::advance(tracked.states[position], token);
+            tracked.states.push(state);
+            for (group, table) in tracked.tables.iter().enumerate() {
+                let block = table.get(position / BLOCK_TOKENS).copied().flatten();
+                let block = block.ok_or_else(|| format!("sequence {id} has no block for {position} in group {group}"))?;
+                let slot = &mut self.pools[group][block as usize][position % BLOCK_TOKENS];
+                *slot = Some(Slot { position: position as u32, state });
+            }
+        }
+        Ok(())
+    }
+
+    fn begin(&self, begin: &Begin, first: u32) -> Result<Tracked, String> {
+        let prefix = begin.ids.get(..first as usize).ok_or("a sequence begins behind its ids")?;
+        let mut states = vec![SimulatedModel::START];
+        for id in prefix {
+            states.push(SimulatedModel::advance(states[states.len() - 1], *id));
+        }
+        Ok(Tracked {
+            tables: vec![Vec::new(); self.kv.groups.len()],
+            states,
+            prompt_len: begin.prompt_len,
+            sampling: begin.sampling.clone(),
+            begin_ids: begin.ids.clone(),
+            drawn: HashMap::new(),
+        })
+    }
+
+    fn check_reads(&self, part: &SequenceStep) -> Result<(), String> {
+        let id = part.sequence;
+        let tracked = self.sequences.get(&id).ok_or_else(|| format!("sequence {id} never began"))?;
+        let (first, end) = (part.first_position as usize, tracked.states.len() - 1);
+        for (g, group) in self.kv.groups.iter().enumerate() {
+            let from = group.window.map_or(0, |w| (first + 1).saturating_sub(w as usize));
+            for position in from..end {
+                let block = tracked.tables[g].get(position / BLOCK_TOKENS).copied().flatten();
+                let block = block.ok_or_else(|| format!("sequence {id} reads {position} in group {g} without a block"))?;
+                let slot = self.pools[g][block as usize][position % BLOCK_TOKENS];
+                let expected = Slot { position: position as u32, state: tracked.states[position + 1] };
+                if slot != Some(expected) {
+                    return Err(format!("sequence {id} reads {slot:?} in block {block} of group {g}, expected {expected:?}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn compute(&mut self, step: u64, part: &SequenceStep, outputs: &mut Vec<Output>) -> Result<(), String> {
+        let id = part.sequence;
+        let tracked = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} never began"))?;
+        for want in &part.wants {
+            let position = part.first_position + want.offset;
+            let state = *tracked.states.get(position as usize + 1).ok_or_else(|| format!("sequence {id} wants behind its input"))?;
+            let value = match &want.kind {
+                WantKind::Sample => {
+                    let emitted = position + 1 - tracked.prompt_len;
+                    let token = self.model.draw(state, &tracked.sampling, position, emitted);
+                    tracked.drawn.insert(step, token);
+                    let logprobs = tracked.sampling.logprobs.map(|top| self.model.logprobs(state, token, top));
+                    OutputValue::Token { id: token, logprobs }
+                }
+                WantKind::Score { target, top } => OutputValue::Score(self.model.logprobs(state, *target, *top)),
+                WantKind::Logits => OutputValue::Logits(self.model.logits(state)),
+                WantKind::Hidden => OutputValue::Hidden(vec![(state % 1024) as f32]),
+            };
+            outputs.push(Output { sequence: id, position, value });
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,350 @@
+//! Which tokens run when and where their KV entries lie: admission, batches, block tables, prefix cache, pre-emption.
+//!
+//! Pure and synchronous: no clock, no I/O, no tasks. Whoever owns it calls [`Scheduler::next_step`] while it returns steps,
+//! sends them in order, and hands every reply to [`Scheduler::reply`]. Workers execute steps in order, so a block given back
+//! by the steps already sent can be used again in the very next one.
+//!
+//! ```text
+//! submit ─► waiting (by arrival) ─► running: prefill chunks ─► decode ─► finished
+//!              ▲                        │ blocks ran out: the youngest goes back
+//!              └────────────────────────┘
+//! ```
+
+mod batch;
+mod blocks;
+mod completion;
+mod prefix;
+mod sequence;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    ops::Bound,
+};
+
+use plan::{
+    fleet::ReplicaLimits,
+    shard::BLOCK_TOKENS,
+    step::{Logprobs, Output, SequenceId, TokenId},
+};
+
+pub use blocks::PrefixChange;
+pub use prefix::BlockHash;
+pub use sequence::Submission;
+
+use blocks::BlockPool;
+use sequence::{Admission, Sequence, Table};
+
+use crate::edge::FinishReason;
+
+/// Settings of a scheduler.
+#[derive(Clone, Debug)]
+pub struct SchedulerOptions {
+    /// What the replica can hold.
+    pub limits: ReplicaLimits,
+    /// Pipeline stages, at least 1; up to one step more than that is in flight.
+    pub stages: usize,
+    /// Goes into every block's hash: model revision and numerics.
+    pub revision: Vec<u8>,
+}
+
+/// Something that happened to a sequence.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Event {
+    /// The number it was submitted under.
+    pub ticket: u64,
+    /// What.
+    pub kind: EventKind,
+}
+
+/// What happens to sequences. `Finished` and `Failed` are the last of theirs.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EventKind {
+    /// It entered a batch for the first time.
+    Started,
+    /// The whole prompt was processed.
+    Prompt {
+        /// Prompt tokens found in the prefix cache.
+        cached_tokens: u32,
+        /// Scores of prompt tokens 1.. when asked for.
+        scores: Vec<Logprobs>,
+    },
+    /// The next token.
+    Token {
+        /// Its id.
+        id: TokenId,
+        /// Present when asked for.
+        logprobs: Option<Logprobs>,
+    },
+    /// A result that was wanted.
+    Output(Output),
+    /// Done.
+    Finished(FinishReason),
+    /// This sequence cannot go on; the others can.
+    Failed(String),
+}
+
+/// A reply that does not fit the step it answers. The session is to be ended.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ReplyError {
+    /// Replies come in the order of steps.
+    #[error("reply to step {got}, expected {expected:?}")]
+    Order {
+        /// The step replied to.
+        got: u64,
+        /// The oldest step in flight.
+        expected: Option<u64>,
+    },
+    /// Too few, too many or other results than wanted.
+    #[error("step {step}: {detail}")]
+    Outputs {
+        /// The step.
+        step: u64,
+        /// What was expected and what came.
+        detail: String,
+    },
+}
+
+/// Counters since the scheduler was made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counters {
+    /// Prompt tokens of sequences admitted for the first time.
+    pub prompt_tokens: u64,
+    /// Tokens looked up in the prefix cache, on first admission.
+    pub prefix_query_tokens: u64,
+    /// Tokens found there.
+    pub prefix_hit_tokens: u64,
+    /// Sequences sent back to the queue.
+    pub preemptions: u64,
+    /// Steps made.
+    pub steps: u64,
+}
+
+/// The scheduler of one replica's session.
+#[derive(Debug)]
+pub struct Scheduler {
+    options: SchedulerOptions,
+    pools: Vec<BlockPool>,
+    /// By arrival; a pre-empted sequence keeps its place.
+    waiting: BTreeMap<u64, Sequence>,
+    /// By arrival, so the last is the youngest.
+    running: BTreeMap<u64, (Sequence, Admission)>,
+    tickets: HashMap<u64, u64>,
+    arrivals: u64,
+    last_sequence: SequenceId,
+    last_step: u64,
+    /// Ended sequences the workers do not know to be ended yet.
+    frees: Vec<SequenceId>,
+    in_flight: VecDeque<StepRecord>,
+    /// Blocks that a running sequence is computing: another one that would share them waits rather than compute them too.
+    computing: HashMap<BlockHash, SequenceId>,
+    events: Vec<Event>,
+    counters: Counters,
+}
+
+/// What was sent in a step.
+#[derive(Debug)]
+struct StepRecord {
+    id: u64,
+    entries: Vec<Entry>,
+}
+
+/// One sequence's part of a step that was sent.
+#[derive(Debug)]
+struct Entry {
+    arrival: u64,
+    sequence: SequenceId,
+    /// One past the last position of its input.
+    end: usize,
+    /// Results before the draw, in order.
+    results: Vec<Purpose>,
+    /// Whether a token is drawn at the last input token.
+    draws: bool,
+}
+
+/// Where a result goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Purpose {
+    Score,
+    Want,
+    Logits,
+}
+
+impl Scheduler {
+    /// A scheduler with an empty cache.
+    ///
+    /// # Panics
+    /// If `stages`, the batch limits, or the number of KV groups is 0.
+    pub fn new(options: SchedulerOptions) -> Self {
+        let limits = &options.limits;
+        assert!(options.stages > 0 && limits.max_batch_tokens > 0 && limits.max_batch_sequences > 0);
+        assert!(!limits.kv.groups.is_empty());
+        let logged = limits.kv.groups.iter().position(|g| g.window.is_none()).unwrap_or(0);
+        let pools = limits.kv.groups.iter().enumerate().map(|(i, g)| BlockPool::new(g.blocks, i == logged)).collect();
+        Self {
+            options,
+            pools,
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            tickets: HashMap::new(),
+            arrivals: 0,
+            last_sequence: 0,
+            last_step: 0,
+            frees: Vec::new(),
+            in_flight: VecDeque::new(),
+            computing: HashMap::new(),
+            events: Vec::new(),
+            counters: Counters::default(),
+        }
+    }
+
+    /// Queues a sequence under `ticket`, a number not in use.
+    ///
+    /// # Errors
+    /// When it can never run here: an empty prompt, one that leaves no room in the context or does not fit the KV cache.
+    pub fn submit(&mut self, ticket: u64, submission: Submission) -> Result<(), String> {
+        let limits = &self.options.limits;
+        let known = submission.prompt.len() + submission.emitted.len();
+        if submission.prompt.is_empty() {
+            return Err("the prompt is empty, expected at least one token".to_owned());
+        }
+        if known > limits.max_context || (known == limits.max_context && submission.max_tokens > 0) {
+            return Err(format!("{known} tokens do not fit the context of {} tokens", limits.max_context));
+        }
+        if submission.sampling.masked {
+            return Err("constrained drawing needs a mask source, and there is none".to_owned());
+        }
+        let blocks = (known + 1).div_ceil(BLOCK_TOKENS);
+        if let Some(group) = limits.kv.groups.iter().find(|g| g.window.is_none() && g.blocks < blocks) {
+            return Err(format!("{known} tokens need {blocks} KV blocks, there are {}", group.blocks));
+        }
+        self.arrivals += 1;
+        self.tickets.insert(ticket, self.arrivals);
+        self.waiting.insert(self.arrivals, Sequence::new(ticket, submission, &self.options.revision));
+        Ok(())
+    }
+
+    /// Drops a sequence: it is in no further step, and the workers learn it with the next one. Unknown tickets are ignored.
+    pub fn cancel(&mut self, ticket: u64) {
+        let Some(arrival) = self.tickets.remove(&ticket) else { return };
+        self.waiting.remove(&arrival);
+        self.evict(arrival);
+    }
+
+    /// Tickets of every sequence here, in order of arrival.
+    pub fn tickets(&self) -> Vec<u64> {
+        let mut all: Vec<(u64, u64)> = self.tickets.iter().map(|(ticket, arrival)| (*arrival, *ticket)).collect();
+        all.sort_unstable();
+        all.into_iter().map(|(_, ticket)| ticket).collect()
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Changes of the prefix cache since the last call (of the first full-attention group; window groups hold less).
+    pub fn take_prefix_changes(&mut self) -> Vec<PrefixChange> {
+        self.pools.iter_mut().flat_map(BlockPool::take_changes).collect()
+    }
+
+    /// Sequences waiting.
+    pub fn queued(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Sequences in batches.
+    pub fn running(&self) -> usize {
+        self.running.len()
+    }
+
+    /// Steps sent and not replied to.
+    pub fn in_flight(&self) -> usize {
+        self.in_flight.len()
+    }
+
+    /// Fraction of the fullest group's blocks that sequences hold, 0 to 1.
+    pub fn kv_used(&self) -> f32 {
+        self.pools.iter().map(|p| p.used() as f32 / p.total().max(1) as f32).fold(0.0, f32::max)
+    }
+
+    /// Counters so far.
+    pub fn counters(&self) -> Counters {
+        Counters { steps: self.last_step, ..self.counters }
+    }
+
+    /// Checks that every block is free, used or cached, that counts agree with what sequences hold, and that no block which a
+    /// sequence may still write to is held by another.
+    ///
+    /// # Errors
+    /// Says what is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        for (g, pool) in self.pools.iter().enumerate() {
+            let mut held: HashMap<_, u32> = HashMap::new();
+            for (_, admission) in self.running.values() {
+                for block in &admission.tables[g].blocks {
+                    *held.entry(*block).or_default() += 1;
+                }
+            }
+            pool.check(&held).map_err(|e| format!("group {g}: {e}"))?;
+            for (arrival, (_, admission)) in &self.running {
+                let table = &admission.tables[g];
+                let written = admission.sent / BLOCK_TOKENS;
+                for entry in table.first.max(written)..table.end() {
+                    let block = table.blocks[entry - table.first];
+                    if held.get(&block).copied().unwrap_or(0) != 1 {
+                        return Err(format!("group {g}: sequence {arrival} may write to block {block}, which another holds"));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes a running sequence out and gives its blocks back.
+    fn evict(&mut self, arrival: u64) -> Option<Sequence> {
+        let (sequence, admission) = self.running.remove(&arrival)?;
+        if admission.begun {
+            self.frees.push(admission.id);
+        }
+        for (table, pool) in admission.tables.iter().zip(&mut self.pools) {
+            // From the back, so that of a cached prefix the head is evicted last.
+            for block in table.blocks.iter().rev() {
+                pool.release(*block);
+            }
+        }
+        for hash in &sequence.hashes {
+            self.stop_computing(*hash, admission.id);
+        }
+        Some(sequence)
+    }
+
+    fn stop_computing(&mut self, hash: BlockHash, by: SequenceId) {
+        if self.computing.get(&hash) == Some(&by) {
+            self.computing.remove(&hash);
+        }
+    }
+
+    /// Sends the youngest running sequence that arrived after `than` back to the queue, unless it is in step `step`.
+    fn preempt_younger(&mut self, than: u64, step: u64) -> bool {
+        let younger = (Bound::Excluded(than), Bound::Unbounded);
+        let found = self.running.range(younger).rev().find(|(_, (_, a))| a.last_step != step).map(|(arrival, _)| *arrival);
+        let Some(arrival) = found else { return false };
+        if let Some(mut sequence) = self.evict(arrival) {
+            sequence.readmitted = true;
+            self.counters.preemptions += 1;
+            self.waiting.insert(arrival, sequence);
+        }
+        true
+    }
+
+    /// Ends a sequence that cannot go on.
+    fn fail(&mut self, arrival: u64, message: String) {
+        let sequence = self.evict(arrival).or_else(|| self.waiting.remove(&arrival));
+        if let Some(sequence) = sequence {
+            self.tickets.remove(&sequence.ticket);
+            self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Failed(message) });
+        }
+    }
+}

@@ -1,0 +1,337 @@
+//! Composing a step: decodes first, then prefill chunks, then sequences from the queue, within the token budget.
+
+use plan::{
+    shard::BLOCK_TOKENS,
+    step::{Begin, Input, SequenceStep, Step, TableChange, Want, WantKind},
+};
+
+use super::{
+    Admission, Entry, Event, EventKind, Purpose, Scheduler, Sequence, StepRecord, Table,
+    prefix::{first_needed, longest_hit},
+};
+
+/// What a step is built in.
+struct Draft {
+    step: Step,
+    entries: Vec<Entry>,
+    budget: usize,
+    /// A running sequence found no block for its next token.
+    blocked: bool,
+}
+
+impl Scheduler {
+    /// The next step to send, or `None` when nothing can run until a reply or a submission comes.
+    ///
+    /// The step is considered sent.
+    pub fn next_step(&mut self) -> Option<Step> {
+        if self.in_flight.len() > self.options.stages {
+            return None;
+        }
+        let id = self.last_step + 1;
+        let budget = self.options.limits.max_batch_tokens;
+        let mut draft = loop {
+            let mut draft = Draft { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false };
+            self.add_decodes(&mut draft);
+            self.add_prefills(&mut draft);
+            // A sequence that lacks blocks gets those that come free before any new one does.
+            if !draft.blocked {
+                self.admit(&mut draft);
+            }
+            if !draft.entries.is_empty() {
+                break draft;
+            }
+            if !self.fail_what_never_fits() {
+                return None;
+            }
+        };
+        self.last_step = id;
+        draft.step.frees = std::mem::take(&mut self.frees);
+        self.in_flight.push_back(StepRecord { id, entries: draft.entries });
+        Some(draft.step)
+    }
+
+    /// Sequences with one token to run. With several stages a step takes its share of them, those that waited longest first,
+    /// so that every stage has a micro-batch to work on.
+    fn add_decodes(&mut self, draft: &mut Draft) {
+        let (context, stages) = (self.options.limits.max_context, self.options.stages);
+        let mut decoding = 0;
+        let mut ready: Vec<(u64, u64)> = Vec::new();
+        let mut early: Vec<(u64, u64)> = Vec::new();
+        for (arrival, (sequence, admission)) in &self.running {
+            if sequence.ids.len() > admission.sent + 1 {
+                continue;
+            }
+            decoding += 1;
+            if is_ready(sequence, admission, context) {
+                // A token drawn less than a pipeline's length ago would hold up the whole step.
+                let soon = admission.pending > 0 && admission.last_step + stages as u64 > draft.step.id;
+                if soon { &mut early } else { &mut ready }.push((admission.last_step, *arrival));
+            }
+        }
+        if ready.is_empty() {
+            ready = early;
+        }
+        let share = usize::div_ceil(decoding, stages).min(self.options.limits.max_batch_sequences);
+        ready.sort_unstable();
+        // The oldest of them first: blocks that run out are taken from the youngest, which are not in the step yet. Those behind
+        // the share step in for what finds no block.
+        let turn = share.min(ready.len());
+        ready[..turn].sort_unstable_by_key(|(_, arrival)| *arrival);
+        ready[turn..].sort_unstable_by_key(|(_, arrival)| *arrival);
+        for (_, arrival) in ready {
+            if draft.budget == 0 || draft.entries.len() >= share {
+                return;
+            }
+            if !self.running.contains_key(&arrival) {
+                continue;
+            }
+            if self.make_room(arrival, 1, draft.step.id) == 1 {
+                self.add(draft, arrival, 1);
+            } else {
+                draft.blocked = true;
+            }
+        }
+    }
+
+    /// The next chunks of sequences whose prompt is not through, the oldest first.
+    fn add_prefills(&mut self, draft: &mut Draft) {
+        let waiting: Vec<u64> = self.running.iter().filter(|(_, (s, a))| s.ids.len() > a.sent + 1).map(|(arrival, _)| *arrival).collect();
+        for arrival in waiting {
+            if draft.budget == 0 || draft.entries.len() >= self.options.limits.max_batch_sequences {
+                return;
+            }
+            let Some(tokens) = self.chunk(arrival, draft.budget) else { continue };
+            let tokens = self.make_room(arrival, tokens, draft.step.id);
+            if tokens > 0 {
+                self.add(draft, arrival, tokens);
+            } else {
+                draft.blocked = true;
+            }
+        }
+    }
+
+    /// Takes sequences from the queue, in order, while they fit.
+    fn admit(&mut self, draft: &mut Draft) {
+        let limits = &self.options.limits;
+        let (most, batch) = (limits.max_batch_sequences * self.options.stages, limits.max_batch_sequences);
+        while draft.budget > 0 && draft.entries.len() < batch && self.running.len() < most {
+            let Some(arrival) = self.waiting.first_key_value().map(|(arrival, _)| *arrival) else { return };
+            if !self.try_admit(arrival, draft.budget) {
+                return;
+            }
+            let Some(tokens) = self.chunk(arrival, draft.budget) else { continue };
+            let tokens = self.fit(arrival, tokens);
+            if tokens > 0 {
+                self.grow(arrival, tokens);
+                self.add(draft, arrival, tokens);
+            }
+        }
+    }
+
+    /// Moves a waiting sequence to the running ones with its cached prefix, when there are blocks for its prompt.
+    fn try_admit(&mut self, arrival: u64, budget: usize) -> bool {
+        let Some(sequence) = self.waiting.get_mut(&arrival) else { return false };
+        let known = sequence.ids.len();
+        let groups = &self.options.limits.kv.groups;
+        let caching = self.options.limits.prefix_caching;
+        // The last token is always run, since its result is what the sequence is here for.
+        let limit = if caching { (known - 1).min(sequence.first_wanted()) / BLOCK_TOKENS } else { 0 };
+        let whole = if caching { known / BLOCK_TOKENS } else { 0 };
+        sequence.hash_blocks(whole);
+        let hit = longest_hit(groups, &self.pools, &sequence.hashes, limit);
+        if hit < limit && self.computing.contains_key(&sequence.hashes[hit]) {
+            return false;
+        }
+        let mut tables = Vec::with_capacity(groups.len());
+        for (group, pool) in groups.iter().zip(&mut self.pools) {
+            let first = first_needed(group, hit * BLOCK_TOKENS);
+            let blocks = sequence.hashes[first..hit].iter().filter_map(|h| pool.find(*h)).collect::<std::collections::VecDeque<_>>();
+            blocks.iter().for_each(|b| pool.share(*b));
+            tables.push(Table { first, blocks, announced: first });
+        }
+        let enough = groups.iter().zip(&self.pools).zip(&tables).all(|((group, pool), table)| {
+            let last = match group.window {
+                None => known + 1,
+                // Chunks shrink to what there is; the first must not be tiny.
+                Some(w) => known.min(hit * BLOCK_TOKENS + budget.min(w as usize)),
+            };
+            let need = last.div_ceil(BLOCK_TOKENS).saturating_sub(table.end());
+            need <= pool.available() || (group.window.is_some() && self.running.is_empty())
+        });
+        if !enough {
+            for (table, pool) in tables.iter().zip(&mut self.pools) {
+                table.blocks.iter().rev().for_each(|b| pool.release(*b));
+            }
+            return false;
+        }
+        let Some(mut sequence) = self.waiting.remove(&arrival) else { return false };
+        // All of the prompt's full-attention blocks at once, so that two half-read prompts never starve each other.
+        for ((group, pool), table) in groups.iter().zip(&mut self.pools).zip(&mut tables) {
+            while group.window.is_none() && table.end() < known.div_ceil(BLOCK_TOKENS) {
+                let Some(block) = pool.allocate() else { break };
+                table.blocks.push_back(block);
+            }
+        }
+        self.last_sequence += 1;
+        let id = self.last_sequence;
+        for hash in &sequence.hashes[hit..whole] {
+            self.computing.entry(*hash).or_insert(id);
+        }
+        let sent = hit * BLOCK_TOKENS;
+        if !sequence.readmitted {
+            sequence.cached = sent.min(sequence.submission.prompt.len());
+            self.counters.prompt_tokens += known as u64;
+            if caching {
+                self.counters.prefix_query_tokens += known as u64;
+                self.counters.prefix_hit_tokens += sent as u64;
+            }
+            self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Started });
+        }
+        let admission = Admission { id, tables, sent, confirmed: sent, hashed: hit, begun: false, pending: 0, last_step: 0 };
+        self.running.insert(arrival, (sequence, admission));
+        true
+    }
+
+    /// Tokens of a sequence's next prefill chunk.
+    fn chunk(&self, arrival: u64, budget: usize) -> Option<usize> {
+        let (sequence, admission) = self.running.get(&arrival)?;
+        let left = sequence.ids.len().checked_sub(admission.sent).filter(|left| *left > 0)?;
+        Some(left.min(budget).min(sequence.submission.chunk.unwrap_or(usize::MAX).max(1)))
+    }
+
+    /// Allocates blocks for the next `tokens` tokens of a sequence, pre-empting younger ones; returns how many tokens fit.
+    fn make_room(&mut self, arrival: u64, tokens: usize, step: u64) -> usize {
+        loop {
+            let fits = self.fit(arrival, tokens);
+            if fits > 0 {
+                self.grow(arrival, fits);
+                return fits;
+            }
+            if !self.preempt_younger(arrival, step) {
+                return 0;
+            }
+        }
+    }
+
+    /// How many of the next `tokens` tokens there are blocks for, in every group.
+    fn fit(&self, arrival: u64, tokens: usize) -> usize {
+        let Some((_, admission)) = self.running.get(&arrival) else { return 0 };
+        let room =
+            |(table, pool): (&Table, &super::BlockPool)| ((table.end() + pool.available()) * BLOCK_TOKENS).saturating_sub(admission.sent);
+        admission.tables.iter().zip(&self.pools).map(room).fold(tokens, usize::min)
+    }
+
+    /// Allocates the blocks that [`Scheduler::fit`] found.
+    fn grow(&mut self, arrival: u64, tokens: usize) {
+        let Some((_, admission)) = self.running.get_mut(&arrival) else { return };
+        let end = (admission.sent + tokens).div_ceil(BLOCK_TOKENS);
+        for (table, pool) in admission.tables.iter_mut().zip(&mut self.pools) {
+            while table.end() < end {
+                let Some(block) = pool.allocate() else { return };
+                table.blocks.push_back(block);
+            }
+        }
+    }
+
+    /// Puts a sequence's next `tokens` tokens into the step.
+    fn add(&mut self, draft: &mut Draft, arrival: u64, tokens: usize) {
+        let context = self.options.limits.max_context;
+        let Some((sequence, admission)) = self.running.get_mut(&arrival) else { return };
+        let (first, end) = (admission.sent, admission.sent + tokens);
+        let known = sequence.ids.len();
+        let input = if first < known {
+            Input::Ids(sequence.ids[first..end].to_vec())
+        } else {
+            Input::Sampled { step: admission.last_step, drafts: Vec::new() }
+        };
+        let (mut wants, mut results) = (Vec::new(), Vec::new());
+        if first < sequence.submission.prompt.len() {
+            collect_wants(sequence, first, end, &mut wants, &mut results);
+        }
+        let draws = end >= known && sequence.room(admission.pending, context) > 0;
+        if draws {
+            let offset = (tokens - 1) as u32;
+            if sequence.submission.logits {
+                wants.push(Want { offset, kind: WantKind::Logits });
+                results.push(Purpose::Logits);
+            }
+            wants.push(Want { offset, kind: WantKind::Sample });
+            admission.pending += 1;
+        }
+        let begin = (!admission.begun).then(|| {
+            Box::new(Begin {
+                ids: sequence.ids.clone(),
+                prompt_len: sequence.submission.prompt.len() as u32,
+                sampling: sequence.submission.sampling.clone(),
+            })
+        });
+        admission.begun = true;
+        let mut tables = Vec::new();
+        for (group, table) in admission.tables.iter_mut().enumerate() {
+            let from = table.announced.max(table.first);
+            if from < table.end() {
+                let blocks = table.blocks.iter().skip(from - table.first).copied().collect();
+                tables.push(TableChange { group: group as u32, first: from as u32, blocks });
+                table.announced = table.end();
+            }
+        }
+        draft.step.sequences.push(SequenceStep {
+            sequence: admission.id,
+            first_position: first as u32,
+            input,
+            tables,
+            wants,
+            begin,
+            adapter: sequence.submission.adapter,
+        });
+        draft.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
+        draft.budget -= tokens;
+        admission.sent = end;
+        admission.last_step = draft.step.id;
+    }
+
+    /// With nothing in flight and nothing to send, the oldest sequence needs more blocks than there are. Returns whether there
+    /// was one.
+    fn fail_what_never_fits(&mut self) -> bool {
+        if !self.in_flight.is_empty() {
+            return false;
+        }
+        let stuck = self.running.first_key_value().map(|(arrival, _)| *arrival);
+        let Some(arrival) = stuck.or_else(|| self.waiting.first_key_value().map(|(arrival, _)| *arrival)) else { return false };
+        let blocks: Vec<usize> = self.pools.iter().map(super::BlockPool::total).collect();
+        self.fail(arrival, format!("the sequence needs more KV blocks than there are ({blocks:?} in the groups)"));
+        true
+    }
+}
+
+/// Whether a sequence with one token to run can run it now: its id is known, or is being drawn in a step before.
+fn is_ready(sequence: &Sequence, admission: &Admission, context: usize) -> bool {
+    if admission.sent < sequence.ids.len() {
+        return true;
+    }
+    // At the end of a prompt that nothing is drawn after, or of what may be drawn, there is no next token.
+    admission.pending == 1 && admission.sent == sequence.ids.len() && sequence.room(1, context) > 0
+}
+
+/// What is wanted of prompt positions `first..end`, ascending, and where each result goes.
+fn collect_wants(sequence: &Sequence, first: usize, end: usize, wants: &mut Vec<Want>, results: &mut Vec<Purpose>) {
+    let mut found: Vec<(Want, Purpose)> = Vec::new();
+    if let Some(top) = sequence.submission.score_prompt.filter(|_| !sequence.prompt_reported) {
+        let last = end.min(sequence.submission.prompt.len().saturating_sub(1));
+        for position in first.max(sequence.scores.len())..last {
+            let kind = WantKind::Score { target: sequence.ids[position + 1], top };
+            found.push((Want { offset: (position - first) as u32, kind }, Purpose::Score));
+        }
+    }
+    for want in &sequence.submission.wants[sequence.next_want..] {
+        let position = want.offset as usize;
+        if (first..end).contains(&position) {
+            found.push((Want { offset: (position - first) as u32, kind: want.kind.clone() }, Purpose::Want));
+        }
+    }
+    found.sort_by_key(|(want, _)| want.offset);
+    for (want, purpose) in found {
+        wants.push(want);
+        results.push(purpose);
+    }
+}

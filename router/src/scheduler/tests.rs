@@ -1,0 +1,393 @@
+//! The scheduler against a worker that checks every KV slot it reads.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use plan::{
+    fleet::ReplicaLimits,
+    shard::{KvDType, KvGeometry, KvGroup},
+    step::{Output, Sampling, Step, TokenId, Want, WantKind},
+};
+use proptest::prelude::*;
+
+use super::*;
+use crate::replica::simulated::{CostModel, Pipeline, SimulatedEngine, SimulatedModel};
+
+const MODEL: SimulatedModel = SimulatedModel { vocab: 97 };
+
+fn limits(groups: &[(Option<u32>, usize)], batch: usize, tokens: usize) -> ReplicaLimits {
+    let groups = groups.iter().map(|(window, blocks)| KvGroup { window: *window, layers: vec![0], blocks: *blocks }).collect();
+    ReplicaLimits {
+        kv: KvGeometry { dtype: KvDType::F32, groups },
+        max_context: 512,
+        max_batch_sequences: batch,
+        max_batch_tokens: tokens,
+        prefix_caching: true,
+    }
+}
+
+/// A scheduler and its workers, with replies held back until they are asked for.
+struct World {
+    scheduler: Scheduler,
+    engine: SimulatedEngine,
+    replies: VecDeque<(u64, Vec<Output>)>,
+    events: BTreeMap<u64, Vec<EventKind>>,
+    next: u64,
+}
+
+impl World {
+    fn new(limits: ReplicaLimits, stages: usize) -> Self {
+        let engine = SimulatedEngine::new(MODEL, limits.kv.clone());
+        let scheduler = Scheduler::new(SchedulerOptions { limits, stages, revision: b"r".to_vec() });
+        Self { scheduler, engine, replies: VecDeque::new(), events: BTreeMap::new(), next: 0 }
+    }
+
+    fn submit(&mut self, submission: Submission) -> u64 {
+        self.next += 1;
+        self.events.insert(self.next, Vec::new());
+        self.scheduler.submit(self.next, submission).expect("admissible");
+        self.next
+    }
+
+    fn step(&mut self) -> Option<Step> {
+        let step = self.scheduler.next_step()?;
+        let limits = &self.scheduler.options.limits;
+        assert!(step.tokens() <= limits.max_batch_tokens && step.sequences.len() <= limits.max_batch_sequences);
+        let outputs = self.engine.run(&step).expect("every read finds the sequence's own prefix");
+        self.replies.push_back((step.id, outputs));
+        self.settle();
+        Some(step)
+    }
+
+    fn reply(&mut self) -> bool {
+        let Some((step, outputs)) = self.replies.pop_front() else { return false };
+        self.scheduler.reply(step, outputs).expect("a reply in order");
+        self.settle();
+        true
+    }
+
+    fn settle(&mut self) {
+        self.scheduler.check().expect("blocks are conserved");
+        for event in self.scheduler.take_events() {
+            self.events.entry(event.ticket).or_default().push(event.kind);
+        }
+    }
+
+    fn run(&mut self) {
+        for _ in 0..100_000 {
+            while self.step().is_some() {}
+            if !self.reply() && self.scheduler.queued() + self.scheduler.running() == 0 {
+                return;
+            }
+        }
+        panic!("the scheduler makes no progress");
+    }
+
+    fn tokens(&self, ticket: u64) -> Vec<TokenId> {
+        let token = |e: &EventKind| match e {
+            EventKind::Token { id, .. } => Some(*id),
+            _ => None,
+        };
+        self.events[&ticket].iter().filter_map(token).collect()
+    }
+
+    fn cached(&self, ticket: u64) -> u32 {
+        let cached = |e: &EventKind| match e {
+            EventKind::Prompt { cached_tokens, .. } => Some(*cached_tokens),
+            _ => None,
+        };
+        self.events[&ticket].iter().find_map(cached).expect("the prompt ran")
+    }
+}
+
+fn prompt(kind: u32, len: usize) -> Arc<[TokenId]> {
+    (0..len as u32).map(|i| (i * 7 + kind * (i / 40)) % MODEL.vocab).collect()
+}
+
+fn sampled(seed: u64) -> Sampling {
+    Sampling { temperature: 1.0, seed, ..Sampling::default() }
+}
+
+fn generate(prompt: Arc<[TokenId]>, seed: u64, max: u32) -> Submission {
+    Submission::generate(prompt, sampled(seed), max, Arc::new([3, 5]))
+}
+
+fn solo(s: &Submission) -> Vec<TokenId> {
+    MODEL.solo(&s.prompt, &s.sampling, s.max_tokens as usize, &s.end_ids)
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Submit { kind: u32, len: usize, seed: u64, max: u32, chunk: Option<usize>, score: bool },
+    Step,
+    Reply,
+    Cancel(usize),
+    Lose,
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (0..4u32, 1..150usize, 0..4u64, 0..60u32, proptest::option::of(1..40usize), proptest::bool::weighted(0.1))
+            .prop_map(|(kind, len, seed, max, chunk, score)| Op::Submit { kind, len, seed, max, chunk, score }),
+        12 => Just(Op::Step),
+        10 => Just(Op::Reply),
+        1 => (0..64usize).prop_map(Op::Cancel),
+        1 => Just(Op::Lose),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Whatever is submitted, cancelled, pre-empted or lost, in whatever order replies come: no block is lost or shared wrongly,
+    /// and every stream has exactly the tokens of its solo run.
+    #[test]
+    fn any_order_of_operations_gives_solo_tokens(
+        ops in proptest::collection::vec(op(), 1..250),
+        stages in 1..4usize,
+        full in 14..40usize,
+        window in 12..40usize,
+        batch in 1..9usize,
+        tokens in 1..200usize,
+    ) {
+        let limits = limits(&[(None, full), (Some(40), window), (None, full + 3)], batch, tokens);
+        let mut world = World::new(limits.clone(), stages);
+        let mut live: BTreeMap<u64, Submission> = BTreeMap::new();
+        let mut streams: BTreeMap<u64, (Submission, Vec<TokenId>)> = BTreeMap::new();
+        for op in ops {
+            match op {
+                Op::Submit { kind, len, seed, max, chunk, score } => {
+                    let max = max.max(u32::from(!score));
+                    let submission =
+                        Submission { chunk, score_prompt: score.then_some(2), ..generate(prompt(kind, len), seed, max) };
+                    let ticket = world.submit(submission.clone());
+                    streams.insert(ticket, (submission.clone(), solo(&submission)));
+                    live.insert(ticket, submission);
+                }
+                Op::Step => { world.step(); }
+                Op::Reply => { world.reply(); }
+                Op::Cancel(n) => {
+                    if let Some(ticket) = live.keys().nth(n).copied() {
+                        world.scheduler.cancel(ticket);
+                        live.remove(&ticket);
+                        world.settle();
+                    }
+                }
+                Op::Lose => {
+                    // The session breaks: what is left is submitted to a fresh one with what it emitted.
+                    let left = world.scheduler.tickets();
+                    let mut fresh = World::new(limits.clone(), stages);
+                    fresh.next = world.next;
+                    for ticket in left {
+                        let mut submission = live[&ticket].clone();
+                        submission.emitted = world.tokens(ticket);
+                        fresh.scheduler.submit(ticket, submission).expect("admissible");
+                    }
+                    fresh.events = world.events;
+                    world = fresh;
+                }
+            }
+        }
+        world.run();
+        for ticket in live.keys() {
+            let (submission, expected) = &streams[ticket];
+            if let Some(EventKind::Failed(message)) = world.events[ticket].last() {
+                let blocks = (submission.prompt.len() + submission.max_tokens as usize).div_ceil(16);
+                prop_assert!(blocks > full.min(window), "{message}");
+                continue;
+            }
+            prop_assert_eq!(&world.tokens(*ticket), expected);
+            if submission.score_prompt.is_some() {
+                let scores = world.events[ticket].iter().find_map(|e| match e {
+                    EventKind::Prompt { scores, .. } => Some(scores.len()),
+                    _ => None,
+                });
+                prop_assert_eq!(scores, Some(submission.prompt.len() - 1));
+            }
+        }
+        prop_assert_eq!(world.scheduler.pools.iter().map(BlockPool::used).sum::<usize>(), 0);
+        for (pool, group) in world.scheduler.pools.iter().zip(&limits.kv.groups) {
+            prop_assert_eq!(pool.available(), group.blocks);
+        }
+    }
+}
+
+#[test]
+fn the_checking_worker_sees_a_block_shared_wrongly() {
+    let mut world = World::new(limits(&[(None, 32)], 4, 64), 1);
+    world.submit(generate(prompt(0, 30), 1, 40));
+    world.submit(generate(prompt(0, 31)[1..].into(), 1, 40));
+    let mut step = world.scheduler.next_step().expect("two prompts");
+    let stolen = step.sequences[0].tables[0].blocks[1];
+    step.sequences[1].tables[0].blocks[1] = stolen;
+    assert!(world.engine.run(&step).is_err());
+}
+
+#[test]
+fn a_shared_prefix_is_found_on_sliding_windows_and_changes_no_token() {
+    for groups in [vec![(None, 300)], vec![(None, 300), (Some(64), 120)], vec![(Some(64), 120)]] {
+        let mut world = World::new(limits(&groups, 8, 64), 1);
+        let shared = prompt(0, 240);
+        let (mut hits, mut queries) = (0, 0);
+        for i in 0..24u32 {
+            let ids: Arc<[TokenId]> = shared.iter().copied().chain([i, i + 1, i + 2]).collect();
+            let submission = generate(ids.clone(), u64::from(i), 30);
+            let expected = solo(&submission);
+            let ticket = world.submit(submission);
+            world.run();
+            assert_eq!(world.tokens(ticket), expected);
+            if i > 0 {
+                hits += world.cached(ticket) as usize;
+                queries += ids.len();
+            }
+        }
+        assert!(hits as f64 / queries as f64 > 0.9, "{groups:?}: {hits} of {queries}");
+    }
+}
+
+#[test]
+fn prompts_that_arrive_together_compute_a_shared_prefix_once() {
+    let mut world = World::new(limits(&[(None, 300), (Some(64), 200)], 8, 128), 1);
+    let tickets: Vec<u64> = (0..4).map(|i| world.submit(generate(prompt(0, 240), i, 10))).collect();
+    world.run();
+    for ticket in &tickets[1..] {
+        assert_eq!(world.cached(*ticket), 224);
+    }
+}
+
+#[test]
+fn caching_turned_off_finds_nothing() {
+    let mut world = World::new(ReplicaLimits { prefix_caching: false, ..limits(&[(None, 300)], 8, 64) }, 1);
+    for _ in 0..2 {
+        let ticket = world.submit(generate(prompt(0, 240), 1, 5));
+        world.run();
+        assert_eq!(world.cached(ticket), 0);
+    }
+    assert_eq!(world.scheduler.counters().prefix_query_tokens, 0);
+}
+
+#[test]
+fn a_cancelled_sequence_returns_its_blocks_and_the_workers_learn_it_with_the_next_step() {
+    let mut world = World::new(ReplicaLimits { prefix_caching: false, ..limits(&[(None, 8)], 4, 64) }, 1);
+    let ticket = world.submit(generate(prompt(0, 40), 1, 40));
+    let other = world.submit(generate(prompt(1, 10), 1, 40));
+    let sent = world.step().expect("two prompts");
+    assert_eq!(world.scheduler.pools[0].available(), 4);
+    world.scheduler.cancel(ticket);
+    assert_eq!(world.scheduler.pools[0].available(), 7);
+    let next = world.step().expect("the other goes on");
+    assert_eq!(next.frees, [sent.sequences[0].sequence]);
+    assert_eq!(next.sequences.len(), 1);
+    world.run();
+    assert!(world.tokens(ticket).is_empty());
+    assert_eq!(world.tokens(other), solo(&generate(prompt(1, 10), 1, 40)));
+    assert_eq!(world.engine.sequences(), 1, "the last one's end is told with a step that never came");
+}
+
+#[test]
+fn steps_overlap_and_stages_get_micro_batches() {
+    let mut world = World::new(limits(&[(None, 300)], 32, 256), 2);
+    for i in 0..8 {
+        world.submit(Submission::generate(prompt(i, 4), sampled(1), 50, Arc::new([])));
+    }
+    let prefill = world.step().expect("all prompts");
+    assert_eq!(prefill.sequences.len(), 8);
+    let sizes: Vec<usize> = std::iter::from_fn(|| world.step()).map(|s| s.sequences.len()).collect();
+    assert_eq!(sizes, [4, 4], "as many steps in flight as stages, plus one, each with its share");
+    world.reply();
+    assert_eq!(world.step().map(|s| s.sequences.len()), Some(4));
+    world.run();
+}
+
+#[test]
+fn blocks_that_run_out_are_taken_from_the_youngest() {
+    let mut world = World::new(limits(&[(None, 10)], 8, 64), 1);
+    let submissions: Vec<Submission> =
+        (0..4).map(|i| Submission::generate(prompt(i, 30), sampled(u64::from(i)), 90, Arc::new([]))).collect();
+    let tickets: Vec<u64> = submissions.iter().map(|s| world.submit(s.clone())).collect();
+    world.run();
+    assert!(world.scheduler.counters().preemptions > 0);
+    for (ticket, submission) in tickets.iter().zip(&submissions) {
+        assert_eq!(world.tokens(*ticket), solo(submission));
+    }
+}
+
+#[test]
+fn wants_are_answered_in_order_whatever_the_chunks() {
+    let run = |chunk: Option<usize>| {
+        let mut world = World::new(limits(&[(None, 40), (Some(40), 40)], 8, 64), 2);
+        let ids = prompt(2, 50);
+        let mut wants: Vec<Want> =
+            (0..49).map(|i| Want { offset: i, kind: WantKind::Score { target: ids[i as usize + 1], top: 3 } }).collect();
+        wants.push(Want { offset: 49, kind: WantKind::Logits });
+        let submission =
+            Submission { wants: wants.into(), logits: true, chunk, ..Submission::generate(ids, Sampling::default(), 5, Arc::new([])) };
+        let ticket = world.submit(submission);
+        world.run();
+        world.events.remove(&ticket).expect("events")
+    };
+    let whole = run(None);
+    let outputs = whole.iter().filter(|e| matches!(e, EventKind::Output(_))).count();
+    assert_eq!(outputs, 49 + 1 + 5);
+    for chunk in [1, 7, 16, 64] {
+        assert_eq!(run(Some(chunk)), whole);
+    }
+}
+
+#[test]
+fn a_reply_that_fits_no_step_is_refused() {
+    let mut world = World::new(limits(&[(None, 40)], 8, 64), 1);
+    world.submit(generate(prompt(0, 5), 1, 5));
+    let step = world.scheduler.next_step().expect("a prompt");
+    let outputs = world.engine.run(&step).expect("runs");
+    assert!(matches!(world.scheduler.reply(2, outputs.clone()), Err(ReplyError::Order { got: 2, .. })));
+    let mut world = World::new(limits(&[(None, 40)], 8, 64), 1);
+    world.submit(generate(prompt(0, 5), 1, 5));
+    world.scheduler.next_step().expect("a prompt");
+    assert!(matches!(world.scheduler.reply(1, Vec::new()), Err(ReplyError::Outputs { .. })));
+}
+
+#[test]
+fn a_thousand_sequences_in_virtual_time() {
+    let limits = limits(&[(None, 1500), (Some(64), 1200)], 64, 256);
+    let cost = CostModel { step: Duration::from_millis(4), token: Duration::from_micros(100) };
+    let throughput = |stages: usize| {
+        let mut scheduler = Scheduler::new(SchedulerOptions { limits: limits.clone(), stages, revision: Vec::new() });
+        let mut engine = SimulatedEngine::new(MODEL, limits.kv.clone());
+        engine.verify = false;
+        let mut pipeline = Pipeline::new(stages, cost);
+        let mut expected = BTreeMap::new();
+        for i in 0..1000u32 {
+            let submission = generate(prompt(i % 5, 20 + (i as usize * 37) % 200), u64::from(i), 1 + i % 50);
+            expected.insert(u64::from(i), solo(&submission));
+            scheduler.submit(u64::from(i), submission).expect("admissible");
+        }
+        let (mut now, mut due) = (Duration::ZERO, VecDeque::new());
+        let mut tokens: BTreeMap<u64, Vec<TokenId>> = BTreeMap::new();
+        let mut busy = Duration::ZERO;
+        loop {
+            while let Some(step) = scheduler.next_step() {
+                busy += cost.of(step.tokens());
+                due.push_back((pipeline.run(now, &step), step.id, engine.run(&step).expect("consistent")));
+            }
+            let Some((at, step, outputs)) = due.pop_front() else { break };
+            now = at;
+            scheduler.reply(step, outputs).expect("in order");
+            for event in scheduler.take_events() {
+                if let EventKind::Token { id, .. } = event.kind {
+                    tokens.entry(event.ticket).or_default().push(id);
+                }
+            }
+        }
+        assert_eq!(tokens, expected);
+        // With every stage equal, the best is a pipeline that never waits.
+        busy.as_secs_f64() / now.as_secs_f64()
+    };
+    for stages in [1, 2, 4] {
+        let filled = throughput(stages);
+        assert!(filled > 0.8, "{stages} stages are busy {filled} of the time");
+    }
+}

@@ -1,0 +1,248 @@
+//! HTTP with ranges, redirects, time limits and bounded retries.
+
+use std::{
+    io::{self, Read},
+    ops::Range,
+    sync::Arc,
+    time::Duration,
+};
+
+use tracing::debug;
+use ureq::{
+    Agent, Body,
+    config::RedirectAuthHeaders,
+    http::{Response, StatusCode, header},
+};
+
+use crate::{SourceError, SourceOptions};
+
+/// Most redirects that are followed.
+const REDIRECTS: u32 = 10;
+/// Largest small file (config, tokenizer, listing) that is read into memory.
+const MAX_SMALL: u64 = 256 << 20;
+
+/// A client that tries again.
+#[derive(Clone, Debug)]
+pub(crate) struct Client {
+    agent: Agent,
+    retries: u32,
+    backoff: Duration,
+}
+
+impl Client {
+    pub(crate) fn new(options: &SourceOptions) -> Self {
+        let config = Agent::config_builder()
+            .http_status_as_error(false)
+            .max_redirects(REDIRECTS)
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
+            .timeout_connect(Some(options.timeout))
+            .timeout_recv_response(Some(options.timeout))
+            .timeout_per_read(Some(options.timeout))
+            .user_agent(concat!("skein/", env!("CARGO_PKG_VERSION")))
+            .accept_encoding("identity")
+            .build();
+        Self { agent: config.into(), retries: options.retries, backoff: options.backoff }
+    }
+
+    /// Runs `attempt` until it succeeds, fails for good, or the retries are used up.
+    fn retry<T>(&self, place: &str, mut attempt: impl FnMut() -> Result<T, Failure>) -> Result<T, SourceError> {
+        for n in 0.. {
+            let source = match attempt() {
+                Ok(value) => return Ok(value),
+                Err(Failure::Final(error)) => return Err(error),
+                Err(Failure::Passing(error)) if n >= self.retries => error,
+                Err(Failure::Passing(error)) => {
+                    debug!(place, attempt = n + 1, error = %error, "request failed, trying again");
+                    std::thread::sleep(self.backoff * 2u32.saturating_pow(n));
+                    continue;
+                }
+            };
+            return Err(SourceError::Unreachable { place: place.to_owned(), attempts: n + 1, source });
+        }
+        Err(SourceError::Unreachable { place: place.to_owned(), attempts: 0, source: io::ErrorKind::TimedOut.into() })
+    }
+
+    /// One GET; the status is one of success.
+    fn get(&self, url: &str, token: Option<&str>, range: Option<&str>) -> Result<Response<Body>, Failure> {
+        let mut request = self.agent.get(url);
+        if let Some(range) = range {
+            request = request.header(header::RANGE, range);
+        }
+        if let Some(token) = token {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        }
+        let response = request.call().map_err(|e| failure(url, e))?;
+        let (place, status) = (url.to_owned(), response.status());
+        match status {
+            s if s.is_success() => Ok(response),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => {
+                Err(Failure::Final(SourceError::Unauthorized { place, status: status.as_u16() }))
+            }
+            StatusCode::NOT_FOUND | StatusCode::GONE => Err(Failure::Final(SourceError::NotFound { place })),
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Err(Failure::Passing(answered(status))),
+            s if s.is_server_error() => Err(Failure::Passing(answered(status))),
+            _ => Err(Failure::Final(SourceError::Status { place, status: status.as_u16() })),
+        }
+    }
+
+    /// The whole of a small file, and the next page's URL when the server pages its answer.
+    pub(crate) fn small(&self, url: &str, token: Option<&str>) -> Result<(Vec<u8>, Option<String>), SourceError> {
+        self.retry(url, || {
+            let response = self.get(url, token, None)?;
+            let next = text(&response, header::LINK).and_then(next_link);
+            let mut bytes = Vec::new();
+            response.into_body().into_reader().take(MAX_SMALL + 1).read_to_end(&mut bytes).map_err(Failure::Passing)?;
+            if bytes.len() as u64 > MAX_SMALL {
+                let (expected, got) = (format!("at most {MAX_SMALL} bytes"), "more".to_owned());
+                return Err(Failure::Final(SourceError::Protocol { place: url.to_owned(), expected, got }));
+            }
+            Ok((bytes, next))
+        })
+    }
+
+    /// Finds out a file's length and whether the server sends ranges.
+    pub(crate) fn probe(&self, name: &str, url: &str, token: Option<&str>) -> Result<Remote, SourceError> {
+        self.retry(url, || {
+            let response = self.get(url, token, Some("bytes=0-0"))?;
+            let ranges = response.status() == StatusCode::PARTIAL_CONTENT;
+            let bytes = if ranges {
+                content_range(&response)
+                    .map(|(_, total)| total)
+                    .ok_or_else(|| Failure::Final(no_range(url, &response, "bytes 0-0/length")))?
+            } else {
+                None
+            };
+            let length = || text(&response, header::CONTENT_LENGTH).and_then(|l| l.parse().ok());
+            let mark = text(&response, header::ETAG).or_else(|| text(&response, header::LAST_MODIFIED)).map(str::to_owned);
+            Ok(Remote {
+                client: Arc::new(self.clone()),
+                name: name.to_owned(),
+                url: url.to_owned(),
+                token: token.map(str::to_owned),
+                bytes: if ranges { bytes } else { length() },
+                mark,
+                ranges,
+            })
+        })
+    }
+}
+
+/// A file on a server.
+#[derive(Clone, Debug)]
+pub(crate) struct Remote {
+    client: Arc<Client>,
+    name: String,
+    url: String,
+    token: Option<String>,
+    bytes: Option<u64>,
+    mark: Option<String>,
+    ranges: bool,
+}
+
+impl Remote {
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn place(&self) -> String {
+        self.url.clone()
+    }
+
+    pub(crate) fn bytes(&self) -> Option<u64> {
+        self.bytes
+    }
+
+    /// Whether ranges of it can be read.
+    pub(crate) fn has_ranges(&self) -> bool {
+        self.ranges && self.bytes.is_some()
+    }
+
+    /// What stands for this version of the file.
+    pub(crate) fn identity(&self) -> String {
+        format!("url {} {:?} {:?}", self.url, self.mark, self.bytes)
+    }
+
+    /// Opens the file from byte `from`; returns where the body really begins: `from`, or 0 when the server sends no ranges.
+    pub(crate) fn open(&self, from: u64) -> Result<(u64, Box<dyn Read + Send>), SourceError> {
+        self.client.retry(&self.url, || {
+            let range = (from > 0 && self.ranges).then(|| format!("bytes={from}-"));
+            let response = self.client.get(&self.url, self.token.as_deref(), range.as_deref())?;
+            let begin = if response.status() == StatusCode::PARTIAL_CONTENT { self.checked(&response, from)? } else { 0 };
+            Ok((begin, Box::new(response.into_body().into_reader()) as Box<dyn Read + Send>))
+        })
+    }
+
+    /// Reads a range whole.
+    pub(crate) fn read(&self, range: &Range<u64>, into: &mut [u8]) -> Result<(), SourceError> {
+        if into.is_empty() {
+            return Ok(());
+        }
+        self.client.retry(&self.url, || {
+            let asked = format!("bytes={}-{}", range.start, range.end - 1);
+            let response = self.client.get(&self.url, self.token.as_deref(), Some(&asked))?;
+            if response.status() != StatusCode::PARTIAL_CONTENT {
+                return Err(Failure::Final(no_range(&self.url, &response, &asked)));
+            }
+            self.checked(&response, range.start)?;
+            response.into_body().into_reader().read_exact(into).map_err(Failure::Passing)
+        })
+    }
+
+    /// Checks that a partial answer begins at `from` and is of the same file as before.
+    fn checked(&self, response: &Response<Body>, from: u64) -> Result<u64, Failure> {
+        let expected = format!("bytes {from}-…/{}", self.bytes.map_or_else(|| "*".to_owned(), |b| b.to_string()));
+        match content_range(response) {
+            Some((begin, total)) if begin == from && (total.is_none() || self.bytes.is_none() || total == self.bytes) => Ok(begin),
+            _ => Err(Failure::Final(no_range(&self.url, response, &expected))),
+        }
+    }
+}
+
+/// Why an attempt failed.
+enum Failure {
+    /// Another attempt may succeed.
+    Passing(io::Error),
+    /// None will.
+    Final(SourceError),
+}
+
+fn answered(status: StatusCode) -> io::Error {
+    io::Error::other(format!("the server answered {}", status.as_u16()))
+}
+
+fn failure(url: &str, error: ureq::Error) -> Failure {
+    use ureq::Error as E;
+    match error {
+        E::Io(_) | E::Timeout(_) | E::ConnectionFailed | E::HostNotFound | E::BodyStalled | E::Protocol(_) => {
+            Failure::Passing(error.into_io())
+        }
+        E::BadUri(problem) => Failure::Final(SourceError::Uri { uri: url.to_owned(), problem }),
+        other => {
+            let source = io::Error::other(other);
+            Failure::Final(SourceError::Unreachable { place: url.to_owned(), attempts: 1, source })
+        }
+    }
+}
+
+fn text(response: &Response<Body>, name: header::HeaderName) -> Option<&str> {
+    response.headers().get(name).and_then(|v| v.to_str().ok())
+}
+
+/// First byte and length of the whole file, from `Content-Range: bytes 0-9/100`.
+fn content_range(response: &Response<Body>) -> Option<(u64, Option<u64>)> {
+    let (range, total) = text(response, header::CONTENT_RANGE)?.strip_prefix("bytes ")?.split_once('/')?;
+    let begin = range.split_once('-')?.0.parse().ok()?;
+    Some((begin, if total == "*" { None } else { Some(total.parse().ok()?) }))
+}
+
+fn no_range(url: &str, response: &Response<Body>, expected: &str) -> SourceError {
+    let range = text(response, header::CONTENT_RANGE).unwrap_or("no Content-Range");
+    let got = format!("status {} with {range}", response.status().as_u16());
+    SourceError::Protocol { place: url.to_owned(), expected: format!("status 206 for {expected}"), got }
+}
+
+/// The URL marked `rel="next"` in a `Link` header.
+fn next_link(link: &str) -> Option<String> {
+    let entry = link.split(',').find(|e| e.contains("rel=\"next\""))?;
+    Some(entry.split_once('<')?.1.split_once('>')?.0.to_owned())
+}

@@ -1,0 +1,78 @@
+//! Repositories of a Hugging Face hub: their files by its API, and where each is downloaded.
+
+use serde::Deserialize;
+
+use crate::{SourceError, SourceOptions, digest::Digest, http::Client};
+
+/// Most pages of a listing that are read.
+const MAX_PAGES: usize = 50;
+
+/// One file of a repository.
+#[derive(Clone, Debug)]
+pub(crate) struct HubFile {
+    /// Path in the repository.
+    pub(crate) path: String,
+    /// Digest, for files in large-file storage.
+    pub(crate) digest: Option<Digest>,
+}
+
+/// A repository at a revision.
+pub(crate) struct Repository<'a> {
+    pub(crate) client: &'a Client,
+    pub(crate) options: &'a SourceOptions,
+    pub(crate) repo: &'a str,
+    pub(crate) revision: &'a str,
+}
+
+#[derive(Deserialize)]
+struct Entry {
+    #[serde(rename = "type")]
+    kind: String,
+    path: String,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    oid: String,
+}
+
+impl Repository<'_> {
+    /// URL of a file's bytes.
+    pub(crate) fn url(&self, path: &str) -> String {
+        let path: Vec<String> = path.split('/').map(encode).collect();
+        format!("{}/{}/resolve/{}/{}", self.options.hub.trim_end_matches('/'), self.repo, self.revision, path.join("/"))
+    }
+
+    /// The files in `folder` (empty: the top), without those of its subfolders.
+    pub(crate) fn list(&self, folder: &str) -> Result<Vec<HubFile>, SourceError> {
+        let base = format!("{}/api/models/{}/tree/{}", self.options.hub.trim_end_matches('/'), self.repo, self.revision);
+        let mut url =
+            if folder.is_empty() { base } else { format!("{base}/{}", folder.split('/').map(encode).collect::<Vec<_>>().join("/")) };
+        let mut files = Vec::new();
+        for _ in 0..MAX_PAGES {
+            let (bytes, next) = self.client.small(&url, self.options.token.as_deref())?;
+            let entries: Vec<Entry> = serde_json::from_slice(&bytes).map_err(|e| SourceError::Protocol {
+                place: url.clone(),
+                expected: "a JSON list of files".to_owned(),
+                got: e.to_string(),
+            })?;
+            for entry in entries.into_iter().filter(|e| e.kind == "file") {
+                let digest = entry.lfs.and_then(|l| format!("sha256:{}", l.oid.trim_start_matches("sha256:")).parse().ok());
+                files.push(HubFile { path: entry.path, digest });
+            }
+            match next {
+                // The token must not follow a link to another host.
+                Some(next) if next.starts_with(self.options.hub.trim_end_matches('/')) => url = next,
+                _ => break,
+            }
+        }
+        Ok(files)
+    }
+}
+
+/// Percent-encodes what may not stand in a path segment.
+fn encode(segment: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.~".contains(&b);
+    segment.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+}

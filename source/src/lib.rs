@@ -1,0 +1,90 @@
+//! Where model files come from: range reads over files, HTTP and the Hugging Face hub, and a content-addressed cache.
+//!
+//! Everything here blocks; asynchronous callers use a thread of their own.
+
+mod cache;
+mod digest;
+mod error;
+mod http;
+mod hub;
+mod layout;
+mod locate;
+mod model;
+mod place;
+#[cfg(test)]
+mod tests;
+
+pub use cache::{Cache, default_cache_root};
+pub use digest::Digest;
+pub use error::SourceError;
+pub use model::{RawHeader, Source};
+
+use std::{fmt, path::PathBuf, sync::Arc, time::Duration};
+
+/// Hub whose repositories `hf://` names, unless told otherwise.
+pub const PUBLIC_HUB: &str = "https://huggingface.co";
+
+/// How a source is fetched.
+#[derive(Clone)]
+pub struct SourceOptions {
+    /// Root of the cache; `None` keeps nothing, so pinned remote files cannot be opened.
+    pub cache: Option<PathBuf>,
+    /// `sha256:<hex>` that the model's single weight file must have.
+    pub digest: Option<String>,
+    /// Base URL of the hub that `hf://` names.
+    pub hub: String,
+    /// Bearer token for the hub.
+    pub token: Option<String>,
+    /// Download remote weight files whose digest is known into the cache; otherwise read only the ranges asked for.
+    pub whole: bool,
+    /// Longest silence of a server.
+    pub timeout: Duration,
+    /// How often a request is tried again after a server error or a lost connection.
+    pub retries: u32,
+    /// Wait before the first retry; doubles with each.
+    pub backoff: Duration,
+    /// Told of a download's progress.
+    pub progress: Option<Arc<ProgressFn>>,
+}
+
+/// Called with a download's progress, about once per megabyte.
+pub type ProgressFn = dyn Fn(&Progress<'_>) + Send + Sync;
+
+/// How far the download of a file is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// The file.
+    pub name: &'a str,
+    /// Bytes in the cache so far.
+    pub done: u64,
+    /// Bytes of the file, when the server says.
+    pub total: Option<u64>,
+}
+
+impl Default for SourceOptions {
+    fn default() -> Self {
+        Self {
+            cache: None,
+            digest: None,
+            hub: PUBLIC_HUB.to_owned(),
+            token: None,
+            whole: true,
+            timeout: Duration::from_secs(30),
+            retries: 4,
+            backoff: Duration::from_millis(250),
+            progress: None,
+        }
+    }
+}
+
+impl fmt::Debug for SourceOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SourceOptions")
+            .field("cache", &self.cache)
+            .field("digest", &self.digest)
+            .field("hub", &self.hub)
+            .field("token", &self.token.as_ref().map(|_| "…"))
+            .field("whole", &self.whole)
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,145 @@
+//! One process: fixtures against reference outputs, the reference model against known ids and perplexity.
+
+use std::{fs, path::Path};
+
+use e2e::{
+    files,
+    program::{floats, id_list, ids, json},
+};
+use serde_json::Value;
+
+/// `eval logits` of `model` at `input`, with `greedy` further ids.
+fn logits(model: &Path, input: &[u32], greedy: usize, more: &[&str]) -> Value {
+    let (model, input, greedy) = (model.to_string_lossy(), id_list(input), greedy.to_string());
+    let mut args = vec!["eval", "logits", &model, "--input-ids", &input, "--greedy", &greedy, "--json"];
+    args.extend(more);
+    json(&args)
+}
+
+/// The largest difference between two lists.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// Asserts that a fixture gives its reference outputs, and that the comparison would see a wrong setting.
+fn matches_reference(name: &str, wrong: (&str, &str)) {
+    let expected = files::expected(name);
+    let input = ids(&expected, "input_ids");
+    let got = logits(&files::fixture(name), &input, 24, &["--kv", "f32"]);
+    let off = distance(&floats(&got, "last_logits"), &floats(&expected, "last_logits"));
+    assert!(off <= 1e-4, "{name}: last logits are off by {off}");
+    let off = distance(&floats(&got, "nll_per_token"), &floats(&expected, "nll_per_token"));
+    assert!(off <= 1e-4, "{name}: losses are off by {off}");
+    assert_eq!(ids(&got, "greedy_ids"), ids(&expected, "greedy_ids"), "{name}");
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for file in fs::read_dir(files::fixture(name)).expect("the fixture") {
+        let file = file.expect("an entry");
+        fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
+    }
+    let config = folder.path().join("config.json");
+    let text = fs::read_to_string(&config).expect("config.json");
+    assert!(text.contains(wrong.0));
+    fs::write(&config, text.replace(wrong.0, wrong.1)).expect("a writable file");
+    let other = logits(folder.path(), &input, 0, &["--kv", "f32"]);
+    let off = distance(&floats(&other, "last_logits"), &floats(&expected, "last_logits"));
+    assert!(off > 1e-4, "{name}: {} in place of {} went unseen ({off})", wrong.1, wrong.0);
+}
+
+#[test]
+fn llama_matches_its_reference() {
+    matches_reference("llama", ("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e-03"));
+}
+
+#[test]
+fn gemma3_matches_its_reference() {
+    matches_reference("gemma3", ("\"sliding_window\": 8", "\"sliding_window\": 7"));
+}
+
+/// A prompt, and the ids that follow greedily when weights are dequantized and activations are not quantized.
+struct Prompt {
+    ids: &'static [u32],
+    greedy: &'static [u32],
+    /// Steps whose two best ids are closer than 0.15: 8-bit activations may turn them.
+    narrow: &'static [usize],
+    /// The best first ids and their logits.
+    top: &'static [(usize, f32)],
+}
+
+const PROMPTS: [Prompt; 3] = [
+    // The capital of France is
+    Prompt {
+        ids: &[2, 818, 5279, 529, 7001, 563],
+        greedy: &[506, 5279, 529, 506, 2891, 529, 7001, 236761],
+        narrow: &[],
+        top: &[(506, 19.0915), (496, 18.5476), (9079, 18.2686)],
+    },
+    // def fibonacci(n): and a newline
+    Prompt {
+        ids: &[2, 2063, 10779, 78113, 236769, 236749, 1473, 107],
+        greedy: &[140, 584, 538, 1251, 236743, 236771, 236787, 107, 144, 2060, 236743, 236771],
+        narrow: &[],
+        top: &[(140, 17.7929), (138, 14.7104)],
+    },
+    // Kubernetes is an open source
+    Prompt {
+        ids: &[2, 114107, 43604, 563, 614, 1932, 3738],
+        greedy: &[9714, 183288, 5058, 600, 5862, 611, 531, 2016],
+        narrow: &[0, 4],
+        top: &[(9714, 16.6237), (5368, 16.5159), (5058, 16.3466)],
+    },
+];
+
+/// The reference model continues each known prefix with the known id, outside narrow margins.
+///
+/// A greedy run whose ids are all known ones is the same as a run for each known prefix; narrow steps are skipped by starting again behind them.
+#[test]
+fn reference_model_continues_known_prefixes() {
+    let model = files::reference();
+    for prompt in PROMPTS {
+        let mut known = prompt.ids.to_vec();
+        let mut next = 0;
+        while next < prompt.greedy.len() {
+            if prompt.narrow.contains(&next) {
+                known.push(prompt.greedy[next]);
+                next += 1;
+                continue;
+            }
+            let end = prompt.narrow.iter().copied().find(|&n| n > next).unwrap_or(prompt.greedy.len());
+            let got = logits(&model, &known, end - next, &[]);
+            assert_eq!(ids(&got, "greedy_ids"), prompt.greedy[next..end], "after {known:?}");
+            known.extend(&prompt.greedy[next..end]);
+            next = end;
+        }
+        let first = floats(&logits(&model, prompt.ids, 0, &[]), "last_logits");
+        for &(id, logit) in prompt.top {
+            assert!((first[id] - logit).abs() < 0.5, "logit of {id} after {:?}: {}, expected about {logit}", prompt.ids, first[id]);
+        }
+        // Another prompt gives other logits, by more than that.
+        let other = floats(&logits(&model, &prompt.ids[..prompt.ids.len() - 1], 0, &[]), "last_logits");
+        assert!(prompt.top.iter().any(|&(id, logit)| (other[id] - logit).abs() >= 0.5));
+    }
+}
+
+/// The first chunks of the text, within 1 % of llama.cpp on the same chunks.
+#[test]
+fn perplexity_is_that_of_llama_cpp() {
+    let golden = files::golden("ppl-gemma3-270m.json");
+    let (model, text, chunks) = (files::reference(), files::text(), golden["chunks"].to_string());
+    let got = json(&[
+        "eval",
+        "ppl",
+        &model.to_string_lossy(),
+        "--text",
+        &text.to_string_lossy(),
+        "--context",
+        "512",
+        "--chunks",
+        &chunks,
+        "--json",
+    ]);
+    assert_eq!(got["tokens"], golden["tokens"]);
+    let ratio = got["ppl"].as_f64().expect("a number") / golden["ppl"].as_f64().expect("a number");
+    assert!((ratio - 1.0).abs() < 0.01, "perplexity {}, llama.cpp has {}", got["ppl"], golden["ppl"]);
+}

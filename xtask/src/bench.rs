@@ -1,0 +1,100 @@
+//! `cargo xtask bench`: the engine and llama-cpp-python in turns, in one run, on the same file and threads.
+
+use std::{collections::BTreeMap, process::Command, thread};
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::Value;
+
+use crate::{
+    demo, model, paths, peers,
+    process::{command, output, say},
+};
+
+/// Options of `bench`.
+#[derive(Args)]
+pub(crate) struct Options {
+    /// Turns of each program.
+    #[arg(long, default_value_t = 3)]
+    rounds: usize,
+    /// What to time.
+    #[arg(long, default_value = "pp512,pp128,tg128,batch8,batch16,batch32")]
+    tests: String,
+    /// Compute threads of both; all the machine offers when absent.
+    #[arg(long)]
+    threads: Option<usize>,
+}
+
+/// Tokens per second of one test, one per round.
+type Samples = BTreeMap<String, Vec<f64>>;
+
+/// Times both programs in alternating rounds and prints a table of medians, spreads and ratios.
+///
+/// # Errors
+/// If a program fails or prints something else than its results.
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let model = model::ensure()?;
+    demo::build()?;
+    let threads = match options.threads {
+        Some(n) => n,
+        None => thread::available_parallelism().context("failed to count the processors")?.get(),
+    }
+    .to_string();
+    let model = model.to_string_lossy();
+    let (mut ours, mut theirs) = (Samples::new(), Samples::new());
+    for round in 1..=options.rounds {
+        say(&format!("round {round} of {}: skein", options.rounds));
+        let mut skein = command(paths::skein()?);
+        skein.args(["bench", "engine", &model, "--threads", &threads, "--tests", &options.tests, "--json"]);
+        collect(&mut skein, &mut ours)?;
+        say(&format!("round {round} of {}: llama-cpp-python", options.rounds));
+        collect(&mut peers::script(&["bench", &model, "--threads", &threads, "--tests", &options.tests])?, &mut theirs)?;
+    }
+    println!("threads {threads}, rounds {}; tokens/s, median (lowest to highest)\n", options.rounds);
+    println!("| test | skein | llama-cpp-python | ratio of medians |");
+    println!("|---|---|---|---|");
+    for test in options.tests.split(',') {
+        let (a, b) = (row(&ours, test)?, row(&theirs, test)?);
+        println!("| {test} | {} | {} | {:.2} |", shown(&a), shown(&b), median(&a) / median(&b));
+    }
+    Ok(())
+}
+
+/// Runs `program` and adds the `tok_s` of every line it prints to `samples`.
+fn collect(program: &mut Command, samples: &mut Samples) -> Result<()> {
+    for line in output(program)?.lines().filter(|l| !l.trim().is_empty()) {
+        let result: Value = serde_json::from_str(line).with_context(|| format!("expected a JSON object a line, got {line}"))?;
+        let test = result["test"].as_str().with_context(|| format!("no test in {line}"))?;
+        let rate = result["tok_s"].as_f64().with_context(|| format!("no tok_s in {line}"))?;
+        eprintln!("    {test}: {rate:.1} tokens/s");
+        samples.entry(test.to_owned()).or_default().push(rate);
+    }
+    Ok(())
+}
+
+fn row(samples: &Samples, test: &str) -> Result<Vec<f64>> {
+    let mut rates = samples.get(test).filter(|r| !r.is_empty()).with_context(|| format!("no result for {test}"))?.clone();
+    rates.sort_by(f64::total_cmp);
+    Ok(rates)
+}
+
+/// Middle of sorted `rates`; the mean of the two middle ones when their number is even.
+fn median(rates: &[f64]) -> f64 {
+    let n = rates.len();
+    (rates[(n - 1) / 2] + rates[n / 2]) / 2.0
+}
+
+fn shown(rates: &[f64]) -> String {
+    format!("{:.1} ({:.1} to {:.1})", median(rates), rates[0], rates[rates.len() - 1])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn median_is_the_middle() {
+        assert_eq!(median(&[1.0, 2.0, 9.0]), 2.0);
+        assert_eq!(median(&[1.0, 2.0, 4.0, 9.0]), 3.0);
+    }
+}

@@ -1,0 +1,78 @@
+//! Development chores: `cargo xtask demo`, `test`, `check` and what they need.
+#![forbid(unsafe_code)]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores talk to the person who runs them")]
+
+mod bench;
+mod check;
+mod codegen;
+mod demo;
+mod model;
+mod paths;
+mod peers;
+mod process;
+mod python;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Development chores of Skein.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Args {
+    #[command(subcommand)]
+    chore: Chore,
+}
+
+#[derive(Subcommand)]
+enum Chore {
+    /// Fetch the reference model (253 MB) into Skein's cache; does nothing when it is there.
+    Model,
+    /// Answer a prompt with the reference model on two stages of two ranks each.
+    Demo {
+        /// Serve the same manifest afterwards, until Ctrl-C.
+        #[arg(long)]
+        keep: bool,
+        /// What to ask.
+        #[arg(long, default_value = demo::QUESTION)]
+        prompt: String,
+    },
+    /// Prepare everything and run all tests.
+    Test {
+        /// Run only tests whose name contains this.
+        #[arg(long)]
+        filter: Option<String>,
+    },
+    /// Format, lints, docs, dependencies, generated files, rules of the tree.
+    Check,
+    /// Regenerate the code made from the .proto files.
+    Codegen,
+    /// Time the engine and llama-cpp-python in turns on the reference model.
+    Bench(bench::Options),
+    /// Compare perplexity on the first chunks of the test text with llama-cpp-python.
+    PeerPpl(peers::PplOptions),
+}
+
+fn main() -> ExitCode {
+    match run(Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    match args.chore {
+        Chore::Model => model::ensure().map(|path| println!("{}", path.display())),
+        Chore::Demo { keep, prompt } => demo::answer(&prompt, keep),
+        Chore::Test { filter } => test::all(filter.as_deref()),
+        Chore::Check => check::run_all(),
+        Chore::Codegen => codegen::run(),
+        Chore::Bench(options) => bench::run(&options),
+        Chore::PeerPpl(options) => peers::ppl(&options),
+    }
+}

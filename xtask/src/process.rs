@@ -1,0 +1,72 @@
+//! Running other programs, with messages that name what is missing.
+
+use std::{
+    ffi::OsStr,
+    io,
+    path::Path,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail};
+
+use crate::paths;
+
+/// Says what is being done, on stderr.
+pub(crate) fn say(what: &str) {
+    eprintln!("==> {what}");
+}
+
+/// `program` with the checkout as its working folder and no input.
+pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new(program);
+    command.current_dir(paths::root()).stdin(Stdio::null());
+    command
+}
+
+/// The cargo that runs this chore.
+pub(crate) fn cargo() -> Command {
+    let mut command = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // Set for this program by `cargo run`; they would look like changes to the builds started from here.
+    for name in ["CARGO_MANIFEST_DIR", "CARGO_MANIFEST_PATH", "CARGO_PKG_NAME"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+/// Runs `command` with its output passed through.
+///
+/// # Errors
+/// If it cannot start or does not exit with 0.
+pub(crate) fn run(command: &mut Command) -> Result<()> {
+    let status = command.status().map_err(|e| cannot_start(command, e))?;
+    if !status.success() {
+        bail!("{} failed: {status}", shown(command));
+    }
+    Ok(())
+}
+
+/// Runs `command` and returns its stdout; stderr is passed through.
+///
+/// # Errors
+/// If it cannot start, does not exit with 0, or does not write UTF-8.
+pub(crate) fn output(command: &mut Command) -> Result<String> {
+    let done = command.stderr(Stdio::inherit()).output().map_err(|e| cannot_start(command, e))?;
+    if !done.status.success() {
+        bail!("{} failed: {}", shown(command), done.status);
+    }
+    String::from_utf8(done.stdout).with_context(|| format!("{} wrote something other than UTF-8", shown(command)))
+}
+
+fn cannot_start(command: &Command, error: io::Error) -> anyhow::Error {
+    anyhow::Error::new(error).context(format!("failed to start {}", shown(command)))
+}
+
+fn shown(command: &Command) -> String {
+    let program = Path::new(command.get_program()).file_name().unwrap_or(command.get_program());
+    let mut line = program.to_string_lossy().into_owned();
+    for arg in command.get_args() {
+        line.push(' ');
+        line.push_str(&arg.to_string_lossy());
+    }
+    line
+}
