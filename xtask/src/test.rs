@@ -2,10 +2,10 @@
 
 use std::thread;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Result, anyhow};
 
 use crate::{
-    model, paths,
+    demo, model,
     process::{cargo, run, say},
     python,
 };
@@ -17,11 +17,10 @@ use crate::{
 pub(crate) fn all(filter: Option<&str>) -> Result<()> {
     let fetching = thread::spawn(|| model::ensure().and_then(|_| python::clients()));
     say("building the workspace");
-    let built = run(cargo().args(["test", "--workspace", "--no-run"]));
+    // The end-to-end tests start the program itself, which a build of tests alone does not leave.
+    let built = demo::build().and_then(|()| run(cargo().args(["test", "--workspace", "--no-run"])));
     let python = fetching.join().map_err(|_| anyhow!("the thread that prepares the model and the Python clients panicked"))??;
     built?;
-    let skein = paths::skein()?;
-    skein.try_exists().ok().filter(|there| *there).with_context(|| format!("the build left no {}", skein.display()))?;
     say("running all tests");
     let mut tests = cargo();
     tests.args(["test", "--workspace", "--no-fail-fast"]).env("SKEIN_TEST_PYTHON", python);
