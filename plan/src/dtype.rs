@@ -40,7 +40,7 @@ impl DType {
 
     /// Bytes of one row of `len` values, or `None` when `len` is not a whole number of blocks.
     pub const fn row_bytes(self, len: usize) -> Option<usize> {
-        if len % self.block_len() == 0 { (len / self.block_len()).checked_mul(self.block_bytes()) } else { None }
+        if len.is_multiple_of(self.block_len()) { (len / self.block_len()).checked_mul(self.block_bytes()) } else { None }
     }
 
     /// Values per block of the activation that a product with this type quantizes its input to; `None` for float types.

@@ -182,7 +182,7 @@ pub struct ModelFile {
 
 /// File format of the weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "named after the formats")]
+#[expect(missing_docs, clippy::upper_case_acronyms, reason = "named after the formats")]
 pub enum Format {
     GGUF,
     Safetensors,

@@ -23,6 +23,8 @@ pub struct Tensor {
     pub offset: u64,
     /// Length of the data in bytes.
     pub bytes: u64,
+    /// Byte of the file at which the tensor's entry begins.
+    pub entry_offset: u64,
 }
 
 /// The header of one safetensors file.
@@ -186,14 +188,12 @@ pub fn read(input: &mut dyn io::Read, file_bytes: u64) -> Result<Header, Safeten
 
 /// Checks every tensor against its shape, the others, and the file.
 fn check(raw: &[(String, RawTensor)], data_offset: u64, data: u64, json: &[u8]) -> Result<Vec<Tensor>, SafetensorsError> {
-    let at = |name: &str, what: &str, problem| SafetensorsError {
-        field: format!("tensor {name} {what}"),
-        offset: 8 + key_position(json, name),
-        problem,
-        source: None,
-    };
     let mut tensors = Vec::new();
+    let mut entry = 0;
     for (name, RawTensor { dtype, shape, data_offsets: [begin, end] }) in raw {
+        entry = key_position(json, entry, name);
+        let entry_offset = 8 + entry as u64;
+        let at = |name: &str, what: &str, problem| fail_at(entry_offset, name, what, problem);
         let Some(element) = element_bytes(dtype) else {
             return Err(at(name, "dtype", SafetensorsProblem::UnknownType { got: dtype.clone() }));
         };
@@ -209,7 +209,7 @@ fn check(raw: &[(String, RawTensor)], data_offset: u64, data: u64, json: &[u8]) 
             return Err(at(name, "data_offsets", problem));
         }
         let offset = data_offset + begin;
-        tensors.push(Tensor { name: name.clone(), dtype: dtype.clone(), shape: shape.clone(), offset, bytes: expected });
+        tensors.push(Tensor { name: name.clone(), dtype: dtype.clone(), shape: shape.clone(), offset, bytes: expected, entry_offset });
     }
     let mut order: Vec<&Tensor> = tensors.iter().collect();
     order.sort_by_key(|t| (t.offset, t.bytes));
@@ -218,7 +218,7 @@ fn check(raw: &[(String, RawTensor)], data_offset: u64, data: u64, json: &[u8]) 
         if t.offset != expected {
             let problem =
                 SafetensorsProblem::Gap { begin: t.offset - data_offset, expected: expected - data_offset, previous: previous.to_owned() };
-            return Err(at(&t.name, "data_offsets", problem));
+            return Err(fail_at(t.entry_offset, &t.name, "data_offsets", problem));
         }
         (expected, previous) = (t.offset + t.bytes, &t.name);
     }
@@ -235,10 +235,14 @@ fn position(json: &[u8], line: usize, column: usize) -> u64 {
     (start + column.saturating_sub(1)).min(json.len()) as u64
 }
 
-/// Byte of `json` at which the entry `name` stands.
-fn key_position(json: &[u8], name: &str) -> u64 {
-    let Ok(quoted) = serde_json::to_vec(name) else { return 0 };
-    json.windows(quoted.len().max(1)).position(|w| w == quoted).unwrap_or(0) as u64
+fn fail_at(offset: u64, name: &str, what: &str, problem: SafetensorsProblem) -> SafetensorsError {
+    SafetensorsError { field: format!("tensor {name} {what}"), offset, problem, source: None }
+}
+
+/// Byte of `json` at which the key `name` stands, at or after byte `from`; `from` where it is written with escapes of another form.
+fn key_position(json: &[u8], from: usize, name: &str) -> usize {
+    let Ok(quoted) = serde_json::to_vec(name) else { return from };
+    json[from..].windows(quoted.len()).position(|w| w == quoted).map_or(from, |at| from + at)
 }
 
 fn without_position(error: &serde_json::Error) -> String {
@@ -273,7 +277,7 @@ impl Index {
         if let Some((tensor, file)) =
             raw.weight_map.iter().find(|(_, f)| f.is_empty() || f.contains(['/', '\\', '\0']) || f.starts_with('.'))
         {
-            return Err(fail(key_position(json, tensor), format!("tensor {tensor} lies in {file:?}, expected a file name")));
+            return Err(fail(key_position(json, 0, tensor) as u64, format!("tensor {tensor} lies in {file:?}, expected a file name")));
         }
         Ok(Self { weight_map: raw.weight_map })
     }

@@ -7,7 +7,7 @@ pub mod convert;
 
 /// `skein.v1`: the typed interface for clients.
 pub mod inference {
-    #![expect(missing_docs, clippy::all, reason = "generated")]
+    #![expect(missing_docs, unused_qualifications, reason = "generated")]
     include!("generated/skein.v1.rs");
 
     /// Encoded `FileDescriptorSet` of this package, for reflection.
@@ -16,12 +16,12 @@ pub mod inference {
 
 /// `skein.worker.v1`: sessions, links and epochs.
 pub mod worker {
-    #![expect(missing_docs, clippy::all, reason = "generated")]
+    #![expect(missing_docs, unused_qualifications, reason = "generated")]
     include!("generated/skein.worker.v1.rs");
 }
 
 /// `skein.fleet.v1`: the fleet and its load.
 pub mod fleet {
-    #![expect(missing_docs, clippy::all, reason = "generated")]
+    #![expect(missing_docs, unused_qualifications, reason = "generated")]
     include!("generated/skein.fleet.v1.rs");
 }

@@ -37,7 +37,7 @@ pub enum SourceError {
     #[error("weight file {index} was asked for, the source has {files}")]
     FileIndex { index: usize, files: usize },
     #[error("the model in {place} cannot be used")]
-    Header { place: String, source: HeaderError },
+    Header { place: String, source: Box<HeaderError> },
 }
 
 impl SourceError {

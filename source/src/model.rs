@@ -144,14 +144,14 @@ impl Source {
     fn read_gguf(&self) -> Result<RawHeader, SourceError> {
         let Some((file, place)) = self.weights.first() else { return Err(SourceError::FileIndex { index: 0, files: 0 }) };
         let header = gguf::read(&mut *place.stream()?, place.bytes(), gguf::Keep::Short, true)
-            .map_err(|source| self.unusable(place, HeaderError::Gguf { file: file.name.clone(), source }))?;
+            .map_err(|source| self.unusable(place, HeaderError::Gguf { file: file.name.clone(), source: Box::new(source) }))?;
         Ok(RawHeader::Gguf { file: file.clone(), header })
     }
 
     fn read_safetensors(&self) -> Result<RawHeader, SourceError> {
         let part = |(file, place): &(ModelFile, Place)| {
             let header = safetensors::read(&mut *place.stream()?, place.bytes())
-                .map_err(|source| self.unusable(place, HeaderError::Safetensors { file: file.name.clone(), source }))?;
+                .map_err(|source| self.unusable(place, HeaderError::Safetensors { file: file.name.clone(), source: Box::new(source) }))?;
             Ok((file.clone(), header))
         };
         let parts = self.weights.iter().map(part).collect::<Result<_, SourceError>>()?;
@@ -159,7 +159,7 @@ impl Source {
     }
 
     fn unusable(&self, place: &Place, source: HeaderError) -> SourceError {
-        SourceError::Header { place: place.name(), source }
+        SourceError::Header { place: place.name(), source: Box::new(source) }
     }
 
     /// The model's shape and the place of each tensor.
@@ -167,7 +167,7 @@ impl Source {
     /// # Errors
     /// When a header cannot be read, or the model is not one that Skein supports.
     pub fn header(&self) -> Result<ModelHeader, SourceError> {
-        self.raw_header()?.model_header().map_err(|source| SourceError::Header { place: self.uri.clone(), source })
+        self.raw_header()?.model_header().map_err(|source| SourceError::Header { place: self.uri.clone(), source: Box::new(source) })
     }
 
     /// What a router needs of the model.
@@ -260,8 +260,9 @@ impl Opener {
             return Err(no_model("a digest pins one weight file, the model has several".to_owned()));
         }
         let json = self.small(folder, &index)?.ok_or_else(|| no_model(format!("{index} is missing")))?;
-        let unusable = |source| HeaderError::Safetensors { file: index.clone(), source };
-        let index = safetensors::Index::parse(&json).map_err(|e| SourceError::Header { place: uri.to_owned(), source: unusable(e) })?;
+        let unusable = |source| HeaderError::Safetensors { file: index.clone(), source: Box::new(source) };
+        let index =
+            safetensors::Index::parse(&json).map_err(|e| SourceError::Header { place: uri.to_owned(), source: Box::new(unusable(e)) })?;
         let open = |name: String| {
             let place = self.place(folder, &name)?;
             Ok((ModelFile { name, bytes: place.bytes() }, place))

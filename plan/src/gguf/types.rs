@@ -87,7 +87,7 @@ pub struct GgmlType {
 }
 
 /// `(id, name, values per block, bytes per block)` of ggml's types (`ggml-common.h`); retired numbers are left out.
-const TYPES: [(u32, &str, u64, u64); 31] = [
+const TYPES: [(u32, &str, u64, u64); 32] = [
     (0, "F32", 1, 4),
     (1, "F16", 1, 2),
     (2, "Q4_0", 32, 18),
@@ -118,6 +118,7 @@ const TYPES: [(u32, &str, u64, u64); 31] = [
     (29, "IQ1_M", 256, 56),
     (30, "BF16", 1, 2),
     (34, "TQ1_0", 256, 54),
+    (35, "TQ2_0", 256, 66),
     (39, "MXFP4", 32, 17),
 ];
 

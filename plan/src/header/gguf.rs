@@ -26,12 +26,15 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
     let architecture = match arch {
         "llama" => Architecture::Llama,
         "gemma3" => Architecture::Gemma3,
-        got => return Err(HeaderError::UnsupportedArchitecture { got: got.to_owned(), expected: "llama or gemma3" }),
+        got => {
+            let (file, field) = (file.name.clone(), meta.place("general.architecture".to_owned()));
+            return Err(HeaderError::UnsupportedArchitecture { file, field, got: got.to_owned(), expected: "llama or gemma3" });
+        }
     };
     if let Some(parts) = meta.count("split.count")?.filter(|&n| n > 1) {
         return Err(HeaderError::UnsupportedFeature {
             file: file.name.clone(),
-            field: "split.count".to_owned(),
+            field: meta.place("split.count".to_owned()),
             expected: "a model in one file",
             got: format!("{parts} files"),
         });
@@ -40,6 +43,7 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
     let found = header.tensors.iter().map(|t| Found {
         name: t.name.clone(),
         file: 0,
+        entry_offset: t.entry_offset,
         dtype: t.kind.dtype().ok_or_else(|| t.kind.name.to_owned()),
         shape: t.dims.iter().rev().copied().collect(),
         offset: t.offset,
@@ -69,15 +73,9 @@ fn config(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, He
     if layers as u64 > MAX_LAYERS {
         return Err(meta.wrong("block_count", &format!("at most {MAX_LAYERS} layers"), &layers.to_string()));
     }
-    if meta.arch_count_or_zero("expert_count")? > 0 {
-        return Err(meta.unsupported("expert_count", "dense models", "experts"));
-    }
-    let (logit_cap, score_cap) = (meta.float("final_logit_softcapping")?, meta.float("attn_logit_softcapping")?);
-    if logit_cap.or(score_cap).is_some_and(|c| c != 0.0) {
-        return Err(meta.unsupported("final_logit_softcapping", "models without logit soft-capping", "soft-capping"));
-    }
-    let eps = meta.float("attention.layer_norm_rms_epsilon")?.filter(|e| e.is_finite() && *e > 0.0);
-    let eps = eps.ok_or_else(|| meta.wrong("attention.layer_norm_rms_epsilon", "a positive number", "none"))?;
+    refuse_features(meta)?;
+    let eps = meta.positive("attention.layer_norm_rms_epsilon")?;
+    let eps = eps.ok_or_else(|| meta.wrong("attention.layer_norm_rms_epsilon", "a positive number", "missing"))?;
     let tied = !meta.header.tensors.iter().any(|t| t.name == "output.weight");
     let gemma = architecture == Architecture::Gemma3;
     let score_width = if gemma && layers == GEMMA3_27B_LAYERS { hidden / heads } else { head_dim };
@@ -100,11 +98,36 @@ fn config(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, He
     })
 }
 
-fn vocab(meta: &Meta<'_>) -> Result<usize, HeaderError> {
-    if let Some(vocab) = meta.arch_count("vocab_size")? {
-        return Ok(vocab);
+/// Refuses what a file asks for and no forward pass here does.
+fn refuse_features(meta: &Meta<'_>) -> Result<(), HeaderError> {
+    let experts = meta.arch_count_or_zero("expert_count")?;
+    if experts > 0 {
+        return Err(meta.unsupported("expert_count", "dense models", &format!("{experts} experts")));
     }
+    for name in ["final_logit_softcapping", "attn_logit_softcapping"] {
+        if let Some(cap) = meta.float(name)?.filter(|&c| c != 0.0) {
+            return Err(meta.unsupported(name, "models without logit soft-capping", &cap.to_string()));
+        }
+    }
+    if let Some(factor) = meta.float("rope.scaling.attn_factor")?.filter(|&f| f != 1.0) {
+        return Err(meta.unsupported("rope.scaling.attn_factor", "1", &factor.to_string()));
+    }
+    match meta.header.get(&meta.key("attention.causal")) {
+        None | Some(Value::Bool(true)) => Ok(()),
+        Some(Value::Bool(false)) => Err(meta.unsupported("attention.causal", "causal attention", "false")),
+        Some(other) => Err(meta.wrong("attention.causal", "a bool", other.kind().name())),
+    }
+}
+
+fn vocab(meta: &Meta<'_>) -> Result<usize, HeaderError> {
     let tokens = meta.header.get("tokenizer.ggml.tokens").and_then(Value::as_array).map(|a| a.len);
+    if let Some(vocab) = meta.arch_count("vocab_size")? {
+        // An id without a row in the table could otherwise come out of the tokenizer.
+        return match tokens.filter(|&n| n > vocab as u64) {
+            Some(n) => Err(meta.wrong("vocab_size", &format!("at least the {n} tokens of the tokenizer"), &vocab.to_string())),
+            None => Ok(vocab),
+        };
+    }
     let rows = || meta.header.tensors.iter().find(|t| t.name == "token_embd.weight").and_then(|t| t.dims.get(1).copied());
     let vocab = tokens.or_else(rows).filter(|&v| v > 0 && v <= MAX_COUNT);
     vocab.map(|v| v as usize).ok_or_else(|| meta.missing("tokenizer.ggml.tokens", "the vocabulary"))
@@ -112,7 +135,7 @@ fn vocab(meta: &Meta<'_>) -> Result<usize, HeaderError> {
 
 fn layer_configs(meta: &Meta<'_>, architecture: Architecture, layers: usize, head_dim: usize) -> Result<Vec<LayerConfig>, HeaderError> {
     let dims = meta.arch_count("rope.dimension_count")?.unwrap_or(head_dim);
-    if dims > head_dim || dims % 2 != 0 {
+    if dims > head_dim || !dims.is_multiple_of(2) {
         return Err(meta.wrong("rope.dimension_count", &format!("an even number up to the head's {head_dim}"), &dims.to_string()));
     }
     let base = meta.positive("rope.freq_base")?.unwrap_or(DEFAULT_BASE);
@@ -181,9 +204,17 @@ impl<'a> Meta<'a> {
         format!("{}.{name}", self.arch)
     }
 
+    /// A key with the place of its value, or the place where it would be.
+    fn place(&self, key: String) -> String {
+        match self.header.entry(&key) {
+            Some(entry) => format!("{key} at byte {}", entry.offset),
+            None => format!("{key} before byte {}", self.header.data_offset),
+        }
+    }
+
     fn field(&self, key: String, expected: &str, got: &str) -> HeaderError {
-        let offset = self.header.entry(&key).map(|e| format!(" at byte {}", e.offset)).unwrap_or_default();
-        HeaderError::Field { file: self.file.to_owned(), field: key + &offset, expected: expected.to_owned(), got: got.to_owned() }
+        let field = self.place(key);
+        HeaderError::Field { file: self.file.to_owned(), field, expected: expected.to_owned(), got: got.to_owned() }
     }
 
     fn wrong(&self, name: &str, expected: &str, got: &str) -> HeaderError {
@@ -195,7 +226,7 @@ impl<'a> Meta<'a> {
     }
 
     fn unsupported(&self, name: &str, expected: &'static str, got: &str) -> HeaderError {
-        HeaderError::UnsupportedFeature { file: self.file.to_owned(), field: self.key(name), expected, got: got.to_owned() }
+        HeaderError::UnsupportedFeature { file: self.file.to_owned(), field: self.place(self.key(name)), expected, got: got.to_owned() }
     }
 
     fn text(&self, key: &str) -> Result<Option<&'a str>, HeaderError> {

@@ -39,6 +39,7 @@ pub fn from_safetensors(config_json: &[u8], parts: &[(ModelFile, Header)]) -> Re
         header.tensors.iter().map(move |t| Found {
             name: t.name.clone(),
             file,
+            entry_offset: t.entry_offset,
             dtype: dtype(&t.dtype).ok_or_else(|| t.dtype.clone()),
             shape: t.shape.clone(),
             offset: t.offset,
@@ -92,17 +93,16 @@ fn architecture(fields: &Fields<'_>) -> Result<Architecture, HeaderError> {
         Some(other) => return Err(fields.wrong("architectures", "a list of names", other)),
         None => None,
     };
-    let (got, found) = match (named, fields.text("model_type")?) {
-        (Some(name), _) => (name, [("LlamaForCausalLM", Architecture::Llama), ("Gemma3ForCausalLM", Architecture::Gemma3)]),
-        (None, Some(kind)) => (kind, [("llama", Architecture::Llama), ("gemma3_text", Architecture::Gemma3)]),
+    let by_class = [("LlamaForCausalLM", Architecture::Llama), ("Gemma3ForCausalLM", Architecture::Gemma3)];
+    let by_type = [("llama", Architecture::Llama), ("gemma3_text", Architecture::Gemma3)];
+    let (field, got, found, expected) = match (named, fields.text("model_type")?) {
+        (Some(name), _) => ("architectures", name, by_class, "LlamaForCausalLM or Gemma3ForCausalLM"),
+        (None, Some(kind)) => ("model_type", kind, by_type, "llama or gemma3_text"),
         (None, None) => return Err(fields.missing("architectures", "a list of names")),
     };
-    let expected = "LlamaForCausalLM or Gemma3ForCausalLM";
-    found
-        .into_iter()
-        .find(|(name, _)| *name == got)
-        .map(|f| f.1)
-        .ok_or_else(|| HeaderError::UnsupportedArchitecture { got: got.to_owned(), expected })
+    let unsupported =
+        || HeaderError::UnsupportedArchitecture { file: FILE.to_owned(), field: field.to_owned(), got: got.to_owned(), expected };
+    found.into_iter().find(|(name, _)| *name == got).map(|f| f.1).ok_or_else(unsupported)
 }
 
 fn config(fields: &Fields<'_>, architecture: Architecture) -> Result<ModelConfig, HeaderError> {
@@ -232,7 +232,7 @@ fn rope(place: &RopeFields<'_>, fields: &Fields<'_>, default_base: f64, head_dim
         _ => fields.positive("partial_rotary_factor")?,
     };
     let dims = (head_dim as f64 * partial.unwrap_or(1.0)) as usize;
-    if dims == 0 || dims > head_dim || dims % 2 != 0 {
+    if dims == 0 || dims > head_dim || !dims.is_multiple_of(2) {
         return Err(fields.wrong("head_dim", "an even number of rotated values", &dims.into()));
     }
     Ok(Rope { base: base.unwrap_or(default_base), dims, layout: RopeLayout::Halves, scaling })

@@ -9,7 +9,10 @@ mod tests;
 pub use gguf::from_gguf;
 pub use hf::{HfConfig, from_safetensors};
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt,
+};
 
 use crate::{
     dtype::DType,
@@ -28,27 +31,42 @@ const MAX_LAYERS: u64 = 4096;
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum HeaderError {
     #[error("GGUF header of {file} is unusable")]
-    Gguf { file: String, source: GgufError },
+    Gguf { file: String, source: Box<GgufError> },
     #[error("safetensors header of {file} is unusable")]
-    Safetensors { file: String, source: SafetensorsError },
+    Safetensors { file: String, source: Box<SafetensorsError> },
     #[error("{file} is not JSON")]
     Json { file: String, source: serde_json::Error },
-    #[error("architecture {got} is not supported, expected {expected}")]
-    UnsupportedArchitecture { got: String, expected: &'static str },
+    #[error("{field} in {file} is {got}, an architecture that is not supported; expected {expected}")]
+    UnsupportedArchitecture { file: String, field: String, got: String, expected: &'static str },
     #[error("{field} in {file} is {got}, expected {expected}")]
     Field { file: String, field: String, expected: String, got: String },
     #[error("{field} in {file} asks for {got}, which is not supported yet; supported: {expected}")]
     UnsupportedFeature { file: String, field: String, expected: &'static str, got: String },
-    #[error("tensor {name} is missing, expected with shape {shape:?}")]
-    MissingTensor { name: String, shape: Vec<usize> },
-    #[error("tensor {name} in {file} is not part of the architecture {architecture}")]
-    UnexpectedTensor { name: String, file: String, architecture: &'static str },
-    #[error("tensor {name} in {file} appears again in {again}")]
-    DuplicateTensor { name: String, file: String, again: String },
-    #[error("tensor {name} in {file} has type {got}, expected {expected}")]
-    TensorType { name: String, file: String, got: String, expected: &'static str },
-    #[error("tensor {name} in {file} has shape {got:?}, expected {expected:?}")]
-    Shape { name: String, file: String, got: Vec<u64>, expected: Vec<usize> },
+    #[error("tensor {name} is missing from {place}, expected with shape {shape:?}")]
+    MissingTensor { name: String, place: String, shape: Vec<usize> },
+    #[error("tensor {name} at {place} is not part of the architecture {architecture}")]
+    UnexpectedTensor { name: String, place: Place, architecture: &'static str },
+    #[error("tensor {name} at {place} appears again at {again}")]
+    DuplicateTensor { name: String, place: Place, again: Place },
+    #[error("tensor {name} at {place} has type {got}, expected {expected}")]
+    TensorType { name: String, place: Place, got: String, expected: &'static str },
+    #[error("tensor {name} at {place} has shape {got:?}, expected {expected:?}")]
+    Shape { name: String, place: Place, got: Vec<u64>, expected: Vec<usize> },
+}
+
+/// Where a tensor is declared.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The weight file.
+    pub file: String,
+    /// Byte of it at which the tensor's entry in the header begins.
+    pub offset: u64,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "byte {} of {}", self.offset, self.file)
+    }
 }
 
 impl HeaderError {
@@ -77,6 +95,8 @@ const VECTOR_DTYPES: &str = "F32, F16 or BF16";
 struct Found {
     name: String,
     file: usize,
+    /// Byte of the file at which its entry in the header begins.
+    entry_offset: u64,
     /// `Err` holds the name of a type that is not supported.
     dtype: Result<DType, String>,
     /// Row-major.
@@ -93,11 +113,11 @@ fn assemble(
     found: Vec<Found>,
     wanted: Vec<roles::Wanted>,
 ) -> Result<ModelHeader, HeaderError> {
-    let file_name = |i: usize| files.get(i).map_or_else(String::new, |f| f.name.clone());
+    let place = |f: &Found| Place { file: files.get(f.file).map_or_else(String::new, |f| f.name.clone()), offset: f.entry_offset };
     let mut by_name: HashMap<&str, &Found> = HashMap::new();
     for f in &found {
         if let Some(first) = by_name.insert(&f.name, f) {
-            return Err(HeaderError::DuplicateTensor { name: f.name.clone(), file: file_name(first.file), again: file_name(f.file) });
+            return Err(HeaderError::DuplicateTensor { name: f.name.clone(), place: place(first), again: place(f) });
         }
     }
     let mut tensors = BTreeMap::new();
@@ -106,28 +126,40 @@ fn assemble(
             if want.optional {
                 continue;
             }
-            return Err(HeaderError::MissingTensor { name: want.name, shape: want.shape });
+            return Err(HeaderError::MissingTensor { name: want.name, place: tables(&files, &found), shape: want.shape });
         };
         if !f.shape.iter().copied().eq(want.shape.iter().map(|&d| d as u64)) {
-            return Err(HeaderError::Shape { name: want.name, file: file_name(f.file), got: f.shape.clone(), expected: want.shape });
+            return Err(HeaderError::Shape { name: want.name, place: place(f), got: f.shape.clone(), expected: want.shape });
         }
         let vector = want.shape.len() == 1;
+        let wrong_type = |got: String| {
+            let expected = if vector { VECTOR_DTYPES } else { DTYPES };
+            HeaderError::TensorType { name: f.name.clone(), place: place(f), got, expected }
+        };
         let dtype = match &f.dtype {
             Ok(dtype) if !vector || dtype.block_len() == 1 => *dtype,
-            Ok(dtype) => return Err(wrong_type(f, file_name(f.file), format!("{dtype:?}"), VECTOR_DTYPES)),
-            Err(got) => return Err(wrong_type(f, file_name(f.file), got.clone(), if vector { VECTOR_DTYPES } else { DTYPES })),
+            Ok(dtype) => return Err(wrong_type(format!("{dtype:?}"))),
+            Err(got) => return Err(wrong_type(got.clone())),
         };
         let info = TensorInfo { name: want.name, dtype, shape: want.shape, file: f.file, offset: f.offset, bytes: f.bytes };
         tensors.insert(want.id, info);
     }
-    let unused = by_name.values().filter(|f| !roles::ignorable(&f.name, config.tied_embeddings)).min_by_key(|f| (f.file, f.offset));
+    let unused = by_name.values().filter(|f| !roles::ignorable(&f.name, config.tied_embeddings)).min_by_key(|f| (f.file, f.entry_offset));
     if let Some(f) = unused {
         let architecture = roles::architecture_name(config.architecture);
-        return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), file: file_name(f.file), architecture });
+        return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture });
     }
     Ok(ModelHeader { format, config, files, tensors })
 }
 
-fn wrong_type(found: &Found, file: String, got: String, expected: &'static str) -> HeaderError {
-    HeaderError::TensorType { name: found.name.clone(), file, got, expected }
+/// The tensor tables that were searched, in words.
+fn tables(files: &[ModelFile], found: &[Found]) -> String {
+    let Some((first, more)) = files.split_first() else { return "a model without weight files".to_owned() };
+    if !more.is_empty() {
+        return format!("{} and {} more files", first.name, more.len());
+    }
+    match (found.iter().map(|f| f.entry_offset).min(), found.iter().map(|f| f.entry_offset).max()) {
+        (Some(low), Some(high)) => format!("{}, whose {} tensors are listed from byte {low} to byte {high}", first.name, found.len()),
+        _ => format!("{}, which lists no tensors", first.name),
+    }
 }

@@ -83,7 +83,7 @@ pub struct ModelSpec {
 
 /// Format of the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "named after the formats")]
+#[expect(missing_docs, clippy::upper_case_acronyms, reason = "named after the formats, as manifests write them")]
 pub enum FormatChoice {
     #[default]
     Auto,
@@ -168,7 +168,7 @@ pub enum DTypeChoice {
 
 /// What computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(missing_docs, reason = "named after the devices")]
+#[expect(missing_docs, clippy::upper_case_acronyms, reason = "named after the devices, as manifests write them")]
 pub enum DeviceChoice {
     #[default]
     Auto,
