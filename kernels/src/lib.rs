@@ -5,26 +5,39 @@
 //! needs it says why.
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what only vector kernels use waits for those of other processors"))]
 
+mod attention;
+pub mod elementwise;
 pub mod file_map;
 mod isa;
+mod kv;
 mod layout;
+pub mod math;
 mod matmul;
 mod matrix;
 mod memory;
+pub mod norm;
 pub mod pool;
 pub mod probe;
 mod quantized;
+pub mod rope;
 mod scalar;
 #[cfg(unix)]
 pub mod shm;
+mod simd;
+#[cfg(test)]
+mod testing;
+pub mod vocab;
 mod weight;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+pub use attention::Attention;
 pub use file_map::FileMap;
 pub use isa::{Avx2, Avx512, Isa, IsaError};
+pub use kv::{ABSENT, KV_BLOCK, KvCache, KvError, KvSpan, KvType};
 pub use matmul::{Input, Product, matmul, matmul_group};
 pub use matrix::{Matrix, MatrixBuilder, MatrixError};
 pub use pool::{Pool, available_threads, split};
 pub use quantized::Quantized;
+pub use rope::RopeTable;
 pub use weight::WeightType;

@@ -98,6 +98,30 @@ impl Drop for AlignedBytes {
     }
 }
 
+/// Numbers that bytes can be viewed as.
+///
+/// # Safety
+/// Every pattern of bytes is a value, without padding, and the alignment is at most 64.
+pub(crate) unsafe trait Number: Copy {}
+// SAFETY: 4 bytes, any of which make a value.
+unsafe impl Number for f32 {}
+// SAFETY: 2 bytes, any of which make a value.
+unsafe impl Number for u16 {}
+
+impl AlignedBytes {
+    /// The bytes as numbers; a rest too short for one is left out.
+    pub(crate) fn numbers<T: Number>(&self) -> &[T] {
+        // SAFETY: initialised bytes, aligned to 64 (dangling but aligned when empty), and every pattern is a `T`.
+        unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast(), self.len / size_of::<T>()) }
+    }
+
+    /// As [`AlignedBytes::numbers`], to be written.
+    pub(crate) fn numbers_mut<T: Number>(&mut self) -> &mut [T] {
+        // SAFETY: as in `numbers`; borrowed exclusively, and every `T` is plain bytes.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len / size_of::<T>()) }
+    }
+}
+
 impl Deref for AlignedBytes {
     type Target = [u8];
 

@@ -218,6 +218,29 @@ impl Pool {
         });
     }
 
+    /// Calls `work` once for every item; a thread that is free takes the next one.
+    ///
+    /// # Panics
+    /// As [`Pool::run`].
+    pub fn for_each<T: Send>(&self, items: &mut [T], work: impl Fn(&mut T) + Sync) {
+        if self.workers.is_empty() || items.len() < 2 {
+            return items.iter_mut().for_each(work);
+        }
+        let len = items.len();
+        let next = AtomicUsize::new(0);
+        let items = Disjoint::new(items);
+        self.run(&|_| {
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= len {
+                    return;
+                }
+                // SAFETY: the counter gives every index to one thread, once.
+                unsafe { items.slice(i..i + 1) }.iter_mut().for_each(&work);
+            }
+        });
+    }
+
     fn wake(&self) {
         for (worker, parked) in self.workers.iter().zip(&self.shared.parked) {
             if parked.0.load(Ordering::SeqCst) {
@@ -348,6 +371,17 @@ mod tests {
                     }
                     assert_eq!(end, len);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn every_item_is_worked_on_once() {
+        for threads in [1, 3] {
+            for len in [0, 1, 2, 100] {
+                let mut items: Vec<usize> = (0..len).collect();
+                Pool::new(threads).for_each(&mut items, |item| *item += 7);
+                assert!(items.iter().enumerate().all(|(i, &item)| item == i + 7));
             }
         }
     }

@@ -44,6 +44,10 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn exp2(self, n: Self::F) -> Self::F;
     /// Lanes `first .. end` of `a`, the others `other`.
     fn keep(self, a: Self::F, other: Self::F, first: usize, end: usize) -> Self::F;
+    /// Lanes `2i` and `2i + 1` exchanged.
+    fn swap_pairs(self, a: Self::F) -> Self::F;
+    /// Bit `i` says whether `a > b` in lane `i`; never where either is NaN.
+    fn above(self, a: Self::F, b: Self::F) -> u16;
 
     /// Fewer than 16 values from memory; the other lanes are 0.
     #[inline(always)]
@@ -189,6 +193,14 @@ impl Simd for Portable {
     fn keep(self, a: Self::F, other: Self::F, first: usize, end: usize) -> Self::F {
         std::array::from_fn(|i| if i >= first && i < end { a[i] } else { other[i] })
     }
+    #[inline(always)]
+    fn swap_pairs(self, a: Self::F) -> Self::F {
+        std::array::from_fn(|i| a[i ^ 1])
+    }
+    #[inline(always)]
+    fn above(self, a: Self::F, b: Self::F) -> u16 {
+        (0..LANES).fold(0, |mask, i| mask | u16::from(a[i] > b[i]) << i)
+    }
 }
 
 /// AVX2 (two registers) and AVX-512 (one).
@@ -251,12 +263,7 @@ mod x86_64 {
         #[inline(always)]
         fn load_f16(self, x: &[u16; LANES]) -> Self::F {
             // SAFETY: as in `splat`; the loads lie within the 16 values.
-            unsafe {
-                (
-                    _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())),
-                    _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(8).cast())),
-                )
-            }
+            unsafe { (_mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(8).cast()))) }
         }
         #[inline(always)]
         fn store(self, x: &mut [f32; LANES], v: Self::F) {
@@ -340,6 +347,19 @@ mod x86_64 {
                 };
                 (half(a.0, other.0, 0), half(a.1, other.1, 8))
             }
+        }
+        #[inline(always)]
+        fn swap_pairs(self, a: Self::F) -> Self::F {
+            // SAFETY: as in `splat`.
+            unsafe { (_mm256_permute_ps::<0b10_11_00_01>(a.0), _mm256_permute_ps::<0b10_11_00_01>(a.1)) }
+        }
+        #[inline(always)]
+        fn above(self, a: Self::F, b: Self::F) -> u16 {
+            // SAFETY: as in `splat`.
+            let (low, high) = unsafe {
+                (_mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a.0, b.0)), _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a.1, b.1)))
+            };
+            (low | high << 8) as u16
         }
     }
 
@@ -426,6 +446,16 @@ mod x86_64 {
             let mask = (below(end) & !below(first)) as u16;
             // SAFETY: as in `splat`.
             unsafe { _mm512_mask_blend_ps(mask, other, a) }
+        }
+        #[inline(always)]
+        fn swap_pairs(self, a: Self::F) -> Self::F {
+            // SAFETY: as in `splat`.
+            unsafe { _mm512_permute_ps::<0b10_11_00_01>(a) }
+        }
+        #[inline(always)]
+        fn above(self, a: Self::F, b: Self::F) -> u16 {
+            // SAFETY: as in `splat`.
+            unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) }
         }
     }
 }

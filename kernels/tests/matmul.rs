@@ -1,18 +1,9 @@
 //! Products on every instruction set, for sizes around every border the kernels have.
 
 use crate::inputs::{Kind, activations, weights};
+use crate::vector_isas;
 use kernels::{Input, Isa, Matrix, Pool, Product, Quantized, WeightType, matmul, matmul_group};
 use std::ops::Range;
-
-/// The CPU's vector instruction sets; names those it lacks.
-fn vector_isas() -> Vec<Isa> {
-    for name in ["avx2", "avx512"] {
-        if let Err(error) = Isa::named(name) {
-            println!("not tested: {error}");
-        }
-    }
-    Isa::available().into_iter().filter(|&isa| isa != Isa::Scalar).collect()
-}
 
 struct Case<'a> {
     dtype: WeightType,

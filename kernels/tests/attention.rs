@@ -1,0 +1,245 @@
+//! Attention against its definition, written out plainly, on every instruction set.
+
+use crate::{inputs::Random, vector_isas};
+use half::f16;
+use kernels::{ABSENT, Attention, Isa, KV_BLOCK, KvCache, KvSpan, KvType, Pool, math::exp_f32};
+
+/// One sequence's keys, values and queries, and the heads that read each other.
+struct Case {
+    dtype: KvType,
+    kv_heads: usize,
+    head_dim: usize,
+    /// Cache head of each query head.
+    readers: Vec<u32>,
+    window: Option<u32>,
+    scale: f32,
+    /// `[positions, kv_heads, head_dim]`.
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    /// `[positions, heads, head_dim]`.
+    queries: Vec<f32>,
+}
+
+impl Case {
+    fn new(dtype: KvType, readers: &[u32], head_dim: usize, positions: usize, window: Option<u32>) -> Self {
+        let kv_heads = readers.iter().max().map_or(1, |&head| head as usize + 1);
+        let mut random = Random::new((positions * 31 + head_dim * 7 + readers.len()) as u64);
+        let mut fill = |n: usize, size: f32| (0..n).map(|_| random.float() * size).collect::<Vec<f32>>();
+        let keys = fill(positions * kv_heads * head_dim, 2.0);
+        let values = fill(positions * kv_heads * head_dim, 1.0);
+        let queries = fill(positions * readers.len() * head_dim, 2.0);
+        Self { dtype, kv_heads, head_dim, readers: readers.to_vec(), window, scale: 0.125, keys, values, queries }
+    }
+
+    fn positions(&self) -> usize {
+        self.keys.len() / self.kv_heads / self.head_dim
+    }
+
+    /// What the cache makes of a value.
+    fn stored(&self, x: f32) -> f32 {
+        match self.dtype {
+            KvType::F32 => x,
+            KvType::F16 => f16::from_f32(x).to_f32(),
+        }
+    }
+
+    /// The first key that a query at `position` sees.
+    fn first(&self, position: usize) -> usize {
+        self.window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
+    }
+
+    /// The rows of `x` at `range`, of `width` values each.
+    fn rows(x: &[f32], range: std::ops::Range<usize>, width: usize) -> &[f32] {
+        &x[range.start * width..range.end * width]
+    }
+
+    /// Results from `first` on, by the definition in the module, with tiles of `tile` positions.
+    fn defined(&self, first: usize, tile: usize) -> Vec<f32> {
+        let (heads, n) = (self.readers.len(), self.head_dim);
+        let mut out = Vec::new();
+        for position in first..self.positions() {
+            for head in 0..heads {
+                let query = &self.queries[(position * heads + head) * n..][..n];
+                let at = |x: &[f32], j: usize, d: usize| self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
+                let seen = self.first(position)..position + 1;
+                let (mut max, mut sum, mut vector) = (f32::NEG_INFINITY, 0.0, vec![0.0_f32; n]);
+                for base in (seen.start / tile * tile..seen.end).step_by(tile) {
+                    let keys = base.max(seen.start)..(base + tile).min(seen.end);
+                    let score = |j| (0..n).fold(0.0, |dot, d| query[d].mul_add(at(&self.keys, j, d), dot)) * self.scale;
+                    let scores: Vec<f32> = keys.clone().map(score).collect();
+                    let tile_max = scores.iter().fold(f32::NEG_INFINITY, |max, &score| if score > max { score } else { max });
+                    let p: Vec<f32> = scores.iter().map(|score| exp_f32(score - tile_max)).collect();
+                    let mut lanes = [0.0_f32; 16];
+                    for (p, j) in p.iter().zip(keys.clone()) {
+                        lanes[(j - base) % 16] += p;
+                    }
+                    for half in [8, 4, 2, 1] {
+                        for i in 0..half {
+                            lanes[i] += lanes[i + half];
+                        }
+                    }
+                    let chain = |d| p.iter().zip(keys.clone()).fold(0.0, |sum: f32, (p, j)| p.mul_add(at(&self.values, j, d), sum));
+                    let tile_vector: Vec<f32> = (0..n).map(chain).collect();
+                    if base <= seen.start {
+                        (max, sum, vector) = (tile_max, lanes[0], tile_vector);
+                        continue;
+                    }
+                    let new = if tile_max > max { tile_max } else { max };
+                    let (a, b) = (exp_f32(max - new), exp_f32(tile_max - new));
+                    max = new;
+                    sum = lanes[0].mul_add(b, sum * a);
+                    vector = vector.iter().zip(tile_vector).map(|(old, new)| new.mul_add(b, old * a)).collect();
+                }
+                out.extend(vector.iter().map(|x| x / sum));
+            }
+        }
+        out
+    }
+
+    /// Results from `first` on in f64, without tiles.
+    fn exact(&self, first: usize) -> Vec<f64> {
+        let (heads, n) = (self.readers.len(), self.head_dim);
+        let mut out = Vec::new();
+        for position in first..self.positions() {
+            for head in 0..heads {
+                let query = &self.queries[(position * heads + head) * n..][..n];
+                let at =
+                    |x: &[f32], j: usize, d: usize| f64::from(self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]));
+                let keys = self.first(position)..position + 1;
+                let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&self.keys, j, d)).sum::<f64>() * f64::from(self.scale);
+                let scores: Vec<f64> = keys.clone().map(score).collect();
+                let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+                let p: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+                let sum: f64 = p.iter().sum();
+                out.extend((0..n).map(|d| p.iter().zip(keys.clone()).map(|(p, j)| p * at(&self.values, j, d)).sum::<f64>() / sum));
+            }
+        }
+        out
+    }
+
+    /// Results from `first` on, in steps of `chunk` tokens. Blocks lie in falling order among others of NaN and infinity, and those that
+    /// the window has passed are taken away.
+    fn run(&self, pool: &Pool, isa: Isa, first: usize, chunk: usize) -> Vec<u32> {
+        let (positions, width) = (self.positions(), self.kv_heads * self.head_dim);
+        let blocks = positions.div_ceil(KV_BLOCK);
+        let mut cache = garbage(self.dtype, blocks + 2, self.kv_heads, self.head_dim);
+        let mut table: Vec<u32> = (0..blocks as u32).rev().map(|block| block + 1).collect();
+        let attention = |cache: &KvCache, span: KvSpan<'_>, out: &mut [f32]| {
+            let queries = span.first_position..span.first_position + span.tokens;
+            let attention = Attention { cache, kv_heads: &self.readers, scale: self.scale, window: self.window };
+            attention.run(pool, isa, &[span], Self::rows(&self.queries, queries, self.readers.len() * self.head_dim), out);
+        };
+        let write = |cache: &mut KvCache, span: KvSpan<'_>| {
+            let new = span.first_position..span.first_position + span.tokens;
+            cache.write(isa, &[span], Self::rows(&self.keys, new.clone(), width), Self::rows(&self.values, new, width));
+        };
+        write(&mut cache, KvSpan { table: &table, first_position: 0, tokens: first });
+        let mut out = vec![f32::NAN; (positions - first) * self.readers.len() * self.head_dim];
+        for (i, out) in out.chunks_mut((chunk * self.readers.len() * self.head_dim).max(1)).enumerate() {
+            let first = first + i * chunk;
+            table[..self.first(first) / KV_BLOCK].fill(ABSENT);
+            let span = KvSpan { table: &table, first_position: first, tokens: chunk.min(positions - first) };
+            write(&mut cache, span);
+            attention(&cache, span, out);
+        }
+        bits(&out)
+    }
+}
+
+/// A cache of signalling nonsense.
+fn garbage(dtype: KvType, blocks: usize, kv_heads: usize, head_dim: usize) -> KvCache {
+    let mut cache = KvCache::new(dtype, blocks, kv_heads, head_dim);
+    let size = cache.exported_bytes();
+    for block in 0..blocks {
+        let entry: &[u8] = match (dtype, block % 2) {
+            (KvType::F32, 0) => &f32::NAN.to_le_bytes(),
+            (KvType::F32, _) => &f32::INFINITY.to_le_bytes(),
+            (KvType::F16, 0) => &f16::NAN.to_le_bytes(),
+            (KvType::F16, _) => &f16::INFINITY.to_le_bytes(),
+        };
+        let bytes: Vec<u8> = entry.iter().copied().cycle().take(size).collect();
+        cache.import_block(block as u32, &bytes).unwrap();
+    }
+    cache
+}
+
+fn bits(x: &[f32]) -> Vec<u32> {
+    x.iter().map(|x| x.to_bits()).collect()
+}
+
+/// Whether `got` and `want` are the same bits; prints the first difference.
+fn same(got: &[u32], want: &[u32]) -> bool {
+    let different = got.iter().zip(want).position(|(a, b)| a != b);
+    if let Some(i) = different {
+        println!("result {i}: {} for {}", f32::from_bits(got[i]), f32::from_bits(want[i]));
+    }
+    different.is_none() && got.len() == want.len()
+}
+
+#[test]
+fn every_isa_gives_the_defined_bits() {
+    let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
+    let mut isas = vector_isas();
+    isas.push(Isa::Scalar);
+    let mut n = 0;
+    for dtype in [KvType::F32, KvType::F16] {
+        for head_dim in [1, 15, 16, 17, 32, 64, 80, 128, 256] {
+            for (positions, window) in [(1, None), (15, Some(4)), (16, Some(16)), (17, None), (66, Some(20)), (129, None), (150, Some(70))]
+            {
+                let readers: &[u32] = [&[0][..], &[0, 0, 0, 0], &[0, 1, 0], &[1, 1, 0, 0, 2, 0, 0, 0, 0, 0, 0]][n % 4];
+                let case = Case::new(dtype, readers, head_dim, positions, window);
+                let first = [0, positions - 1, positions / 3][n % 3];
+                let want = bits(&case.defined(first, 64));
+                for (i, &isa) in isas.iter().enumerate() {
+                    let pool = &pools[(n / 3 + i) % 3];
+                    let chunk = [1, 7, 64, positions][(n / 4 + i) % 4];
+                    assert!(
+                        same(&case.run(pool, isa, first, chunk), &want),
+                        "{dtype:?} × {head_dim}, readers {readers:?}, {first}..{positions}, window {window:?}, chunks of {chunk} on {isa}, {} threads",
+                        pool.threads()
+                    );
+                }
+                n += 1;
+            }
+        }
+    }
+}
+
+#[test]
+fn results_are_close_to_exact_softmax_and_a_wrong_question_shows() {
+    let pool = Pool::new(2);
+    for dtype in [KvType::F32, KvType::F16] {
+        for window in [None, Some(64), Some(100)] {
+            let mut case = Case::new(dtype, &[0, 1, 1], 64, 300, window);
+            let exact = case.exact(0);
+            let far =
+                |got: &[u32]| got.iter().zip(&exact).map(|(&got, want)| (f64::from(f32::from_bits(got)) - want).abs()).fold(0.0, f64::max);
+            let run = |case: &Case| case.run(&pool, Isa::best(), 0, 64);
+            let got = run(&case);
+            assert!(far(&got) < 2e-6, "{dtype:?}, window {window:?}: {} off", far(&got));
+
+            let readers = std::mem::replace(&mut case.readers, vec![0, 0, 1]);
+            assert!(far(&run(&case)) > 1e-2, "another head must show");
+            case.readers = readers;
+            case.window = window.map_or(Some(299), |window| Some(window - 1));
+            assert!(far(&run(&case)) > 1e-5, "a window one smaller must show");
+            case.window = window;
+            case.scale *= 1.01;
+            assert!(far(&run(&case)) > 1e-4, "another scale must show");
+            case.scale /= 1.01;
+            let at = case.keys.len() - 200 * 128;
+            case.keys[at] += 0.5;
+            assert!(far(&run(&case)) > 1e-5, "another key must show");
+        }
+    }
+}
+
+#[test]
+fn another_tile_or_order_changes_the_bits() {
+    let case = Case::new(KvType::F32, &[0], 64, 200, None);
+    let got = case.run(&Pool::new(1), Isa::best(), 0, 64);
+    assert!(same(&got, &bits(&case.defined(0, 64))));
+    for tile in [16, 32, 128] {
+        assert!(!same(&got, &bits(&case.defined(0, tile))), "tiles of {tile} must show");
+    }
+}
