@@ -12,6 +12,8 @@ pub mod manifest;
 pub mod model;
 pub mod planner;
 pub mod safetensors;
+#[cfg(test)]
+mod samples;
 pub mod shard;
 pub mod step;
 pub mod worker;

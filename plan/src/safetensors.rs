@@ -1,5 +1,8 @@
 //! Safetensors files: the header, and the index of a model in several files.
 
+#[cfg(test)]
+mod tests;
+
 use std::{collections::BTreeMap, fmt, io};
 
 use serde::{
@@ -141,7 +144,7 @@ impl<'de> Deserialize<'de> for RawHeader {
                         return Err(serde::de::Error::custom(format!("{name} appears twice")));
                     }
                     if name == "__metadata__" {
-                        header.metadata = map.next_value()?;
+                        header.metadata = map.next_value::<UniqueTexts>()?.0;
                     } else {
                         let tensor = map.next_value()?;
                         header.tensors.push((name, tensor));
@@ -151,6 +154,32 @@ impl<'de> Deserialize<'de> for RawHeader {
             }
         }
         from.deserialize_map(Entries)
+    }
+}
+
+/// An object of texts in which no key appears twice.
+struct UniqueTexts(BTreeMap<String, String>);
+
+impl<'de> Deserialize<'de> for UniqueTexts {
+    fn deserialize<D: serde::Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct Texts;
+        impl<'de> Visitor<'de> for Texts {
+            type Value = UniqueTexts;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of texts")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueTexts, A::Error> {
+                let mut texts = BTreeMap::new();
+                while let Some((name, text)) = map.next_entry::<String, String>()? {
+                    if texts.contains_key(&name) {
+                        return Err(serde::de::Error::custom(format!("{name} appears twice")));
+                    }
+                    texts.insert(name, text);
+                }
+                Ok(UniqueTexts(texts))
+            }
+        }
+        from.deserialize_map(Texts)
     }
 }
 
@@ -265,7 +294,7 @@ impl Index {
     pub fn parse(json: &[u8]) -> Result<Self, SafetensorsError> {
         #[derive(Deserialize)]
         struct Raw {
-            weight_map: BTreeMap<String, String>,
+            weight_map: UniqueTexts,
         }
         let fail = |offset, message| SafetensorsError {
             field: "model.safetensors.index.json".to_owned(),
@@ -274,12 +303,11 @@ impl Index {
             source: None,
         };
         let raw: Raw = serde_json::from_slice(json).map_err(|e| fail(position(json, e.line(), e.column()), without_position(&e)))?;
-        if let Some((tensor, file)) =
-            raw.weight_map.iter().find(|(_, f)| f.is_empty() || f.contains(['/', '\\', '\0']) || f.starts_with('.'))
-        {
+        let weight_map = raw.weight_map.0;
+        if let Some((tensor, file)) = weight_map.iter().find(|(_, f)| f.is_empty() || f.contains(['/', '\\', '\0']) || f.starts_with('.')) {
             return Err(fail(key_position(json, 0, tensor) as u64, format!("tensor {tensor} lies in {file:?}, expected a file name")));
         }
-        Ok(Self { weight_map: raw.weight_map })
+        Ok(Self { weight_map })
     }
 
     /// The files, each once, ascending.

@@ -187,7 +187,7 @@ fn rope_scaling(meta: &Meta<'_>) -> Result<RopeScaling, HeaderError> {
     match (meta.text(&meta.key("rope.scaling.type"))?, factor) {
         (Some("none"), _) | (None, None) => Ok(RopeScaling::None),
         (Some("linear") | None, Some(factor)) => Ok(if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } }),
-        (Some("linear"), None) => Err(meta.wrong("rope.scaling.factor", "a positive number", "none")),
+        (Some("linear"), None) => Err(meta.wrong("rope.scaling.factor", "a positive number", "missing")),
         (Some(got), _) => Err(meta.unsupported("rope.scaling.type", "none or linear", got)),
     }
 }

@@ -74,8 +74,8 @@ impl HfConfig {
             return Err(fields.unsupported("quantization_config", "unquantized weights", "quantized weights"));
         }
         for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
-            if fields.present(name).is_some() {
-                return Err(fields.unsupported(name, "models without logit soft-capping", "soft-capping"));
+            if let Some(cap) = fields.present(name) {
+                return Err(fields.unsupported(name, "models without logit soft-capping", &cap.to_string()));
             }
         }
         if fields.flag("use_bidirectional_attention")?.unwrap_or(false) {

@@ -160,6 +160,6 @@ fn tables(files: &[ModelFile], found: &[Found]) -> String {
     }
     match (found.iter().map(|f| f.entry_offset).min(), found.iter().map(|f| f.entry_offset).max()) {
         (Some(low), Some(high)) => format!("{}, whose {} tensors are listed from byte {low} to byte {high}", first.name, found.len()),
-        _ => format!("{}, which lists no tensors", first.name),
+        _ => format!("{}, whose list of tensors at byte 8 is empty", first.name),
     }
 }
