@@ -9,10 +9,11 @@ mod tree;
 mod types;
 mod validate;
 
-pub use quantity::{Memory, parse_quantity};
+pub use quantity::{Bytes, Memory, parse_quantity};
 pub use types::{
     BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec, KvDTypeChoice,
-    Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QueueSpec, RouterSpec, StageSpec, TemplateSpec,
+    LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec,
+    WorkersSpec,
 };
 
 use std::collections::BTreeMap;
@@ -88,14 +89,14 @@ impl Manifest {
     /// Names file, line, column and field of the first thing that is wrong.
     pub fn parse_all(file: &str, yaml: &str) -> Result<Vec<Self>, ManifestError> {
         let documents = tree::parse(yaml).map_err(|e| e.in_file(file))?;
-        let mut maps: Vec<ConfigMap> = Vec::new();
+        let mut maps: Vec<(ConfigMap, &tree::Item)> = Vec::new();
         let mut deployments = Vec::new();
         for document in &documents {
             let version = document.text_of("apiVersion").map_err(|e| e.in_file(file))?;
             let kind = document.text_of("kind").map_err(|e| e.in_file(file))?;
             match (version, kind) {
                 (API_VERSION, KIND) => deployments.push(document),
-                ("v1", "ConfigMap") => maps.push(document.read().map_err(|e| e.in_file(file))?),
+                ("v1", "ConfigMap") => maps.push((document.read().map_err(|e| e.in_file(file))?, document)),
                 ("v1", "Secret") => {}
                 (_, KIND) => return Err(document.fail("apiVersion", format!("expected {API_VERSION}, got {version}")).in_file(file)),
                 _ => {
@@ -108,6 +109,13 @@ impl Manifest {
             let message = format!("expected a document of kind {KIND}, got {} others", documents.len());
             return Err(ManifestError { file: file.to_owned(), line: 1, column: 1, path: String::new(), message });
         }
+        let same = |a: &ConfigMap, b: &ConfigMap| a.metadata.name == b.metadata.name && a.metadata.namespace == b.metadata.namespace;
+        if let Some(i) = (1..maps.len()).find(|&i| maps[..i].iter().any(|m| same(&m.0, &maps[i].0))) {
+            let (map, document) = &maps[i];
+            let message = format!("ConfigMap {} stands in the file twice", map.metadata.name);
+            return Err(document.fail("metadata.name", message).in_file(file));
+        }
+        let maps: Vec<ConfigMap> = maps.into_iter().map(|m| m.0).collect();
         let one = |document: &tree::Item| {
             let deployment: ModelDeployment = document.read()?;
             validate::check(&deployment).map_err(|p| document.fail(&p.path, p.message))?;
@@ -149,7 +157,7 @@ impl Manifest {
 
     /// What the plan depends on.
     pub fn planner_spec(&self) -> planner::Spec {
-        let DeploymentSpec { engine, parallelism, .. } = &self.deployment.spec;
+        let DeploymentSpec { engine, parallelism, workers, .. } = &self.deployment.spec;
         let size = |n: u32| n as usize;
         planner::Spec {
             pipeline: size(parallelism.pipeline),
@@ -168,6 +176,7 @@ impl Manifest {
                 KvDTypeChoice::F32 => Some(KvDType::F32),
                 KvDTypeChoice::F16 => Some(KvDType::F16),
             },
+            worker_memory: workers.resources.limits.memory.map(|m| m.0),
         }
     }
 

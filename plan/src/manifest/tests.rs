@@ -57,6 +57,7 @@ fn every_field_has_an_effect() {
     tensor: 3
     stages: [{{layers: 1}}, {{layers: 3}}]
   replicas: 4
+  workers: {{resources: {{limits: {{memory: 3Gi}}}}}}
   router:
     policy: RoundRobin
     queue: {{maxRequests: 7, timeoutSeconds: 8}}
@@ -70,6 +71,7 @@ fn every_field_has_an_effect() {
     assert_eq!((spec.pipeline, spec.tensor, spec.stage_layers), (2, 3, Some(vec![1, 3])));
     assert_eq!((spec.max_context, spec.max_batch_sequences, spec.max_batch_tokens), (Some(100), 5, 6));
     assert_eq!((spec.kv_memory, spec.kv_dtype), (KvMemory::Bytes(1 << 30), Some(KvDType::F32)));
+    assert_eq!(spec.worker_memory, Some(3 << 30));
     let serving = m.serving();
     assert_eq!((serving.chat_template, serving.system_prompt.as_deref()), (Some(ChatTemplate::Gemma), Some("be brief")));
     assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::RoundRobin, 7, 8));
@@ -101,6 +103,15 @@ fn errors_name_line_column_field_and_expectation() {
         ("    aliases: [tiny]\n", &["m.yaml:8:15", "spec.model.aliases[0]", "tiny"]),
         ("    digest: abc\n", &["spec.model.digest", "64 hexadecimal"]),
         ("    name: 12\n", &["m.yaml:8:11", "spec.model.name", "text"]),
+        ("  workers: {resources: {limits: {memory: much}}}\n", &["m.yaml:8:42", "spec.workers.resources.limits.memory", "512Mi", "much"]),
+        ("  workers: {resources: {limits: {memory: 0.5}}}\n", &["spec.workers.resources.limits.memory", "0.5"]),
+        ("  workers: {resources: {limits: {cpu: 2}}}\n", &["spec.workers.resources.limits.cpu", "not supported yet"]),
+        ("  engine: {maxContextTokens: 4294967296}\n", &["m.yaml:8:30", "spec.engine.maxContextTokens", "4294967296"]),
+        ("  engine: {maxContextTokens: 1.5}\n", &["spec.engine.maxContextTokens", "whole number", "1.5"]),
+        ("  engine: {maxContextTokens: true}\n", &["spec.engine.maxContextTokens", "whole number", "true"]),
+        ("  engine: {kvCache: {prefixCaching: yes}}\n", &["spec.engine.kvCache.prefixCaching", "true or false", "\"yes\""]),
+        ("  replicas: 1\n  replicas: 2\n", &["m.yaml:9:3", "replicas"]),
+        ("  chat: {template: {inline: [x]}}\n", &["m.yaml:8:29", "spec.chat.template.inline", "text"]),
         ("  replicas: [1\n", &["m.yaml:"]),
     ];
     for (tail, parts) in cases {
@@ -139,6 +150,88 @@ fn config_map_of_the_same_file_is_the_template() {
     assert_eq!(m.chat_template, Some(ChatTemplate::Inline("{{ messages }}".into())));
     let wrong = error(&format!("{}{map}", deployment.replace("key: t", "key: u")));
     assert!(wrong.contains("has no key u, it has t"), "{wrong}");
+}
+
+#[test]
+fn two_config_maps_of_one_name_are_refused() {
+    let map = "---\napiVersion: v1\nkind: ConfigMap\nmetadata: {name: chat}\ndata: {t: x}\n";
+    let got = error(&format!("{LEAST}{map}{map}"));
+    assert!(got.contains("metadata.name") && got.contains("chat") && got.contains("m.yaml:16:18"), "{got}");
+    let apart = map.replace("{name: chat}", "{name: chat, namespace: other}");
+    assert!(Manifest::parse("m.yaml", &format!("{LEAST}{map}{apart}")).is_ok());
+}
+
+/// Every field of the resource's design is there or refused by name: none is accepted and ignored, none is a mystery.
+#[test]
+fn fields_that_are_not_there_yet_say_so() {
+    let fields = [
+        "model.revision",
+        "model.files",
+        "model.credentialsSecretRef",
+        "model.caBundleRef",
+        "model.tokenizerURI",
+        "chat.defaults",
+        "engine.quantization",
+        "engine.draft",
+        "autoscaling",
+        "rollout",
+        "recovery",
+        "scheduling",
+        "cache",
+        "adapters",
+        "access",
+        "security",
+        "observability",
+        "suspend",
+        "experimental",
+        "workers.image",
+        "workers.nodeSelector",
+        "workers.tolerations",
+        "workers.env",
+        "workers.serviceAccountName",
+        "workers.podTemplateOverlay",
+        "workers.resources.requests",
+        "router.dedicated",
+        "router.replicas",
+        "router.apis",
+        "router.service",
+        "router.gateway",
+        "router.inferencePool",
+    ];
+    for field in fields {
+        let parts: Vec<&str> = field.split('.').collect();
+        // The model stands in the minimal manifest already.
+        let (depth, parts) = if parts[0] == "model" { (2, &parts[1..]) } else { (1, &parts[..]) };
+        let lines: String = parts
+            .iter()
+            .enumerate()
+            .map(|(i, p)| format!("{}{p}:{}", "  ".repeat(depth + i), if i + 1 < parts.len() { "\n" } else { " 1\n" }))
+            .collect();
+        let got = error(&format!("{LEAST}{lines}"));
+        assert!(got.contains(&format!("spec.{field}: is not supported yet")), "{got}");
+    }
+    for (field, value) in [("engine: {dtype: BF16}", "BF16"), ("engine: {device: CUDA}", "CUDA"), ("engine: {kvCache: {dtype: Q8}}", "Q8")]
+    {
+        let got = error(&format!("{LEAST}  {field}\n"));
+        assert!(got.contains(&format!("{value} is not supported yet")), "{got}");
+    }
+    let got = error(&format!("{LEAST}    format: PyTorch\n"));
+    assert!(got.contains("PyTorch is not supported yet"), "{got}");
+    let planned = error(&format!("{LEAST}  frobnicate: 1\n"));
+    assert!(planned.contains("unknown field") && !planned.contains("not supported yet"), "{planned}");
+}
+
+#[test]
+fn a_memory_limit_is_one_of_the_plan() {
+    let model = crate::samples::Sample::llama().model();
+    let of = |tail: &str| Manifest::parse("m.yaml", &format!("{LEAST}{tail}")).unwrap();
+    let capacity = crate::planner::Capacity { memory_bytes: Some(1 << 30) };
+    let plan = of("  workers: {resources: {limits: {memory: 1Ki}}}\n").plan(&model, &capacity).unwrap();
+    assert!(!plan.fits && plan.message.contains("of 1024 bytes of memory"), "{}", plan.message);
+    let plan = of("  workers: {resources: {limits: {memory: 8Gi}}}\n").plan(&model, &capacity).unwrap();
+    assert!(plan.fits && plan.message.contains("of 1073741824 bytes of memory"), "{}", plan.message);
+    let error = of("    format: Safetensors\n").plan(&model, &capacity).unwrap_err();
+    assert_eq!(error.to_string(), "the weights are GGUF, expected Safetensors");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::quantity::Memory;
+use super::quantity::{Bytes, Memory};
 use crate::fleet::RoutingPolicy;
 
 /// A deployment of a model.
@@ -56,6 +56,9 @@ pub struct DeploymentSpec {
     /// Whole copies of the model, 0 to 1000; default 1.
     #[serde(default = "one")]
     pub replicas: u32,
+    /// What its workers may use.
+    #[serde(default)]
+    pub workers: WorkersSpec,
     /// How requests reach it.
     #[serde(default)]
     pub router: RouterSpec,
@@ -231,6 +234,31 @@ impl Default for ParallelismSpec {
 pub struct StageSpec {
     /// Its layers.
     pub layers: u32,
+}
+
+/// The worker processes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct WorkersSpec {
+    /// What each worker may use.
+    pub resources: ResourcesSpec,
+}
+
+/// What a worker may use.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct ResourcesSpec {
+    /// Upper bounds.
+    pub limits: LimitsSpec,
+}
+
+/// Upper bounds of a worker's resources.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct LimitsSpec {
+    /// Memory of a worker (a quantity of bytes); the plan must fit into it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Bytes>,
 }
 
 /// How requests reach the replicas.

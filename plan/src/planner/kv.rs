@@ -144,7 +144,7 @@ fn verdict(
     match (cache, capacity.memory_bytes) {
         (Err(budgets), memory) => {
             let over = workers.iter().zip(budgets).position(|((shard, _), &b)| shard_bytes(geometry, config, shard) > b).unwrap_or(index);
-            let memory = memory.map_or_else(|| "unknown memory".to_owned(), |m| format!("{m} bytes"));
+            let memory = memory.map_or_else(|| "unknown memory".to_owned(), |m| format!("{m} bytes of memory"));
             let text = format!(
                 "does not fit: {} of {memory}; its KV cache may take {} bytes, one sequence of {max_context} tokens needs {}",
                 describe(&workers[over]),
@@ -153,8 +153,10 @@ fn verdict(
             );
             (false, text)
         }
-        (Ok(()), Some(memory)) if total(worker) > memory => (false, format!("does not fit: {} of {memory} bytes", describe(worker))),
-        (Ok(()), Some(memory)) => (true, format!("fits: {} of {memory} bytes", describe(worker))),
+        (Ok(()), Some(memory)) if total(worker) > memory => {
+            (false, format!("does not fit: {} of {memory} bytes of memory", describe(worker)))
+        }
+        (Ok(()), Some(memory)) => (true, format!("fits: {} of {memory} bytes of memory", describe(worker))),
         (Ok(()), None) => (true, format!("memory of the workers is unknown; {}", describe(worker))),
     }
 }

@@ -56,6 +56,8 @@ pub struct Spec {
     pub kv_memory: KvMemory,
     /// Type of KV entries; `None` follows the weights.
     pub kv_dtype: Option<KvDType>,
+    /// Most bytes of memory a worker may take, whatever it has.
+    pub worker_memory: Option<u64>,
 }
 
 impl Default for Spec {
@@ -69,6 +71,7 @@ impl Default for Spec {
             max_batch_tokens: DEFAULT_BATCH_TOKENS,
             kv_memory: KvMemory::Auto,
             kv_dtype: None,
+            worker_memory: None,
         }
     }
 }
@@ -139,6 +142,8 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
         return Err(PlanError::Fraction { got: f.to_string() });
     }
 
+    let memory_bytes = capacity.memory_bytes.into_iter().chain(spec.worker_memory).min();
+    let capacity = &Capacity { memory_bytes };
     let ranges = stages::layer_ranges(spec, header)?;
     let mut stages: Vec<Stage> = Vec::with_capacity(ranges.len());
     for (stage, range) in ranges.iter().enumerate() {
