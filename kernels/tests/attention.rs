@@ -243,3 +243,88 @@ fn another_tile_or_order_changes_the_bits() {
         assert!(!same(&got, &bits(&case.defined(0, tile))), "tiles of {tile} must show");
     }
 }
+
+#[test]
+fn batch_mates_do_not_change_a_bit() {
+    // Three sequences of different lengths in one cache; the third decodes one token deep in its context.
+    for dtype in [KvType::F32, KvType::F16] {
+        for window in [None, Some(50)] {
+            let lengths = [(0, 40), (10, 77), (699, 700)];
+            let readers = [0, 1, 1, 0, 1];
+            let cases: Vec<Case> = lengths.iter().map(|&(_, positions)| Case::new(dtype, &readers, 48, positions, window)).collect();
+            let mut cache = garbage(dtype, 60, 2, 48);
+            let tables: [Vec<u32>; 3] = [vec![14, 3, 8], vec![2, 9, 0, 13, 5], (15..59).rev().collect()];
+            let (mut spans, mut queries, mut want) = (Vec::new(), Vec::new(), Vec::new());
+            for (i, case) in cases.iter().enumerate() {
+                let (first, positions) = lengths[i];
+                let all = KvSpan { table: &tables[i], first_position: 0, tokens: positions };
+                cache.write(Isa::best(), &[all], &case.keys, &case.values);
+                spans.push(KvSpan { first_position: first, tokens: positions - first, ..all });
+                queries.extend_from_slice(Case::rows(&case.queries, first..positions, readers.len() * 48));
+                want.extend(bits(&case.defined(first, 64)));
+            }
+            for isa in Isa::available() {
+                for threads in 1..=3 {
+                    let mut out = vec![f32::NAN; queries.len()];
+                    let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.125, window };
+                    attention.run(&Pool::new(threads), isa, &spans, &queries, &mut out);
+                    assert!(same(&bits(&out), &want), "{dtype:?}, window {window:?} on {isa}, {threads} threads");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_rank_gives_its_heads_the_bits_of_the_whole() {
+    let pool = Pool::new(2);
+    let whole = Case::new(KvType::F16, &[0, 0, 1, 1], 64, 130, None);
+    let want = whole.run(&pool, Isa::best(), 0, 130);
+    // Query head 1 reads the first cache head and heads 2 and 3 the second: a group that is cut.
+    let heads = 1..4;
+    let part = Case {
+        readers: vec![0, 1, 1],
+        queries: whole.queries.chunks_exact(4 * 64).flat_map(|row| row[heads.start * 64..heads.end * 64].to_vec()).collect(),
+        keys: whole.keys.clone(),
+        values: whole.values.clone(),
+        ..whole
+    };
+    let got = part.run(&pool, Isa::best(), 0, 130);
+    let want: Vec<u32> = want.chunks_exact(4 * 64).flat_map(|row| row[heads.start * 64..heads.end * 64].to_vec()).collect();
+    assert!(same(&got, &want));
+}
+
+#[test]
+fn huge_and_tiny_scores_give_the_defined_bits() {
+    for size in [1e-30, 30.0, 1e4, 1e18] {
+        let mut case = Case::new(KvType::F32, &[0, 0], 32, 140, None);
+        case.keys.iter_mut().for_each(|key| *key *= size);
+        case.values.iter_mut().step_by(3).for_each(|value| *value *= 1e-41 / size);
+        let want = bits(&case.defined(0, 64));
+        assert!(want.iter().all(|&x| f32::from_bits(x).is_finite()));
+        for isa in Isa::available() {
+            assert!(same(&case.run(&Pool::new(2), isa, 0, 7), &want), "keys of {size} on {isa}");
+        }
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let pool = Pool::new(1);
+    let cache = KvCache::new(KvType::F32, 2, 1, 16);
+    let refused = |kv_heads: &[u32], window: Option<u32>, table: &[u32], len: usize| {
+        let attention = Attention { cache: &cache, kv_heads, scale: 1.0, window };
+        let mut out = vec![0.0; len];
+        let span = KvSpan { table, first_position: 20, tokens: 1 };
+        let run = || attention.run(&pool, Isa::best(), &[span], &vec![0.0; len], &mut out);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err()
+    };
+    assert!(!refused(&[0], None, &[0, 1], 16));
+    assert!(!refused(&[0], Some(5), &[ABSENT, 1], 16));
+    assert!(refused(&[0], Some(6), &[ABSENT, 1], 16));
+    assert!(refused(&[0], None, &[0, 2], 16));
+    assert!(refused(&[0], None, &[0], 16));
+    assert!(refused(&[1], None, &[0, 1], 16));
+    assert!(refused(&[0], Some(0), &[0, 1], 16));
+    assert!(refused(&[0], None, &[0, 1], 17));
+}

@@ -3,8 +3,11 @@
 
 mod attention;
 mod inputs;
+mod kv;
 mod matmul;
 mod quantized;
+mod rope;
+mod vocab;
 
 /// The CPU's vector instruction sets; names those it lacks.
 fn vector_isas() -> Vec<kernels::Isa> {

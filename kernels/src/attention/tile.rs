@@ -218,13 +218,13 @@ impl<'a, E: Entry> Tile<'a, E> {
     #[inline(always)]
     fn group<S: Simd, const Q: usize, const V: usize>(&self, s: S, group: &Group<'_>, state: State<'_>) {
         let seen = group.seen::<Q>(self.base);
-        let (Some(begin), Some(end)) = (seen.first.iter().copied().min(), seen.end.iter().copied().max()) else { return };
-        if begin >= end {
+        let any = seen.any();
+        if any.is_empty() {
             return;
         }
         let mut p = [[0.0; TILE]; Q];
         let (queries, _) = group.queries.as_chunks::<Q>();
-        let (mut block, blocks) = (begin / KV_BLOCK, end.div_ceil(KV_BLOCK));
+        let (mut block, blocks) = (any.start / KV_BLOCK, any.end.div_ceil(KV_BLOCK));
         while block + V <= blocks {
             self.scores::<S, Q, V>(s, queries, block, &mut p);
             block += V;
@@ -242,12 +242,12 @@ impl<'a, E: Entry> Tile<'a, E> {
         let merging = Merging::new(s, state.softmax, &new);
         let mut at = 0;
         while at + V <= self.width {
-            let vectors = self.vectors::<S, Q, V>(s, &p, &seen, begin..end, at);
+            let vectors = self.vectors::<S, Q, V>(s, &p, &seen, at);
             merging.vectors(s, state.vectors, self.width, at, vectors);
             at += V;
         }
         while at < self.width {
-            let vectors = self.vectors::<S, Q, 1>(s, &p, &seen, begin..end, at);
+            let vectors = self.vectors::<S, Q, 1>(s, &p, &seen, at);
             merging.vectors(s, state.vectors, self.width, at, vectors);
             at += 1;
         }
@@ -284,36 +284,50 @@ impl<'a, E: Entry> Tile<'a, E> {
 
     /// `Σ p[j] v[j]` over visible keys, for `V` vectors of dimensions from `at` on.
     #[inline(always)]
-    fn vectors<S: Simd, const Q: usize, const V: usize>(
-        &self,
-        s: S,
-        p: &[[f32; TILE]; Q],
-        seen: &Seen<Q>,
-        any: Range<usize>,
-        at: usize,
-    ) -> [[S::F; V]; Q] {
+    fn vectors<S: Simd, const Q: usize, const V: usize>(&self, s: S, p: &[[f32; TILE]; Q], seen: &Seen<Q>, at: usize) -> [[S::F; V]; Q] {
         let mut sums = [[s.splat(0.0); V]; Q];
+        let any = seen.any();
         for block in any.start / KV_BLOCK..any.end.div_ceil(KV_BLOCK) {
             let base = block * KV_BLOCK;
-            let (first, end) = (any.start.max(base), any.end.min(base + KV_BLOCK));
-            let rows = self.values[block].chunks_exact(self.width).skip(first - base);
-            let all = (0..Q).all(|r| seen.first[r] <= first && end <= seen.end[r]);
-            for (j, row) in (first..end.min(TILE)).zip(rows) {
-                let mut value = [s.splat(0.0); V];
-                for v in 0..V {
-                    value[v] = E::load(s, &row[at + v]);
+            let values = &self.values[block][..KV_BLOCK * self.width];
+            let slots = any.start.saturating_sub(base)..(any.end - base).min(KV_BLOCK);
+            let by_all = |r: usize| seen.first[r] <= base + slots.start && base + slots.end <= seen.end[r];
+            if slots.len() == KV_BLOCK && (0..Q).all(by_all) {
+                for (slot, row) in values.chunks_exact(self.width).enumerate() {
+                    add_row::<S, E, Q, V>(s, p, base + slot, &row[at..at + V], &mut sums, [true; Q]);
                 }
-                for r in 0..Q {
-                    if all || (seen.first[r] <= j && j < seen.end[r]) {
-                        let x = s.splat(p[r][j]);
-                        for v in 0..V {
-                            sums[r][v] = s.fma(x, value[v], sums[r][v]);
-                        }
-                    }
+            } else {
+                for slot in slots {
+                    let row = &values[slot * self.width + at..][..V];
+                    add_row::<S, E, Q, V>(s, p, base + slot, row, &mut sums, seen.key(base + slot));
                 }
             }
         }
         sums
+    }
+}
+
+/// `sums[r] += p[r][j] · row` for the rows that see key `j`.
+#[inline(always)]
+fn add_row<S: Simd, E: Entry, const Q: usize, const V: usize>(
+    s: S,
+    p: &[[f32; TILE]; Q],
+    j: usize,
+    row: &[[E; LANES]],
+    sums: &mut [[S::F; V]; Q],
+    see: [bool; Q],
+) {
+    let mut value = [s.splat(0.0); V];
+    for v in 0..V {
+        value[v] = E::load(s, &row[v]);
+    }
+    for r in 0..Q {
+        if see[r] {
+            let x = s.splat(p[r][j]);
+            for v in 0..V {
+                sums[r][v] = s.fma(x, value[v], sums[r][v]);
+            }
+        }
     }
 }
 
@@ -330,6 +344,24 @@ struct Group<'a> {
 struct Seen<const Q: usize> {
     first: [usize; Q],
     end: [usize; Q],
+}
+
+impl<const Q: usize> Seen<Q> {
+    /// The keys that any row sees. Rows are in the order of their positions, so that the first sees the first key.
+    #[inline(always)]
+    fn any(&self) -> Range<usize> {
+        self.first[0]..self.end[Q - 1]
+    }
+
+    /// Which rows see key `j`.
+    #[inline(always)]
+    fn key(&self, j: usize) -> [bool; Q] {
+        let mut rows = [false; Q];
+        for ((row, &first), &end) in rows.iter_mut().zip(&self.first).zip(&self.end) {
+            *row = first <= j && j < end;
+        }
+        rows
+    }
 }
 
 impl Group<'_> {

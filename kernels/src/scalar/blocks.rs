@@ -8,7 +8,7 @@ pub(crate) fn half_at(bytes: &[u8], at: usize) -> f32 {
     f16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32()
 }
 
-/// Q8_0: `f16 d; i8 q[32]`. Returns d; value i is d · q[i].
+/// Q8_0: `f16 d; i8 q[32]`. Returns d; value i is d · `q[i]`.
 pub(crate) fn q8_0(block: &[u8], q: &mut [i8; 32]) -> f32 {
     for (q, &byte) in q.iter_mut().zip(&block[2..34]) {
         *q = byte.cast_signed();
@@ -16,7 +16,7 @@ pub(crate) fn q8_0(block: &[u8], q: &mut [i8; 32]) -> f32 {
     half_at(block, 0)
 }
 
-/// Q5_0: `f16 d; u32 qh; u8 qs[16]`. Returns d; value i is d · q[i], q in −16..16.
+/// Q5_0: `f16 d; u32 qh; u8 qs[16]`. Returns d; value i is d · `q[i]`, q in −16..16.
 pub(crate) fn q5_0(block: &[u8], q: &mut [i8; 32]) -> f32 {
     let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
     for j in 0..16 {
@@ -52,7 +52,7 @@ pub(crate) fn q4_k_scales(s: &[u8]) -> ([u8; 8], [u8; 8]) {
     (scales, mins)
 }
 
-/// Q4_K: `f16 d; f16 dmin; u8 scales[12]; u8 qs[128]`. Value i is d · scale · q[i] − dmin · min, q in 0..16.
+/// Q4_K: `f16 d; f16 dmin; u8 scales[12]; u8 qs[128]`. Value i is d · scale · `q[i]` − dmin · min, q in 0..16.
 pub(crate) fn q4_k(block: &[u8], q: &mut [i8; 256]) -> Q4K {
     let (scales, mins) = q4_k_scales(&block[4..16]);
     for g in 0..4 {
@@ -66,7 +66,7 @@ pub(crate) fn q4_k(block: &[u8], q: &mut [i8; 256]) -> Q4K {
 }
 
 /// Q6_K: `u8 ql[128]; u8 qh[64]; i8 scales[16]; f16 d`. Returns d and the scale of each run of 16 values; value i is
-/// d · scale · q[i], q in −32..32.
+/// d · scale · `q[i]`, q in −32..32.
 pub(crate) fn q6_k(block: &[u8], q: &mut [i8; 256]) -> (f32, [i8; 16]) {
     for n in 0..2 {
         let (ql, qh) = (&block[64 * n..64 * n + 64], &block[128 + 32 * n..160 + 32 * n]);

@@ -1,0 +1,103 @@
+//! Blocks of the cache: written, copied, and moved between ranks.
+
+use crate::inputs::Random;
+use kernels::{ABSENT, Isa, KV_BLOCK, KvCache, KvError, KvSpan, KvType};
+
+/// A cache of `blocks` blocks that are all written, with its keys and values.
+fn filled(dtype: KvType, blocks: usize, kv_heads: usize, head_dim: usize, isa: Isa) -> (KvCache, Vec<f32>, Vec<f32>) {
+    let mut random = Random::new(5);
+    let mut fill = || (0..blocks * KV_BLOCK * kv_heads * head_dim).map(|_| random.float() * 1e3).collect::<Vec<f32>>();
+    let (keys, values) = (fill(), fill());
+    let mut cache = KvCache::new(dtype, blocks, kv_heads, head_dim);
+    let table: Vec<u32> = (0..blocks as u32).collect();
+    cache.write(isa, &[KvSpan { table: &table, first_position: 0, tokens: blocks * KV_BLOCK }], &keys, &values);
+    (cache, keys, values)
+}
+
+fn exported(cache: &KvCache, block: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    cache.export_block(block, &mut bytes);
+    bytes
+}
+
+/// What the export of `block` is by definition.
+fn defined(dtype: KvType, block: usize, kv_heads: usize, head_dim: usize, keys: &[f32], values: &[f32]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for head in 0..kv_heads {
+        for x in [keys, values] {
+            for slot in 0..KV_BLOCK {
+                for &x in &x[((block * KV_BLOCK + slot) * kv_heads + head) * head_dim..][..head_dim] {
+                    match dtype {
+                        KvType::F32 => bytes.extend(x.to_le_bytes()),
+                        KvType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
+                    }
+                }
+            }
+        }
+    }
+    bytes
+}
+
+#[test]
+fn blocks_are_exported_as_defined_and_imported_back() {
+    for dtype in [KvType::F32, KvType::F16] {
+        for (kv_heads, head_dim) in [(1, 1), (2, 15), (3, 16), (1, 17), (2, 80), (1, 256)] {
+            for isa in Isa::available() {
+                let (cache, keys, values) = filled(dtype, 3, kv_heads, head_dim, isa);
+                let mut other = KvCache::new(dtype, 2, kv_heads, head_dim);
+                for block in 0..3 {
+                    let bytes = exported(&cache, block);
+                    assert_eq!(bytes.len(), cache.exported_bytes());
+                    assert!(bytes == defined(dtype, block as usize, kv_heads, head_dim, &keys, &values), "{dtype:?} {head_dim} on {isa}");
+                    other.import_block(1, &bytes).unwrap();
+                    assert!(exported(&other, 1) == bytes && exported(&other, 0) != bytes);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_blocks_of_ranks_make_the_block_of_one() {
+    let (whole, keys, values) = filled(KvType::F16, 1, 3, 32, Isa::best());
+    let of = |heads: std::ops::Range<usize>, x: &[f32]| -> Vec<f32> {
+        x.chunks_exact(3 * 32).flat_map(|row| row[heads.start * 32..heads.end * 32].to_vec()).collect()
+    };
+    let mut bytes = Vec::new();
+    for heads in [0..1, 1..3] {
+        let mut rank = KvCache::new(KvType::F16, 1, heads.len(), 32);
+        let span = KvSpan { table: &[0], first_position: 0, tokens: KV_BLOCK };
+        rank.write(Isa::best(), &[span], &of(heads.clone(), &keys), &of(heads, &values));
+        rank.export_block(0, &mut bytes);
+    }
+    assert!(bytes == exported(&whole, 0));
+}
+
+#[test]
+fn a_copy_is_equal_and_apart() {
+    let (mut cache, ..) = filled(KvType::F32, 3, 2, 17, Isa::best());
+    let (first, second) = (exported(&cache, 0), exported(&cache, 1));
+    assert_ne!(first, second);
+    cache.copy_block(0, 2);
+    assert_eq!(exported(&cache, 2), first);
+    cache.write(Isa::best(), &[KvSpan { table: &[2], first_position: 3, tokens: 1 }], &[1.0; 34], &[2.0; 34]);
+    assert_ne!(exported(&cache, 2), first);
+    assert_eq!((exported(&cache, 0), exported(&cache, 1)), (first, second));
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut cache = KvCache::new(KvType::F32, 2, 1, 4);
+    assert_eq!(cache.import_block(0, &[0; 5]), Err(KvError::Size { expected: cache.exported_bytes(), got: 5 }));
+    assert_eq!(cache.bytes(), 2 * 16 * (4 + 16) * 4);
+    let mut refused = |table: &[u32], first_position: usize, len: usize| {
+        let span = KvSpan { table, first_position, tokens: 1 };
+        let write = || cache.write(Isa::best(), &[span], &vec![0.0; len], &vec![0.0; len]);
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(write)).is_err()
+    };
+    assert!(!refused(&[ABSENT, 1], 16, 4));
+    assert!(refused(&[ABSENT, 1], 15, 4));
+    assert!(refused(&[0, 2], 16, 4));
+    assert!(refused(&[0], 16, 4));
+    assert!(refused(&[0], 0, 5));
+}

@@ -1,0 +1,150 @@
+//! Softmax sums and the largest logits, on every instruction set and for every split.
+
+use crate::{inputs::Random, vector_isas};
+use kernels::{
+    Isa, Pool,
+    vocab::{Candidate, TileSum, Total, VOCAB_TILE, argmax, merge_top_k, row_at, tile_sums, top_k},
+};
+
+const SIZES: [usize; 10] = [0, 1, 15, 16, 17, 1023, 1024, 1025, 5000, 40_000];
+
+/// Logits of which many are equal, some minus infinity, and one tile is nothing else.
+fn logits(n: usize) -> Vec<f32> {
+    let mut random = Random::new(n as u64);
+    let mut x: Vec<f32> = (0..n).map(|_| (random.float() * 64.0).round() * 0.25).collect();
+    x.iter_mut().skip(3).step_by(97).for_each(|x| *x = f32::NEG_INFINITY);
+    if n > 3 * VOCAB_TILE {
+        x[VOCAB_TILE..2 * VOCAB_TILE].fill(f32::NEG_INFINITY);
+    }
+    x
+}
+
+fn sums(pool: &Pool, isa: Isa, logits: &[f32], factor: f32) -> Vec<TileSum> {
+    let mut tiles = vec![TileSum { max: f32::NAN, sum: f32::NAN }; logits.len().div_ceil(VOCAB_TILE)];
+    tile_sums(pool, isa, logits, factor, &mut tiles);
+    tiles
+}
+
+fn bits(tiles: &[TileSum]) -> Vec<(u32, u32)> {
+    tiles.iter().map(|tile| (tile.max.to_bits(), tile.sum.to_bits())).collect()
+}
+
+#[test]
+fn tile_sums_are_the_same_bits_everywhere() {
+    let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
+    for n in SIZES {
+        let x = logits(n);
+        for factor in [1.0, 0.7] {
+            let want = bits(&sums(&pools[0], Isa::Scalar, &x, factor));
+            for isa in vector_isas() {
+                for pool in &pools {
+                    assert_eq!(bits(&sums(pool, isa, &x, factor)), want, "{n} logits on {isa}, {} threads", pool.threads());
+                }
+            }
+            // Ranks that own whole tiles.
+            let cut = (n / VOCAB_TILE / 2 * VOCAB_TILE).min(n);
+            let mut split = sums(&pools[0], Isa::best(), &x[..cut], factor);
+            split.extend(sums(&pools[0], Isa::best(), &x[cut..], factor));
+            assert_eq!(bits(&split), want);
+        }
+        if n > 1 {
+            let other = bits(&sums(&pools[0], Isa::best(), &x, 0.9));
+            assert_ne!(other, bits(&sums(&pools[0], Isa::best(), &x, 1.0)), "another temperature must show");
+        }
+    }
+}
+
+#[test]
+fn totals_are_those_of_the_softmax() {
+    let pool = Pool::new(2);
+    for n in SIZES.into_iter().skip(1) {
+        let x = logits(n);
+        for factor in [1.0_f32, 0.25, 3.0] {
+            let tiles = sums(&pool, Isa::best(), &x, factor);
+            let total = Total::of(&tiles, factor);
+            let exact = x.iter().map(|&x| (f64::from(x) * f64::from(factor)).exp()).sum::<f64>().ln();
+            assert!((total.log_sum_exp() - exact).abs() < 1e-5, "{} for {exact} of {n}", total.log_sum_exp());
+            let p = total.log_probability(x[0]);
+            assert!((p - (f64::from(x[0]) * f64::from(factor) - exact)).abs() < 1e-5);
+            let raised = Total { max: total.max + 0.01, ..total };
+            assert!((raised.log_sum_exp() - exact).abs() > 1e-3, "another maximum must show");
+        }
+    }
+    let nothing = sums(&pool, Isa::best(), &[f32::NEG_INFINITY; 1500], 1.0);
+    assert_eq!(bits(&nothing), bits(&[TileSum { max: f32::NEG_INFINITY, sum: 0.0 }; 2]));
+    assert_eq!(Total::of(&nothing, 1.0).tile_at(&nothing, 0.5), None);
+    assert!(sums(&pool, Isa::best(), &[1.0, f32::NAN], 1.0)[0].sum.is_nan());
+}
+
+#[test]
+fn draws_follow_the_probabilities() {
+    let pool = Pool::new(1);
+    let x = logits(5000);
+    let factor = 0.5;
+    let tiles = sums(&pool, Isa::best(), &x, factor);
+    let total = Total::of(&tiles, factor);
+    let draws = 20_000;
+    let mut counts = vec![0_usize; x.len()];
+    for i in 0..draws {
+        let (tile, point) = total.tile_at(&tiles, (f64::from(i) + 0.5) / f64::from(draws)).unwrap();
+        let rows = &x[tile * VOCAB_TILE..(tile * VOCAB_TILE + VOCAB_TILE).min(x.len())];
+        counts[tile * VOCAB_TILE + row_at(rows, factor, point).unwrap()] += 1;
+    }
+    for (i, &count) in counts.iter().enumerate() {
+        let expected = total.log_probability(x[i]).exp() * f64::from(draws);
+        assert!((count as f64 - expected).abs() < 1.5, "row {i}: {count} for {expected}");
+    }
+    assert!(counts.iter().any(|&count| count > 5));
+    assert_eq!(total.tile_at(&tiles, 0.0).map(|(tile, _)| tile), Some(0));
+    assert_eq!(total.tile_at(&tiles, 1.0).map(|(tile, _)| tile), Some(4));
+    assert_eq!(row_at(&[f32::NEG_INFINITY; 4], 1.0, 0.5), None);
+    assert_eq!(row_at(&[0.0, f32::NEG_INFINITY], 1.0, 1.0), Some(0));
+}
+
+/// A full sort by the definition.
+fn sorted(x: &[f32], first_id: u32, k: usize) -> Vec<(u32, u32)> {
+    let mut all: Vec<usize> = (0..x.len()).collect();
+    let value = |i: usize| if x[i].is_nan() { f32::NEG_INFINITY } else { x[i] };
+    all.sort_by(|&a, &b| value(b).partial_cmp(&value(a)).unwrap().then(a.cmp(&b)));
+    all.into_iter().take(k).map(|i| (first_id + i as u32, x[i].to_bits())).collect()
+}
+
+fn found(candidates: &[Candidate]) -> Vec<(u32, u32)> {
+    candidates.iter().map(|candidate| (candidate.id, candidate.logit.to_bits())).collect()
+}
+
+#[test]
+fn the_largest_are_those_of_a_full_sort() {
+    let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
+    let mut isas = vector_isas();
+    isas.push(Isa::Scalar);
+    for n in SIZES {
+        let ordinary = logits(n);
+        let mut extreme = ordinary.clone();
+        extreme.iter_mut().skip(1).step_by(7).for_each(|x| *x = f32::NAN);
+        extreme.iter_mut().skip(2).step_by(11).for_each(|x| *x = f32::INFINITY);
+        let zeros: Vec<f32> = (0..n).map(|i| if i % 3 == 0 { -0.0 } else { 0.0 }).collect();
+        let rising: Vec<f32> = (0..n).map(|i| i as f32).collect();
+        for x in [&ordinary, &extreme, &zeros, &rising, &vec![f32::NAN; n]] {
+            for k in [0, 1, 5, 64, 1000] {
+                let want = sorted(x, 7, k);
+                for &isa in &isas {
+                    for pool in &pools {
+                        let got = top_k(pool, isa, x, 7, k);
+                        assert_eq!(found(&got), want, "{k} of {n} on {isa}, {} threads", pool.threads());
+                    }
+                }
+                let cut = n / 3;
+                let parts = [top_k(&pools[0], Isa::best(), &x[..cut], 7, k), top_k(&pools[0], Isa::best(), &x[cut..], 7 + cut as u32, k)];
+                assert_eq!(found(&merge_top_k(parts, k)), want);
+            }
+            let first = argmax(&pools[2], Isa::best(), x, 7);
+            assert_eq!(found(first.as_slice()), sorted(x, 7, 1));
+        }
+        if n > 1 {
+            let mut other = ordinary.clone();
+            other[n - 1] = 100.0;
+            assert_ne!(found(&top_k(&pools[0], Isa::best(), &other, 7, 5)), sorted(&ordinary, 7, 5), "another logit must show");
+        }
+    }
+}
