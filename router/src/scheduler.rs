@@ -4,6 +4,23 @@
 //! sends them in order, and hands every reply to [`Scheduler::reply`]. Workers execute steps in order, so a block given back
 //! by the steps already sent can be used again in the very next one.
 //!
+//! # Policy
+//!
+//! - **Decodes come first**, each step; prompts take what is left of its token budget, in chunks. So a long prompt slows running
+//!   streams by the time of one full step at most, and the budget (`maxBatchTokens`) is the knob between their pace and the
+//!   prompt's. Chunks change no bits.
+//! - **Micro-batches.** With one stage every decoding sequence is in every step, and the next step is sent before the tokens of
+//!   the last are back. With `s` stages a step takes one s-th of them, those that waited longest first: a token's way is then
+//!   `s` stages of `weights + share`, which fewer steps would not shorten and more would lengthen by another reading of the
+//!   weights. One step more than there are stages is in flight, so that no stage waits for the router.
+//! - **Prompts share.** The oldest prompt under way gets at least half of what decodes leave; the other half goes to prompts
+//!   behind it, new ones first, then those that lack least. A short prompt thus passes a long one, which it slows by half at
+//!   most, and since the oldest always goes on, none starves. What the others do not need is the oldest's.
+//! - **Admission** is by arrival, when there are blocks for the whole prompt; a prompt whose next block another sequence is
+//!   just computing waits for it. While a running sequence lacks blocks, none is admitted.
+//! - **Blocks that run out** are taken from the youngest sequence. It keeps its place in the queue and goes on later from
+//!   prompt and emitted ids.
+//!
 //! ```text
 //! submit ─► waiting (by arrival) ─► running: prefill chunks ─► decode ─► finished
 //!              ▲                        │ blocks ran out: the youngest goes back
@@ -15,6 +32,7 @@ mod blocks;
 mod completion;
 mod prefix;
 mod sequence;
+mod sizes;
 #[cfg(test)]
 mod tests;
 
@@ -32,6 +50,7 @@ use plan::{
 pub use blocks::PrefixChange;
 pub use prefix::BlockHash;
 pub use sequence::Submission;
+pub use sizes::StepSizes;
 
 use blocks::BlockPool;
 use sequence::{Admission, Sequence, Table};
@@ -117,8 +136,22 @@ pub struct Counters {
     pub prefix_hit_tokens: u64,
     /// Sequences sent back to the queue.
     pub preemptions: u64,
-    /// Steps made.
-    pub steps: u64,
+    /// Steps made, by size.
+    pub sizes: StepSizes,
+}
+
+impl std::ops::Add for Counters {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            prompt_tokens: self.prompt_tokens + other.prompt_tokens,
+            prefix_query_tokens: self.prefix_query_tokens + other.prefix_query_tokens,
+            prefix_hit_tokens: self.prefix_hit_tokens + other.prefix_hit_tokens,
+            preemptions: self.preemptions + other.preemptions,
+            sizes: self.sizes + other.sizes,
+        }
+    }
 }
 
 /// The scheduler of one replica's session.
@@ -139,6 +172,8 @@ pub struct Scheduler {
     in_flight: VecDeque<StepRecord>,
     /// Blocks that a running sequence is computing: another one that would share them waits rather than compute them too.
     computing: HashMap<BlockHash, SequenceId>,
+    /// In the last step a running sequence found no block.
+    starved: bool,
     events: Vec<Event>,
     counters: Counters,
 }
@@ -194,6 +229,7 @@ impl Scheduler {
             frees: Vec::new(),
             in_flight: VecDeque::new(),
             computing: HashMap::new(),
+            starved: false,
             events: Vec::new(),
             counters: Counters::default(),
         }
@@ -271,7 +307,7 @@ impl Scheduler {
 
     /// Counters so far.
     pub fn counters(&self) -> Counters {
-        Counters { steps: self.last_step, ..self.counters }
+        self.counters
     }
 
     /// Checks that every block is free, used or cached, that counts agree with what sequences hold, and that no block which a

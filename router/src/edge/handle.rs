@@ -205,6 +205,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         load.prefix_query_tokens_total += counters.prefix_query_tokens;
         load.prefix_hit_tokens_total += counters.prefix_hit_tokens;
         load.preemptions_total += counters.preemptions;
+        load.step_sizes = load.step_sizes + counters.sizes;
     }
     load
 }

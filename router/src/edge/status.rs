@@ -2,6 +2,8 @@
 
 use plan::fleet::{ReplicaLimits, ServingSettings};
 
+use crate::scheduler::StepSizes;
+
 /// One model that requests can name.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelStatus {
@@ -54,6 +56,8 @@ pub struct DeploymentLoad {
     pub resumed_total: u64,
     /// Requests refused because the queue was full.
     pub refused_total: u64,
+    /// Steps sent, by their number of tokens.
+    pub step_sizes: StepSizes,
     /// Its replicas.
     pub replicas: Vec<ReplicaLoad>,
 }

@@ -399,14 +399,7 @@ impl Run<'_> {
         owner.queued.store(self.scheduler.queued(), Ordering::Relaxed);
         owner.running.store(self.scheduler.running(), Ordering::Relaxed);
         owner.kv_used.store(self.scheduler.kv_used().to_bits(), Ordering::Relaxed);
-        let (now, before) = (self.scheduler.counters(), self.before);
-        *lock(&owner.counters) = Counters {
-            prompt_tokens: before.prompt_tokens + now.prompt_tokens,
-            prefix_query_tokens: before.prefix_query_tokens + now.prefix_query_tokens,
-            prefix_hit_tokens: before.prefix_hit_tokens + now.prefix_hit_tokens,
-            preemptions: before.preemptions + now.preemptions,
-            steps: before.steps + now.steps,
-        };
+        *lock(&owner.counters) = self.before + self.scheduler.counters();
         let changes = self.scheduler.take_prefix_changes();
         if !changes.is_empty() {
             let mut prefixes = lock(&owner.prefixes);

@@ -1,4 +1,4 @@
-//! Composing a step: decodes first, then prefill chunks, then sequences from the queue, within the token budget.
+//! Composing a step: decodes first, then prompts under way and from the queue, within the token budget.
 
 use plan::{
     shard::BLOCK_TOKENS,
@@ -32,11 +32,8 @@ impl Scheduler {
         let mut draft = loop {
             let mut draft = Draft { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false };
             self.add_decodes(&mut draft);
-            self.add_prefills(&mut draft);
-            // A sequence that lacks blocks gets those that come free before any new one does.
-            if !draft.blocked {
-                self.admit(&mut draft);
-            }
+            self.add_prompts(&mut draft);
+            self.starved = draft.blocked;
             if !draft.entries.is_empty() {
                 break draft;
             }
@@ -45,6 +42,7 @@ impl Scheduler {
             }
         };
         self.last_step = id;
+        self.counters.sizes.record(draft.step.tokens());
         draft.step.frees = std::mem::take(&mut self.frees);
         self.in_flight.push_back(StepRecord { id, entries: draft.entries });
         Some(draft.step)
@@ -93,10 +91,33 @@ impl Scheduler {
         }
     }
 
-    /// The next chunks of sequences whose prompt is not through, the oldest first.
-    fn add_prefills(&mut self, draft: &mut Draft) {
-        let waiting: Vec<u64> = self.running.iter().filter(|(_, (s, a))| s.ids.len() > a.sent + 1).map(|(arrival, _)| *arrival).collect();
-        for arrival in waiting {
+    /// What of prompts fits the budget that decodes left: see the module's policy.
+    fn add_prompts(&mut self, draft: &mut Draft) {
+        let left =
+            self.running.iter().map(|(arrival, (s, a))| (s.ids.len().saturating_sub(a.sent), *arrival)).filter(|(left, _)| *left > 1);
+        let mut prompts: Vec<(usize, u64)> = left.collect();
+        // A sequence that lacks blocks gets those that come free before any younger one does.
+        let long = prompts.first().is_some_and(|(left, _)| *left > draft.budget) && !self.starved && !draft.blocked;
+        if long {
+            let others = draft.budget / 2;
+            let own = draft.budget - others;
+            draft.budget = others;
+            self.admit(draft);
+            prompts[1..].sort_unstable();
+            self.add_prefills(draft, &prompts[1..]);
+            draft.budget += own;
+            self.add_prefills(draft, &prompts[..1]);
+        } else {
+            self.add_prefills(draft, &prompts);
+            if !draft.blocked {
+                self.admit(draft);
+            }
+        }
+    }
+
+    /// The next chunks of sequences whose prompt is not through.
+    fn add_prefills(&mut self, draft: &mut Draft, prompts: &[(usize, u64)]) {
+        for &(_, arrival) in prompts {
             if draft.budget == 0 || draft.entries.len() >= self.options.limits.max_batch_sequences {
                 return;
             }

@@ -95,11 +95,11 @@ impl Scheduler {
             end = Some(FinishReason::Length);
         }
         self.settle(entry.arrival);
-        if let Some(reason) = end {
-            if let Some(sequence) = self.evict(entry.arrival) {
-                self.tickets.remove(&sequence.ticket);
-                self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Finished(reason) });
-            }
+        if let Some(reason) = end
+            && let Some(sequence) = self.evict(entry.arrival)
+        {
+            self.tickets.remove(&sequence.ticket);
+            self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Finished(reason) });
         }
         Ok(())
     }

@@ -303,6 +303,82 @@ fn steps_overlap_and_stages_get_micro_batches() {
 }
 
 #[test]
+fn one_stage_runs_every_sequence_in_every_step() {
+    let mut world = World::new(limits(&[(None, 300)], 32, 256), 1);
+    for i in 0..8 {
+        world.submit(Submission::generate(prompt(i, 4), sampled(1), 50, Arc::new([])));
+    }
+    let sizes: Vec<usize> = std::iter::from_fn(|| world.step()).map(|s| s.sequences.len()).collect();
+    assert_eq!(sizes, [8, 8], "the second before the tokens of the first are back");
+    for _ in 0..5 {
+        world.reply();
+        assert_eq!(world.step().map(|s| s.sequences.len()), Some(8));
+        assert!(world.step().is_none());
+    }
+    world.run();
+}
+
+/// The lengths of the inputs of a step's sequences, by sequence.
+fn lengths(step: &Step) -> BTreeMap<u64, usize> {
+    step.sequences.iter().map(|s| (s.sequence, s.input.len())).collect()
+}
+
+#[test]
+fn a_long_prompt_stalls_no_decode() {
+    let mut world = World::new(limits(&[(None, 300)], 32, 64), 1);
+    for i in 0..8 {
+        world.submit(Submission::generate(prompt(i, 4), sampled(1), 200, Arc::new([])));
+    }
+    world.step();
+    world.reply();
+    world.submit(generate(prompt(9, 500), 1, 5));
+    let mut chunks = 0;
+    while let Some(step) = world.step() {
+        let lengths = lengths(&step);
+        assert!((1..=8).all(|id| lengths.get(&id) == Some(&1)), "every decode is in every step: {lengths:?}");
+        match lengths.get(&9) {
+            Some(&n) if n > 1 => chunks += 1,
+            _ => break,
+        }
+        assert_eq!(step.tokens(), 64.min(8 + lengths[&9]), "and the prompt has the rest");
+        world.reply();
+    }
+    assert_eq!(chunks, 500_usize.div_ceil(64 - 8));
+    world.run();
+}
+
+#[test]
+fn short_prompts_pass_a_long_one_which_keeps_half() {
+    let mut world = World::new(limits(&[(None, 300), (Some(64), 200)], 32, 64), 1);
+    // Prompts that share nothing.
+    let own = |kind: u32, len: u32| generate((0..len).map(|i| (i * 7 + kind * 11 + 1) % MODEL.vocab).collect(), u64::from(kind), 5);
+    let long = world.submit(own(8, 500));
+    let second = world.submit(own(7, 400));
+    let mut sent = world.step().expect("the first chunk").tokens();
+    world.reply();
+    let short: Vec<u64> = (0..6).map(|i| world.submit(own(i, 20))).collect();
+    let mut steps = 0;
+    while world.tokens(long).is_empty() {
+        let Some(step) = world.step() else { panic!("it goes on") };
+        steps += 1;
+        let lengths = lengths(&step);
+        // Sequences are numbered in the order of admission.
+        sent += lengths[&1];
+        assert!(lengths[&1] >= (64 - 6) / 2 || sent == 500, "{lengths:?}");
+        world.reply();
+        if steps == 8 {
+            assert!(short.iter().all(|t| !world.tokens(*t).is_empty()), "each has its first token");
+            assert!(world.tokens(second).is_empty(), "the second long one does not hold them up");
+        }
+    }
+    assert!(steps > 8, "the long prompt was through first");
+    world.run();
+    for (ticket, submission) in short.iter().zip(0..).map(|(t, i)| (*t, own(i, 20))).chain([(long, own(8, 500)), (second, own(7, 400))]) {
+        assert_eq!(world.tokens(ticket), solo(&submission));
+    }
+}
+
+#[test]
 fn blocks_that_run_out_are_taken_from_the_youngest() {
     let mut world = World::new(limits(&[(None, 10)], 8, 64), 1);
     let submissions: Vec<Submission> =
