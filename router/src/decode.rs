@@ -19,8 +19,9 @@ pub struct Decoder {
     held: String,
     /// A leading space of the next piece is dropped.
     strip: bool,
-    /// Bytes of text decoded so far, released or held.
+    /// Bytes and characters of text decoded so far, released or held.
     decoded: usize,
+    characters: usize,
     stop: Option<usize>,
 }
 
@@ -28,7 +29,7 @@ impl Decoder {
     /// A decoder of what follows `previous` (the last prompt token), ended by any of `stops` (none of them empty).
     pub fn new(tokenizer: Arc<Tokenizer>, stops: Arc<[String]>, previous: Option<TokenId>) -> Self {
         let strip = tokenizer.strips_space() && previous.is_none_or(|id| tokenizer.is_control(id));
-        Self { tokenizer, stops, partial: Vec::new(), held: String::new(), strip, decoded: 0, stop: None }
+        Self { tokenizer, stops, partial: Vec::new(), held: String::new(), strip, decoded: 0, characters: 0, stop: None }
     }
 
     /// Takes the next token and appends to `out` what became certain. With `scan` false no stop string is looked for, and
@@ -61,6 +62,16 @@ impl Decoder {
         self.decoded
     }
 
+    /// Characters of text decoded so far.
+    pub fn characters(&self) -> usize {
+        self.characters
+    }
+
+    /// Whether the last token ended inside a character.
+    pub fn is_inside_character(&self) -> bool {
+        !self.partial.is_empty()
+    }
+
     /// Which of the stop strings ended the text.
     pub fn stop(&self) -> Option<&str> {
         self.stop.map(|i| self.stops[i].as_str())
@@ -91,6 +102,7 @@ impl Decoder {
         }
         self.partial.drain(..at);
         self.decoded += self.held.len() - before;
+        self.characters += self.held[before..].chars().count();
     }
 
     fn release(&mut self, scan: bool, end: bool, out: &mut String) -> bool {

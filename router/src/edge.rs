@@ -75,7 +75,10 @@ pub enum StreamError {
     /// The engine refused the sequence.
     #[error("{0}")]
     Engine(String),
-    /// The request waited or ran longer than allowed.
+    /// The request waited longer than allowed for its first batch.
+    #[error("the request waited {0} s in the queue, and no replica took it")]
+    Queue(u64),
+    /// The request took longer than allowed.
     #[error("deadline of {0} s passed")]
     Deadline(u64),
     /// The router is stopping.
@@ -89,6 +92,7 @@ impl StreamError {
         match self {
             Self::NoReplica(_) => "no_replica",
             Self::Engine(_) => "engine",
+            Self::Queue(_) => "queue_timeout",
             Self::Deadline(_) => "deadline",
             Self::Stopping => "stopping",
         }

@@ -104,7 +104,7 @@ impl From<StreamError> for ApiError {
     fn from(e: StreamError) -> Self {
         match e {
             StreamError::Deadline(seconds) => Self::deadline(seconds),
-            StreamError::NoReplica(_) | StreamError::Stopping => {
+            StreamError::NoReplica(_) | StreamError::Queue(_) | StreamError::Stopping => {
                 let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, e.reason(), e.to_string());
                 Self { retry_after_seconds: Some(RETRY_NOT_READY_SECONDS), ..error }
             }

@@ -11,7 +11,7 @@ use proto::inference::inference_server::{Inference, InferenceServer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
-use tokio_stream::wrappers::TcpListenerStream;
+use tonic::transport::server::TcpIncoming;
 use tonic::{Request, Response, Status};
 
 use super::answer::finish_name;
@@ -20,7 +20,7 @@ use super::fields::Fields;
 use super::parameters::{MOST_LOGPROBS, Parameters};
 use super::request::{Input, Source, encode, job};
 use super::run::{Run, Shown};
-use super::{ServeError, Shared, models, stopped};
+use super::{ServeError, Shared, stopped};
 use crate::encode::Tokenizer;
 
 /// How often the health service looks at the models.
@@ -42,7 +42,7 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
         .add_service(reflection)
         .add_service(reflection_alpha)
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpListenerStream::new(listener), stopped(stopping));
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped(stopping));
     let watch = async {
         let mut tick = tokio::time::interval(HEALTH);
         loop {
@@ -122,7 +122,7 @@ impl Service {
     }
 
     async fn tokenize(&self, request: wire::TokenizeRequest) -> Result<Vec<TokenId>, ApiError> {
-        let tokenizer = models::Models::get(&self.0.models, &self.0.edge, &request.model).await?.tokenizer;
+        let tokenizer = self.0.models.get(&self.0.edge, &request.model).await?.tokenizer;
         let encode = move || match request.add_special_tokens {
             true => tokenizer.encode_prompt(&request.text, true),
             false => tokenizer.encode(&request.text, true),

@@ -7,12 +7,13 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::body::{Body, Bytes};
-use axum::extract::{DefaultBodyLimit, FromRequest, Request as HttpRequest, State};
+use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use futures_util::{FutureExt, stream};
+use axum::serve::ListenerExt;
+use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -27,6 +28,8 @@ use super::{ServeError, Shared, models, stopped, websocket};
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How long an event stream may be silent before a comment keeps it alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// Bytes beyond the limit that are read and dropped, so that a client that sends before it reads gets to see its refusal.
+const OVERRUN: usize = 64 << 20;
 
 /// The request's id, given or drawn.
 #[derive(Clone)]
@@ -35,11 +38,16 @@ pub(super) struct RequestId(pub(super) Arc<str>);
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<(), ServeError> {
     let stopping = shared.stopping.clone();
     let app = routes(shared);
+    // A token is a small packet that nothing follows for a while: it must not wait for one.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            debug!(%error, "small packets are delayed on a connection");
+        }
+    });
     axum::serve(listener, app).with_graceful_shutdown(stopped(stopping)).await.map_err(ServeError::Http)
 }
 
 fn routes(shared: Arc<Shared>) -> axum::Router {
-    let limit = shared.options.body_bytes;
     axum::Router::new()
         .route("/v1/models", get(models::list))
         .route("/v1/models/{*id}", get(models::get))
@@ -53,7 +61,6 @@ fn routes(shared: Arc<Shared>) -> axum::Router {
         .route("/version", get(version))
         .fallback(unknown_route)
         .method_not_allowed_fallback(unknown_method)
-        .layer(DefaultBodyLimit::max(limit))
         .layer(from_fn_with_state(Arc::clone(&shared), around))
         .with_state(shared)
 }
@@ -132,7 +139,7 @@ async fn generate(shared: Arc<Shared>, dialect: Dialect, request: HttpRequest) -
 }
 
 /// The body, if its type and size are right.
-async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Bytes, ApiError> {
+async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, ApiError> {
     let json = |headers: &HeaderMap| {
         let Some(value) = headers.get(header::CONTENT_TYPE) else { return Err("no content type".to_owned()) };
         let text = value.to_str().unwrap_or("text that is not ASCII");
@@ -147,13 +154,28 @@ async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Bytes, ApiEr
             format!("the body has {got}, expected application/json"),
         )
     })?;
-    Bytes::from_request(request, &()).await.map_err(|e| match e.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            let message = format!("the body is larger than the limit of {} bytes", shared.options.body_bytes);
-            ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    let limit = shared.options.body_bytes;
+    let too_large = || {
+        let message = format!("the body is larger than the limit of {limit} bytes");
+        ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    };
+    let announced = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    // Who asks before sending is answered before anything is sent.
+    if request.headers().contains_key(header::EXPECT) && announced.is_some_and(|n| n > limit as u64) {
+        return Err(too_large());
+    }
+    let mut parts = request.into_body().into_data_stream();
+    let (mut body, mut taken) = (Vec::new(), 0);
+    while let Some(part) = parts.next().await {
+        let part = part.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"))?;
+        taken += part.len();
+        if taken <= limit {
+            body.extend_from_slice(&part);
+        } else if taken > limit.saturating_add(OVERRUN) {
+            break;
         }
-        _ => ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"),
-    })
+    }
+    if taken <= limit { Ok(body) } else { Err(too_large()) }
 }
 
 /// A stream of server-sent events. Dropping it, which a disconnect does, drops the run.

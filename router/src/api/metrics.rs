@@ -2,7 +2,6 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
-use std::time::Duration;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
@@ -13,18 +12,22 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::{Registry, Unit};
 
 use plan::shard::BLOCK_TOKENS;
+use tokio::time::Instant;
 
 use super::parameters::Parameters;
-use crate::edge::Edge;
+use crate::edge::{DeploymentLoad, Edge};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Named {
     model_name: String,
+    /// Index of an engine behind one model name in vLLM; the router shows its replicas as one.
+    engine: &'static str,
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Finished {
     model_name: String,
+    engine: &'static str,
     finished_reason: &'static str,
 }
 
@@ -45,6 +48,9 @@ const TOKENS: [f64; 17] =
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0, 50_000.0, 100_000.0, 200_000.0];
 const CHOICES: [f64; 6] = [1.0, 2.0, 5.0, 10.0, 20.0, 128.0];
 
+/// The value of `engine` labels.
+const ENGINE: &str = "0";
+
 fn histograms(make: fn() -> Histogram) -> Histograms {
     Family::new_with_constructor(make)
 }
@@ -56,9 +62,13 @@ pub(crate) struct Metrics {
     itl: Histograms,
     per_token: Histograms,
     e2e: Histograms,
+    queue: Histograms,
+    prefill: Histograms,
     decode: Histograms,
+    inference: Histograms,
     prompt_tokens: Histograms,
     generation_tokens: Histograms,
+    longest: Histograms,
     most_tokens: Histograms,
     choices: Histograms,
     finished: Family<Finished, Counter>,
@@ -75,9 +85,13 @@ impl Metrics {
             itl: histograms(|| Histogram::new(ITL)),
             per_token: histograms(|| Histogram::new(ITL)),
             e2e: histograms(|| Histogram::new(E2E)),
+            queue: histograms(|| Histogram::new(E2E)),
+            prefill: histograms(|| Histogram::new(E2E)),
             decode: histograms(|| Histogram::new(E2E)),
+            inference: histograms(|| Histogram::new(E2E)),
             prompt_tokens: histograms(|| Histogram::new(TOKENS)),
             generation_tokens: histograms(|| Histogram::new(TOKENS)),
+            longest: histograms(|| Histogram::new(TOKENS)),
             most_tokens: histograms(|| Histogram::new(TOKENS)),
             choices: histograms(|| Histogram::new(CHOICES)),
             finished: Family::default(),
@@ -85,21 +99,30 @@ impl Metrics {
             disconnected: Counter::default(),
         };
         let mut r = Registry::default();
-        let second = || Unit::Seconds;
-        r.register_with_unit("vllm:time_to_first_token", "Arrival to first token", second(), metrics.ttft.clone());
-        r.register_with_unit("vllm:inter_token_latency", "Time between tokens of a stream", second(), metrics.itl.clone());
-        r.register_with_unit(
-            "vllm:request_time_per_output_token",
-            "Mean time per token of a stream after its first",
-            second(),
-            metrics.per_token.clone(),
-        );
-        r.register_with_unit("vllm:e2e_request_latency", "Arrival to last token", second(), metrics.e2e.clone());
-        r.register_with_unit("vllm:request_decode_time", "First to last token", second(), metrics.decode.clone());
-        r.register("vllm:request_prompt_tokens", "Prompt tokens of a request", metrics.prompt_tokens.clone());
-        r.register("vllm:request_generation_tokens", "Tokens generated for a choice", metrics.generation_tokens.clone());
-        r.register("vllm:request_params_max_tokens", "max_tokens of requests that set it", metrics.most_tokens.clone());
-        r.register("vllm:request_params_n", "Choices asked for", metrics.choices.clone());
+        let times = [
+            ("vllm:time_to_first_token", "Arrival to first token", &metrics.ttft),
+            ("vllm:inter_token_latency", "Time between tokens of a stream", &metrics.itl),
+            ("vllm:time_per_output_token", "Older name of vllm:inter_token_latency_seconds", &metrics.itl),
+            ("vllm:request_time_per_output_token", "Mean time per token of a stream after its first", &metrics.per_token),
+            ("vllm:e2e_request_latency", "Arrival to last token", &metrics.e2e),
+            ("vllm:request_queue_time", "Arrival to the first batch", &metrics.queue),
+            ("vllm:request_prefill_time", "First batch to first token", &metrics.prefill),
+            ("vllm:request_decode_time", "First to last token", &metrics.decode),
+            ("vllm:request_inference_time", "First batch to last token", &metrics.inference),
+        ];
+        for (name, help, family) in times {
+            r.register_with_unit(name, help, Unit::Seconds, family.clone());
+        }
+        let counts = [
+            ("vllm:request_prompt_tokens", "Prompt tokens of a request", &metrics.prompt_tokens),
+            ("vllm:request_generation_tokens", "Tokens generated for a choice", &metrics.generation_tokens),
+            ("vllm:request_max_num_generation_tokens", "Tokens of a request's longest choice", &metrics.longest),
+            ("vllm:request_params_max_tokens", "max_tokens of requests that set it", &metrics.most_tokens),
+            ("vllm:request_params_n", "Choices asked for", &metrics.choices),
+        ];
+        for (name, help, family) in counts {
+            r.register(name, help, family.clone());
+        }
         r.register("vllm:request_success", "Choices that ended, by reason", metrics.finished.clone());
         r.register("skein_http_answers", "HTTP answers by route and status", metrics.answered.clone());
         r.register("skein_disconnected_requests", "Requests whose client went away before the end", metrics.disconnected.clone());
@@ -138,18 +161,48 @@ impl Metrics {
         TokenTimes { first: self.ttft.get_or_create(&named).clone(), between: self.itl.get_or_create(&named).clone() }
     }
 
-    /// A choice ended after `total`; `decoded`: time from its first to its last token, and how many there were.
-    pub(super) fn finished(&self, model: &str, finished_reason: &'static str, total: Duration, decoded: Option<(Duration, u32)>) {
+    /// A choice ended now.
+    pub(super) fn finished(&self, model: &str, finished_reason: &'static str, times: &Timeline) {
+        let Timeline { arrived, started, first, last, tokens } = *times;
         let named = named(model);
-        self.finished.get_or_create(&Finished { model_name: model.to_owned(), finished_reason }).inc();
-        self.e2e.get_or_create(&named).observe(total.as_secs_f64());
-        if let Some((time, tokens)) = decoded {
-            self.decode.get_or_create(&named).observe(time.as_secs_f64());
-            self.generation_tokens.get_or_create(&named).observe(f64::from(tokens));
-            if tokens > 1 {
-                self.per_token.get_or_create(&named).observe(time.as_secs_f64() / f64::from(tokens - 1));
-            }
+        self.finished.get_or_create(&Finished { model_name: model.to_owned(), engine: ENGINE, finished_reason }).inc();
+        let observe = |family: &Histograms, seconds: f64| family.get_or_create(&named).observe(seconds);
+        observe(&self.e2e, arrived.elapsed().as_secs_f64());
+        let Some(started) = started else { return };
+        observe(&self.queue, (started - arrived).as_secs_f64());
+        let (Some(first), Some(last)) = (first, last) else { return };
+        observe(&self.prefill, (first - started).as_secs_f64());
+        observe(&self.inference, (last - started).as_secs_f64());
+        let decoding = (last - first).as_secs_f64();
+        observe(&self.decode, decoding);
+        observe(&self.generation_tokens, f64::from(tokens));
+        if tokens > 1 {
+            observe(&self.per_token, decoding / f64::from(tokens - 1));
         }
+    }
+
+    /// Every choice of a request ended, the longest with this many tokens.
+    pub(super) fn longest(&self, model: &str, tokens: u32) {
+        self.longest.get_or_create(&named(model)).observe(f64::from(tokens));
+    }
+}
+
+/// When things happened to a choice.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Timeline {
+    pub(super) arrived: Instant,
+    /// It entered a batch.
+    pub(super) started: Option<Instant>,
+    pub(super) first: Option<Instant>,
+    pub(super) last: Option<Instant>,
+    /// Tokens emitted.
+    pub(super) tokens: u32,
+}
+
+impl Timeline {
+    /// Of a choice to which nothing has happened yet.
+    pub(super) fn new(arrived: Instant) -> Self {
+        Self { arrived, started: None, first: None, last: None, tokens: 0 }
     }
 }
 
@@ -160,7 +213,7 @@ pub(super) struct TokenTimes {
 }
 
 fn named(model: &str) -> Named {
-    Named { model_name: model.to_owned() }
+    Named { model_name: model.to_owned(), engine: ENGINE }
 }
 
 /// Gauges and counters that the scheduler keeps.
@@ -174,14 +227,15 @@ impl std::fmt::Debug for Loads {
 
 impl Collector for Loads {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        use prometheus_client::metrics::MetricType::{Counter, Gauge};
+        use prometheus_client::metrics::MetricType::{Counter, Gauge, Histogram};
         let loads = self.0.load();
         let models = self.0.models();
-        type Read = fn(&crate::edge::DeploymentLoad) -> f64;
-        let gauges: [(&str, &str, Read); 4] = [
+        type Read = fn(&DeploymentLoad) -> f64;
+        let gauges: [(&str, &str, Read); 5] = [
             ("vllm:num_requests_running", "Sequences in batches", |l| l.running as f64),
             ("vllm:num_requests_waiting", "Sequences waiting", |l| l.queued as f64),
             ("vllm:kv_cache_usage_perc", "Fraction of KV blocks in use, 0 to 1", |l| f64::from(l.kv_used)),
+            ("vllm:gpu_cache_usage_perc", "Older name of vllm:kv_cache_usage_perc", |l| f64::from(l.kv_used)),
             ("skein_tokens_per_second", "Tokens emitted per second over the last 10 s", |l| f64::from(l.tokens_per_second)),
         ];
         for (name, help, read) in gauges {
@@ -190,12 +244,15 @@ impl Collector for Loads {
                 ConstGauge::new(read(load)).encode(family.encode_family(&named(&load.model))?)?;
             }
         }
-        let counters: [(&str, &str, fn(&crate::edge::DeploymentLoad) -> u64); 7] = [
+        type Count = fn(&DeploymentLoad) -> u64;
+        let counters: [(&str, &str, Count); 9] = [
             ("vllm:prompt_tokens", "Prompt tokens processed or found in the cache", |l| l.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens emitted", |l| l.tokens_total),
             ("vllm:num_preemptions", "Sequences put back into the queue because blocks ran out", |l| l.preemptions_total),
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache", |l| l.prefix_query_tokens_total),
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache", |l| l.prefix_hit_tokens_total),
+            ("vllm:gpu_prefix_cache_queries", "Older name of vllm:prefix_cache_queries", |l| l.prefix_query_tokens_total),
+            ("vllm:gpu_prefix_cache_hits", "Older name of vllm:prefix_cache_hits", |l| l.prefix_hit_tokens_total),
             ("skein_resumed_streams", "Streams that went on after their replica was lost or drained", |l| l.resumed_total),
             ("skein_refused_requests", "Requests refused because the queue was full", |l| l.refused_total),
         ];
@@ -205,11 +262,21 @@ impl Collector for Loads {
                 ConstCounter::new(read(load)).encode(family.encode_family(&named(&load.model))?)?;
             }
         }
+        let mut family = encoder.encode_descriptor("vllm:iteration_tokens_total", "Tokens in a step", None, Histogram)?;
+        for load in &loads {
+            let sizes = &load.step_sizes;
+            let buckets: Vec<(f64, u64)> = sizes.buckets().collect();
+            family.encode_family(&named(&load.model))?.encode_histogram::<Named>(sizes.tokens as f64, sizes.steps(), &buckets, None)?;
+        }
         let mut family = encoder.encode_descriptor("vllm:cache_config_info", "Shape of a replica's KV cache", None, Gauge)?;
         for model in &models {
             let blocks = model.limits.kv.groups.iter().map(|g| g.blocks).max().unwrap_or(0);
-            let labels =
-                [("model_name", model.name.clone()), ("block_size", BLOCK_TOKENS.to_string()), ("num_gpu_blocks", blocks.to_string())];
+            let labels = [
+                ("model_name", model.name.clone()),
+                ("engine", ENGINE.to_owned()),
+                ("block_size", BLOCK_TOKENS.to_string()),
+                ("num_gpu_blocks", blocks.to_string()),
+            ];
             ConstGauge::new(1_i64).encode(family.encode_family(&labels)?)?;
         }
         let mut family = encoder.encode_descriptor("skein_replicas", "Replicas of a model, and those ready", None, Gauge)?;

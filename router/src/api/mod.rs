@@ -10,6 +10,8 @@ mod models;
 mod parameters;
 mod request;
 mod run;
+#[cfg(test)]
+mod tests;
 mod websocket;
 
 use std::future::Future;

@@ -53,7 +53,7 @@ impl Parameters {
             min_tokens: fields.integer("min_tokens", 0, most)?.unwrap_or(0) as u32,
             max_tokens: fields.integer("max_tokens", 0, most)?.map(|n| n as u32),
             logit_bias: read_bias(fields)?,
-            temperature: fields.number("temperature", "a number from 0 to 2", |n| (0.0..=2.0).contains(&n))?,
+            temperature: fields.number("temperature", "a number of at least 0", |n| (0.0..=f64::from(f32::MAX)).contains(&n))?,
             top_p: fields.number("top_p", "a number above 0 and at most 1", |n| n > 0.0 && n <= 1.0)?,
             top_k: fields.integer("top_k", -1, most)?.map(|n| n.max(0) as u32),
             min_p: fields.number("min_p", "a number from 0 to 1", |n| (0.0..=1.0).contains(&n))?,
@@ -62,10 +62,12 @@ impl Parameters {
             frequency_penalty: penalty(fields, "frequency_penalty")?.unwrap_or(0.0),
             logprobs: None,
         };
-        // An identifier of the caller's user, for statistics that are not kept here.
-        for name in ["user", "safety_identifier", "prompt_cache_key"] {
+        // What says who asks, or how the request is to be filed and billed: nothing of it is kept, and no token depends on it.
+        for name in ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"] {
             fields.text(name)?;
         }
+        fields.flag("store")?;
+        fields.only("metadata", "an object", Value::is_object)?;
         Ok(parameters)
     }
 
@@ -102,8 +104,9 @@ impl Parameters {
             }
         }
         let defaults = tokenizer.defaults();
+        let by_default = if defaults.do_sample == Some(false) { Some(0.0) } else { defaults.temperature };
         Ok(Sampling {
-            temperature: self.temperature.or(defaults.temperature).unwrap_or(1.0),
+            temperature: self.temperature.or(by_default).unwrap_or(1.0),
             top_k: self.top_k.or(defaults.top_k).unwrap_or(0),
             top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
             min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),

@@ -11,12 +11,14 @@ use futures_util::stream::FuturesUnordered;
 use plan::step::{Logprobs, TokenId};
 use tokio::time::Instant;
 
+use super::answer::finish_name;
 use super::error::ApiError;
-use super::metrics::{Metrics, TokenTimes};
+use super::metrics::{Metrics, Timeline, TokenTimes};
 use super::models::Model;
 use super::parameters::Parameters;
 use crate::decode::{self, Decoder};
 use crate::edge::{Edge, FinishReason, Generation, StreamEvent, TokenStream};
+use crate::encode::Tokenizer;
 
 /// A prompt, tokenized.
 #[derive(Clone, Debug)]
@@ -31,8 +33,17 @@ pub(crate) struct Prompt {
 pub(crate) struct Shown {
     pub(crate) id: TokenId,
     pub(crate) logprobs: Option<Logprobs>,
-    /// Where its text starts in the choice's text, in bytes.
+    /// Where its text starts in the choice's text, in characters.
     pub(crate) offset: usize,
+}
+
+/// A token whose text is not certain yet.
+struct Held {
+    /// Where its text starts in the choice's text, in bytes.
+    start: usize,
+    /// Bytes of the choice's text that make its own certain.
+    end: usize,
+    shown: Shown,
 }
 
 /// News of one choice.
@@ -58,16 +69,14 @@ struct Choice {
     prompt: Prompt,
     first_of_prompt: bool,
     decoder: Decoder,
-    /// Tokens whose text is still held back.
-    held: VecDeque<Shown>,
+    held: VecDeque<Held>,
     /// Bytes of text released, the echo included.
     released: usize,
-    /// Bytes of the echo.
-    echoed: usize,
-    emitted: u32,
-    started: bool,
-    last_token: Option<Instant>,
-    first_token: Option<Instant>,
+    /// Bytes and characters of the echo.
+    echoed: (usize, usize),
+    begun: bool,
+    finished: bool,
+    times: Timeline,
 }
 
 /// What waits for a stream's next event, and gives the stream back with it.
@@ -117,6 +126,12 @@ impl Run {
         let sampling = parameters.sampling(&model.tokenizer, &end_ids)?;
         let score_prompt = if echo { parameters.logprobs } else { None };
         let (streams, mut choices, mut usage) = (FuturesUnordered::new(), Vec::new(), Usage::default());
+        let (total, places) = (prompts.len() * parameters.n, model.status.serving.queue_requests);
+        if total > places {
+            let name = if parameters.n > 1 { "n" } else { "prompt" };
+            let message = format!("{} prompts with n {} are {total} sequences, the queue holds {places}", prompts.len(), parameters.n);
+            return Err(ApiError::parameter(name, message));
+        }
         for prompt in &prompts {
             let max_tokens = room(prompt.ids.len(), context, parameters.max_tokens)?;
             usage.prompt_tokens += prompt.ids.len() as u64;
@@ -134,11 +149,10 @@ impl Run {
                     decoder,
                     held: VecDeque::new(),
                     released: 0,
-                    echoed: 0,
-                    emitted: 0,
-                    started: false,
-                    last_token: None,
-                    first_token: None,
+                    echoed: (0, 0),
+                    begun: false,
+                    finished: false,
+                    times: Timeline::new(arrived),
                 });
             }
         }
@@ -173,10 +187,11 @@ impl Run {
             let waited = tokio::time::timeout_at(self.deadline, self.streams.next()).await;
             let Ok(next_event) = waited else {
                 self.streams.clear();
-                self.metrics.finished(&self.model.status.name, "abort", self.arrived.elapsed(), None);
+                self.metrics.finished(&self.model.status.name, "abort", &Timeline::new(self.arrived));
                 return Some(Err(ApiError::deadline(self.limit.as_secs())));
             };
             let (choice, stream, event) = next_event?;
+            self.choices[choice].times.started = stream.started_at();
             match self.take(choice, event) {
                 Ok((delta, open)) => {
                     if open {
@@ -188,7 +203,7 @@ impl Run {
                 }
                 Err(e) => {
                     self.streams.clear();
-                    self.metrics.finished(&self.model.status.name, "error", self.arrived.elapsed(), None);
+                    self.metrics.finished(&self.model.status.name, "error", &Timeline::new(self.arrived));
                     return Some(Err(e));
                 }
             }
@@ -213,7 +228,7 @@ impl Run {
             }
             Some(StreamEvent::Finished(reason)) => {
                 self.begin(index, &mut delta, Vec::new());
-                let scan = self.choices[index].emitted > self.min_tokens;
+                let scan = self.choices[index].times.tokens > self.min_tokens;
                 let before = delta.text.len();
                 let stopped = self.choices[index].decoder.finish(scan, &mut delta.text);
                 self.choices[index].released += delta.text.len() - before;
@@ -229,7 +244,7 @@ impl Run {
     /// The prompt's own text and tokens, once, where they are echoed.
     fn begin(&mut self, index: usize, delta: &mut Delta, scores: Vec<Logprobs>) {
         let choice = &mut self.choices[index];
-        if std::mem::replace(&mut choice.started, true) || !self.echo {
+        if std::mem::replace(&mut choice.begun, true) || !self.echo {
             return;
         }
         let tokenizer = &self.model.tokenizer;
@@ -238,24 +253,22 @@ impl Run {
             None => delta.text.push_str(&decode::text(tokenizer, &choice.prompt.ids, false)),
         }
         let mut scores = std::iter::once(None).chain(scores.into_iter().map(Some));
-        let mut offset = 0;
-        for &id in choice.prompt.ids.iter() {
-            delta.tokens.push(Shown { id, logprobs: scores.next().flatten(), offset });
-            offset += if tokenizer.is_control(id) { 0 } else { tokenizer.piece(id).len() };
-        }
-        choice.echoed = delta.text.len();
-        choice.released = choice.echoed;
+        let offsets = offsets(tokenizer, &delta.text, &choice.prompt.ids);
+        let shown = choice.prompt.ids.iter().zip(offsets);
+        delta.tokens.extend(shown.map(|(&id, offset)| Shown { id, logprobs: scores.next().flatten(), offset }));
+        choice.echoed = (delta.text.len(), delta.text.chars().count());
+        choice.released = choice.echoed.0;
     }
 
     fn token(&mut self, index: usize, id: TokenId, logprobs: Option<Logprobs>, delta: &mut Delta) -> bool {
         let now = Instant::now();
         let choice = &mut self.choices[index];
         self.usage.completion_tokens += 1;
-        choice.emitted += 1;
-        match choice.last_token.replace(now) {
+        choice.times.tokens += 1;
+        match choice.times.last.replace(now) {
             Some(last) => self.times.between.observe((now - last).as_secs_f64()),
             None => {
-                choice.first_token = Some(now);
+                choice.times.first = Some(now);
                 self.times.first.observe((now - self.arrived).as_secs_f64());
             }
         }
@@ -264,17 +277,18 @@ impl Run {
             return true;
         }
         let before = delta.text.len();
-        choice.held.push_back(Shown { id, logprobs, offset: choice.echoed + choice.decoder.decoded() });
-        let stopped = choice.decoder.push(id, choice.emitted > self.min_tokens, &mut delta.text);
+        let start = choice.echoed.0 + choice.decoder.decoded();
+        let shown = Shown { id, logprobs, offset: choice.echoed.1 + choice.decoder.characters() };
+        let stopped = choice.decoder.push(id, choice.times.tokens > self.min_tokens, &mut delta.text);
+        let end = choice.echoed.0 + choice.decoder.decoded() + usize::from(choice.decoder.is_inside_character());
+        choice.held.push_back(Held { start, end, shown });
         choice.released += delta.text.len() - before;
         if stopped {
             self.end(index, FinishReason::Stop, delta);
             return false;
         }
-        let whole = choice.echoed + choice.decoder.decoded() == choice.released;
-        while choice.held.get(1).map_or(whole, |second| second.offset <= choice.released) {
-            let Some(shown) = choice.held.pop_front() else { break };
-            delta.tokens.push(shown);
+        while let Some(held) = choice.held.pop_front_if(|held| held.end <= choice.released) {
+            delta.tokens.push(held.shown);
         }
         true
     }
@@ -284,11 +298,14 @@ impl Run {
         let stopped = choice.decoder.stop().is_some();
         // Tokens past the place where a stop string began are not part of the answer.
         let cut = choice.released;
-        delta.tokens.extend(choice.held.drain(..).filter(|s| !stopped || s.offset < cut));
+        delta.tokens.extend(choice.held.drain(..).filter(|held| !stopped || held.start < cut).map(|held| held.shown));
         delta.finish = Some(reason);
-        let decode_time = choice.first_token.zip(choice.last_token).map(|(first, last)| (last - first, choice.emitted));
-        let reason = if reason == FinishReason::Stop { "stop" } else { "length" };
-        self.metrics.finished(&self.model.status.name, reason, self.arrived.elapsed(), decode_time);
+        self.metrics.finished(&self.model.status.name, finish_name(reason), &choice.times);
+        choice.finished = true;
+        if self.choices.iter().all(|c| c.finished) {
+            let most = self.choices.iter().map(|c| c.times.tokens).max().unwrap_or(0);
+            self.metrics.longest(&self.model.status.name, most);
+        }
     }
 }
 
@@ -296,9 +313,30 @@ impl Drop for Run {
     fn drop(&mut self) {
         if !self.streams.is_empty() {
             self.metrics.disconnected();
-            self.metrics.finished(&self.model.status.name, "abort", self.arrived.elapsed(), None);
+            self.metrics.finished(&self.model.status.name, "abort", &Timeline::new(self.arrived));
         }
     }
+}
+
+/// Where the text of each token of a prompt starts in the prompt's text, in characters. What the text does not show, like a
+/// BOS put before it, starts where the next token does.
+fn offsets(tokenizer: &Tokenizer, text: &str, ids: &[TokenId]) -> Vec<usize> {
+    let (mut at, mut counted, mut characters) = (0, 0, 0);
+    let mut offset = |id: &TokenId| {
+        let start = (0..=at).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0);
+        characters += text[counted..start].chars().count();
+        counted = start;
+        let (piece, rest) = (tokenizer.piece(*id), &text.as_bytes()[at..]);
+        at += match piece.strip_prefix(b" ") {
+            _ if rest.starts_with(piece) => piece.len(),
+            Some(bare) if at == 0 && rest.starts_with(bare) => bare.len(),
+            _ if tokenizer.is_control(*id) => 0,
+            // The tokenizer changed the text before it cut it.
+            _ => piece.len().min(rest.len()),
+        };
+        characters
+    };
+    ids.iter().map(&mut offset).collect()
 }
 
 /// Tokens that may follow a prompt.

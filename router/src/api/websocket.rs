@@ -48,7 +48,9 @@ async fn converse(shared: Arc<Shared>, mut socket: WebSocket) {
                 () = stopped(shared.stopping.clone()) => return,
             },
         };
-        let mut run = match start(&shared, text.as_bytes()).await {
+        let limit = shared.options.deadline;
+        let started = tokio::time::timeout(limit, start(&shared, text.as_bytes())).await;
+        let mut run = match started.unwrap_or_else(|_| Err(ApiError::deadline(limit.as_secs()))) {
             Ok(run) => run,
             Err(e) => {
                 if socket.send(Message::text(e.body().to_string())).await.is_err() {

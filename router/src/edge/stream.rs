@@ -25,6 +25,11 @@ use crate::{
 pub struct TokenStream(pub(super) Course);
 
 impl TokenStream {
+    /// When the sequence entered a batch for the first time, as far as the events taken say.
+    pub(crate) fn started_at(&self) -> Option<Instant> {
+        self.0.started_at
+    }
+
     /// The next event; `None` after `Finished` or `Failed`. Cancel-safe.
     pub async fn next(&mut self) -> Option<StreamEvent> {
         loop {
@@ -61,6 +66,8 @@ pub(super) struct Course {
     numerics: String,
     slot: Option<QueueSlot>,
     submitted: Instant,
+    /// When it entered a batch for the first time.
+    started_at: Option<Instant>,
     last_token: Option<Instant>,
     place: Place,
     limits: Limits,
@@ -117,6 +124,7 @@ impl Course {
             numerics: String::new(),
             slot: Some(slot),
             submitted: now,
+            started_at: None,
             last_token: None,
             place: Place::Waiting { since: now },
             limits,
@@ -220,6 +228,7 @@ impl Course {
         self.begun |= !matches!(kind, EventKind::Started);
         let event = match kind {
             EventKind::Started => {
+                self.started_at.get_or_insert_with(Instant::now);
                 if let Place::Running { started, .. } = &mut self.place {
                     *started = true;
                 }
@@ -271,11 +280,14 @@ impl Course {
 
     fn late(&mut self) -> Item {
         let waited = self.submitted.elapsed();
-        if self.limits.total.is_none_or(|limit| waited < limit) && self.begun {
-            let seconds = self.limits.resume.as_secs();
-            return self.fail(StreamError::NoReplica(format!("none was ready within {seconds} s")));
-        }
-        self.fail(StreamError::Deadline(waited.as_secs()))
+        let error = if self.limits.total.is_some_and(|limit| waited >= limit) {
+            StreamError::Deadline(waited.as_secs())
+        } else if self.begun {
+            StreamError::NoReplica(format!("none was ready within {} s", self.limits.resume.as_secs()))
+        } else {
+            StreamError::Queue(waited.as_secs())
+        };
+        self.fail(error)
     }
 
     fn fail(&mut self, error: StreamError) -> Item {

@@ -269,7 +269,7 @@ async fn waiting_ends_at_the_deadline() {
     let stream = world.edge.submit("small", generation(1, 5, 5)).expect("held");
     let (tokens, end) = collect(stream).await;
     assert!(tokens.is_empty());
-    assert!(matches!(end, Err(StreamError::Deadline(30))), "{end:?}");
+    assert!(matches!(end, Err(StreamError::Queue(30))), "{end:?}");
     assert_eq!(world.edge.load()[0].queued, 0);
     assert_eq!(world.edge.load()[0].replicas[0].last_failure.as_deref(), Some("worker simulated is gone: it is down"));
 }

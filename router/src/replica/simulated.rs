@@ -14,7 +14,8 @@ use plan::{
 };
 pub use session::{CostModel, Fault, Pipeline, SimulatedConnector, SimulatedReplica};
 
-/// The tokens a simulated model draws: a function of the ids so far and the sampling key, like a real one's.
+/// The tokens a simulated model draws: a function of the ids so far and the sampling settings, like a real one's. A bias of 100
+/// forces a token and one of -100 bars it; every other setting changes what is drawn, by no law.
 #[derive(Clone, Copy, Debug)]
 pub struct SimulatedModel {
     /// Ids are below this.
@@ -32,10 +33,24 @@ impl SimulatedModel {
 
     /// The token drawn in a state, at `position` (of the last id), after `emitted` tokens.
     pub fn draw(&self, state: u64, sampling: &Sampling, position: u32, emitted: u32) -> TokenId {
-        let key =
-            if sampling.temperature > 0.0 { mix(sampling.seed ^ mix(u64::from(sampling.choice) << 32 | u64::from(position))) } else { 0 };
-        let mut id = (mix(state ^ key) % u64::from(self.vocab)) as TokenId;
-        while emitted < sampling.min_tokens && sampling.suppress.contains(&id) {
+        let with = |key: u64, values: &[f32]| values.iter().fold(key, |key, v| mix(key ^ u64::from(v.to_bits())));
+        let mut key = 0;
+        if sampling.temperature > 0.0 && sampling.top_k != 1 {
+            key = mix(sampling.seed ^ mix(u64::from(sampling.choice) << 32 | u64::from(position)));
+            key = with(key ^ u64::from(sampling.top_k), &[sampling.temperature, sampling.top_p, sampling.min_p]);
+        }
+        let penalties = [sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty];
+        if penalties != [1.0, 0.0, 0.0] {
+            // What is penalized depends on where the prompt ends.
+            key = with(mix(key ^ u64::from(position + 1 - emitted)), &penalties);
+        }
+        let early = emitted < sampling.min_tokens;
+        let barred = |id: TokenId| {
+            early && sampling.suppress.contains(&id) || sampling.logit_bias.iter().any(|(of, bias)| *of == id && *bias <= -100.0)
+        };
+        let forced = sampling.logit_bias.iter().find(|(id, bias)| *bias >= 100.0 && !barred(*id));
+        let mut id = forced.map_or_else(|| (mix(state ^ key) % u64::from(self.vocab)) as TokenId, |(id, _)| *id);
+        while barred(id) {
             id = (id + 1) % self.vocab;
         }
         id
