@@ -1,6 +1,10 @@
 //! How the ranks of a stage exchange slices. Nothing is ever summed: ranks only gather.
 
+mod threads;
+
 use std::ops::Range;
+
+pub use threads::Threads;
 
 /// Why an exchange failed. The step, and with it the session, is over.
 #[derive(Debug, thiserror::Error)]

@@ -2,14 +2,26 @@
 
 use std::sync::Arc;
 
-use kernels::Isa;
+use kernels::{Isa, Pool};
 use plan::{
     model::ModelConfig,
     shard::{KvGeometry, Shard},
     step::{Output, Step},
 };
 
-use crate::{LoadShardError, MaskSource, Progress, StepError, Timings, WeightReader, collective::Collective};
+use crate::{
+    LoadShardError, MaskSource, Progress, StepError, Timings, WeightReader,
+    backend::{Backend, Context},
+    batch::Batch,
+    collective::Collective,
+    compute::Compute,
+    cpu::Cpu,
+    fit,
+    ranks::Ranks,
+    sampler::{Sampler, Session},
+    sequences::Sequences,
+    validate::{self, Limits},
+};
 
 /// How an engine computes; none of it changes a bit of what comes out.
 #[derive(Clone, Copy, Debug)]
@@ -35,6 +47,15 @@ pub enum StageOutput {
 
 /// One rank's weights, KV cache and sampler.
 pub struct Engine {
+    config: ModelConfig,
+    kv: KvGeometry,
+    options: EngineOptions,
+    first: bool,
+    /// On the last stage.
+    sampler: Option<Sampler>,
+    backend: Box<dyn Backend>,
+    sequences: Sequences,
+    last_step: u64,
     progress: Arc<Progress>,
     timings: Timings,
     collective: Box<dyn Collective>,
@@ -45,25 +66,78 @@ impl Engine {
     ///
     /// # Errors
     /// If bytes cannot be read, or tensors, plan and model do not fit together.
-    #[expect(clippy::too_many_arguments, reason = "each is one thing the worker knows")]
     pub fn load(
-        _config: &ModelConfig,
-        _shard: &Shard,
-        _kv: &KvGeometry,
-        _options: EngineOptions,
-        _weights: &dyn WeightReader,
+        config: &ModelConfig,
+        shard: &Shard,
+        kv: &KvGeometry,
+        options: EngineOptions,
+        weights: &dyn WeightReader,
         collective: Box<dyn Collective>,
-        _loaded: &dyn Fn(u64),
+        loaded: &dyn Fn(u64),
     ) -> Result<Self, LoadShardError> {
-        Ok(Self { progress: Arc::default(), timings: Timings::default(), collective })
+        fit::check(config, shard, kv, &options, collective.as_ref())?;
+        let compute = Compute { pool: Arc::new(Pool::new(options.threads)), isa: options.isa };
+        let backend = Cpu::load(config, shard, kv, options, &compute, weights, loaded)?;
+        let sampler = shard.is_last().then(|| Sampler::new(compute, shard.splits.vocab.clone(), config.hidden));
+        Ok(Self {
+            config: config.clone(),
+            kv: kv.clone(),
+            options,
+            first: shard.is_first(),
+            sampler,
+            backend: Box::new(backend),
+            sequences: Sequences::new(kv, shard.is_last(), shard.is_last() && shard.rank == 0),
+            last_step: 0,
+            progress: Arc::default(),
+            timings: Timings::default(),
+            collective,
+        })
     }
 
     /// Runs a step. `hidden` is `[tokens, hidden]` f32 from the stage before, empty on the first stage.
     ///
+    /// The first stage and the sampler (rank 0 of the last stage) need ids; elsewhere [`Input::Sampled`](plan::step::Input::Sampled) may
+    /// stand unresolved.
+    ///
     /// # Errors
     /// Any error ends the session: call [`Engine::reset`] before the next step.
-    pub fn run(&mut self, _step: &Step, _hidden: &[f32], _masks: &mut dyn MaskSource) -> Result<StageOutput, StepError> {
-        Ok(StageOutput::Outputs(Vec::new()))
+    pub fn run(&mut self, step: &Step, hidden: &[f32], masks: &mut dyn MaskSource) -> Result<StageOutput, StepError> {
+        let samples = self.sampler.is_some() && self.collective.rank() == 0;
+        let limits = Limits {
+            config: &self.config,
+            kv: &self.kv,
+            max_batch_tokens: self.options.max_batch_tokens,
+            max_context: self.options.max_context,
+            last_step: self.last_step,
+            hidden: if self.first { None } else { Some(hidden.len()) },
+            samples,
+            last: self.sampler.is_some(),
+        };
+        validate::check(&limits, step, &self.sequences).map_err(|source| StepError::Invalid { step: step.id, source })?;
+        self.progress.begin(step.id);
+        self.last_step = step.id;
+        for &copy in &step.copies {
+            self.backend.copy_block(copy);
+        }
+        self.sequences.apply(step);
+        let batch = Batch::new(step, &self.sequences.by_id, self.kv.groups.len(), self.sampler.is_some());
+        let mut ranks = Ranks::new(self.collective.as_mut());
+        let mut context = Context { ranks: &mut ranks, progress: &self.progress, timings: &mut self.timings };
+        if batch.tokens > 0 {
+            self.backend.forward(&batch, hidden, &mut context)?;
+        }
+        let output = match &mut self.sampler {
+            None => StageOutput::Hidden(if batch.tokens > 0 { self.backend.rows().to_vec() } else { Vec::new() }),
+            Some(sampler) => {
+                let mut session = Session { step, histories: &mut self.sequences.histories, masks };
+                StageOutput::Outputs(sampler.run(&mut session, &batch.wanted, self.backend.as_mut(), &mut context)?)
+            }
+        };
+        self.timings.steps += 1;
+        self.timings.tokens += batch.tokens as u64;
+        self.timings.collective += ranks.spent;
+        self.progress.finish(step.id);
+        Ok(output)
     }
 
     /// Joins the ranks of a new epoch.
@@ -73,6 +147,8 @@ impl Engine {
 
     /// Drops all sequences and block tables; the weights stay.
     pub fn reset(&mut self) {
+        self.sequences.clear();
+        self.last_step = 0;
         self.progress.reset();
     }
 

@@ -2,13 +2,22 @@
 //!
 //! Synchronous, one owner thread plus its compute pool; no network, clock or environment.
 
+mod backend;
+mod batch;
 pub mod collective;
+mod compute;
+mod cpu;
 mod engine;
 mod error;
+mod fit;
 mod masks;
 mod progress;
+mod ranks;
 mod reader;
+mod sampler;
+mod sequences;
 mod timings;
+mod validate;
 
 pub use engine::{Engine, EngineOptions, StageOutput};
 pub use error::{InvalidStep, LoadShardError, StepError};

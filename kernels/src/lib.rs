@@ -6,6 +6,7 @@
 #![cfg_attr(not(target_arch = "x86_64"), allow(dead_code, reason = "what only vector kernels use waits for those of other processors"))]
 
 mod attention;
+pub mod bytes;
 pub mod elementwise;
 pub mod file_map;
 mod isa;

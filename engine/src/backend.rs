@@ -1,0 +1,32 @@
+//! The seam between what a step means and where it is computed.
+
+use plan::step::BlockCopy;
+
+use crate::{Progress, Timings, batch::Batch, collective::CollectiveError, ranks::Ranks};
+
+/// What a stage's computation is given beside its batch.
+pub(crate) struct Context<'a, 'r> {
+    pub(crate) ranks: &'a mut Ranks<'r>,
+    pub(crate) progress: &'a Progress,
+    pub(crate) timings: &'a mut Timings,
+}
+
+/// Holds one rank's weights and KV cache, and computes its part of a stage.
+///
+/// Results stay in the backend's buffers until its next call. Bits do not depend on the backend's batch, threads or ranks.
+pub(crate) trait Backend: Send {
+    /// Copies a block in every layer of its KV group that this stage has.
+    fn copy_block(&mut self, copy: BlockCopy);
+
+    /// Runs all layers of the stage. `hidden`: the output of the stage before, `[tokens, hidden]`; on the first stage the batch's ids are
+    /// looked up instead.
+    ///
+    /// Afterwards [`Backend::rows`] are, on the last stage, the normed states of the batch's wanted rows, else the states of all rows.
+    fn forward(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError>;
+
+    /// What [`Backend::forward`] left, `[rows, hidden]`.
+    fn rows(&self) -> &[f32];
+
+    /// This rank's logits, `[rows.len(), own vocabulary rows]`, of some of [`Backend::rows`], on the last stage.
+    fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32];
+}

@@ -1,0 +1,84 @@
+//! A step laid out for computation: one row per input token, and the rows whose results are wanted.
+
+use std::{collections::HashMap, ops::Range};
+
+use plan::step::{BlockId, Input, SequenceId, Step, TokenId, WantKind};
+
+use crate::sequences::Sequence;
+
+/// Consecutive rows of one sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// Rows of the hidden state.
+    pub(crate) rows: Range<usize>,
+    /// Absolute position of the first.
+    pub(crate) first: usize,
+}
+
+/// One step's rows.
+#[derive(Debug)]
+pub(crate) struct Batch<'a> {
+    /// Number of rows.
+    pub(crate) tokens: usize,
+    /// The sequences, in the step's order.
+    pub(crate) spans: Vec<Span>,
+    /// Absolute position of each row.
+    pub(crate) positions: Vec<u32>,
+    /// Input id of each row, where this rank needs them.
+    pub(crate) ids: Vec<TokenId>,
+    /// Block tables, `[group][sequence]`.
+    pub(crate) tables: Vec<Vec<&'a [BlockId]>>,
+    /// Rows with wanted results, ascending: those with logits and those without. Empty unless this is the last stage.
+    pub(crate) wanted: Vec<Wanted>,
+}
+
+/// A row whose result is wanted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Row of the batch.
+    pub(crate) row: usize,
+    /// The sequence's place in the step.
+    pub(crate) part: usize,
+    /// The wants of that row, in the sequence's list.
+    pub(crate) wants: Range<usize>,
+    /// Whether any of them needs logits.
+    pub(crate) logits: bool,
+}
+
+impl<'a> Batch<'a> {
+    /// Lays out a valid step that was applied to `sequences`.
+    pub(crate) fn new(step: &Step, sequences: &'a HashMap<SequenceId, Sequence>, groups: usize, last: bool) -> Self {
+        let tokens = step.tokens();
+        let mut batch = Self {
+            tokens,
+            spans: Vec::with_capacity(step.sequences.len()),
+            positions: Vec::with_capacity(tokens),
+            ids: Vec::with_capacity(tokens),
+            tables: vec![Vec::with_capacity(step.sequences.len()); groups],
+            wanted: Vec::new(),
+        };
+        for (index, part) in step.sequences.iter().enumerate() {
+            let (start, len) = (batch.positions.len(), part.input.len());
+            batch.spans.push(Span { rows: start..start + len, first: part.first_position as usize });
+            batch.positions.extend((part.first_position..).take(len));
+            if let Input::Ids(ids) = &part.input {
+                batch.ids.extend(ids);
+            }
+            let sequence = sequences.get(&part.sequence);
+            for (group, tables) in batch.tables.iter_mut().enumerate() {
+                tables.push(sequence.and_then(|s| s.tables.get(group)).map_or(&[], Vec::as_slice));
+            }
+            if !last {
+                continue;
+            }
+            let mut first = 0;
+            for same in part.wants.chunk_by(|a, b| a.offset == b.offset) {
+                let wants = first..first + same.len();
+                first = wants.end;
+                let logits = same.iter().any(|w| w.kind != WantKind::Hidden);
+                batch.wanted.push(Wanted { row: start + same[0].offset as usize, part: index, wants, logits });
+            }
+        }
+        batch
+    }
+}

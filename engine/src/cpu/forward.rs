@@ -1,0 +1,300 @@
+//! The forward pass of a stage: embedding rows, layers, final norm, vocabulary product.
+
+use std::time::{Duration, Instant};
+
+use kernels::{Attention, KvSpan, bytes, elementwise, norm};
+use plan::model::Activation;
+
+use super::stage::{Buffers, Cpu};
+use crate::{
+    backend::Context,
+    batch::{Batch, Span},
+    collective::CollectiveError,
+    compute::Compute,
+    ranks::Ranks,
+};
+
+/// Measures phases that follow each other.
+struct Laps(Instant);
+
+impl Laps {
+    fn add(&mut self, phase: &mut Duration) {
+        let now = Instant::now();
+        *phase += now - self.0;
+        self.0 = now;
+    }
+}
+
+/// The rows of the last layer that go on behind its keys and values: those whose results are wanted.
+struct Tail {
+    spans: Vec<Span>,
+    /// The sequence of each span.
+    parts: Vec<usize>,
+    /// Rows of the batch, ascending.
+    rows: Vec<usize>,
+}
+
+impl Tail {
+    /// The tail of the last layer, if it is shorter than the batch.
+    fn new(batch: &Batch<'_>) -> Option<Self> {
+        if batch.wanted.len() == batch.tokens {
+            return None;
+        }
+        let mut tail = Self { spans: Vec::new(), parts: Vec::new(), rows: batch.wanted.iter().map(|w| w.row).collect() };
+        for (at, wanted) in batch.wanted.iter().enumerate() {
+            let span = &batch.spans[wanted.part];
+            match tail.spans.last_mut() {
+                Some(last) if at > 0 && batch.wanted[at - 1].row + 1 == wanted.row && tail.parts.last() == Some(&wanted.part) => {
+                    last.rows.end += 1;
+                }
+                _ => {
+                    tail.spans.push(Span { rows: at..at + 1, first: span.first + wanted.row - span.rows.start });
+                    tail.parts.push(wanted.part);
+                }
+            }
+        }
+        Some(tail)
+    }
+}
+
+impl Cpu {
+    pub(super) fn run_layers(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError> {
+        let mut laps = Laps(Instant::now());
+        self.buffers.rows = batch.tokens;
+        if self.is_first {
+            self.embed(batch, context.ranks)?;
+        } else {
+            self.buffers.x[..hidden.len()].copy_from_slice(hidden);
+        }
+        laps.add(&mut context.timings.embedding);
+        // Spans over each group's tables, made once for all of its layers.
+        let all: Vec<Vec<KvSpan<'_>>> = batch.tables.iter().map(|tables| kv_spans(&batch.spans, tables.iter().copied())).collect();
+        let layers = self.weights.layers.len();
+        for layer in 0..layers {
+            context.progress.enter(self.first_layer + layer);
+            let spans = &all[self.places[layer].group];
+            let tail = if self.is_last && layer + 1 == layers { Tail::new(batch) } else { None };
+            self.attend(layer, batch, spans, tail.as_ref(), context, &mut laps)?;
+            if self.buffers.rows > 0 {
+                self.feed_forward(layer, context, &mut laps)?;
+            }
+        }
+        if self.is_last && self.buffers.rows > 0 {
+            let Compute { pool, isa } = &self.compute;
+            let n = self.buffers.rows * self.config.hidden;
+            let Buffers { x, h, .. } = &mut self.buffers;
+            norm::rms_norm(pool, *isa, &x[..n], &self.weights.output_norm, self.config.norm_eps, &mut h[..n]);
+            laps.add(&mut context.timings.vocabulary);
+        }
+        context.progress.enter(self.first_layer + layers);
+        Ok(())
+    }
+
+    /// Looks the ids up: each rank sends the rows it owns.
+    fn embed(&mut self, batch: &Batch<'_>, ranks: &mut Ranks<'_>) -> Result<(), CollectiveError> {
+        let Some(table) = &self.weights.embedding else { return Ok(()) };
+        let hidden = self.config.hidden;
+        let own = self.splits.vocab[self.rank].clone();
+        let Buffers { x, gathered, .. } = &mut self.buffers;
+        let x = &mut x[..batch.tokens * hidden];
+        let mine = |id: u32| own.contains(&(id as usize)).then(|| id as usize - own.start);
+        if ranks.many() {
+            // The rows of rank 0 in the order of their tokens, then those of rank 1, and so on.
+            let owner = |id: u32| self.splits.vocab.iter().position(|rows| rows.contains(&(id as usize))).unwrap_or(0);
+            let mut order: Vec<usize> = (0..batch.tokens).collect();
+            order.sort_by_key(|&token| owner(batch.ids[token]));
+            let mut start = 0;
+            let parts: Vec<_> = (0..self.splits.vocab.len())
+                .map(|rank| {
+                    let len = order[start..].iter().take_while(|&&token| owner(batch.ids[token]) == rank).count();
+                    start += len;
+                    start - len..start
+                })
+                .collect();
+            let gathered = &mut gathered[..batch.tokens * hidden];
+            for (&token, row) in order.iter().zip(gathered.chunks_exact_mut(hidden)) {
+                if let Some(row_of_table) = mine(batch.ids[token]) {
+                    table.row(row_of_table, row);
+                }
+            }
+            ranks.all_gather(bytes::of_mut(gathered), &parts, hidden * size_of::<f32>())?;
+            for (&token, row) in order.iter().zip(gathered.chunks_exact(hidden)) {
+                x[token * hidden..(token + 1) * hidden].copy_from_slice(row);
+            }
+        } else {
+            self.compute.pool.for_rows(x, hidden, 4, |first, rows| {
+                for (id, row) in batch.ids[first..].iter().zip(rows.chunks_exact_mut(hidden)) {
+                    if let Some(row_of_table) = mine(*id) {
+                        table.row(row_of_table, row);
+                    }
+                }
+            });
+        }
+        if self.config.embedding_scale != 1.0 {
+            elementwise::scale(&self.compute.pool, self.compute.isa, x, self.config.embedding_scale);
+        }
+        Ok(())
+    }
+
+    /// The attention block of a layer, residual included. Behind the layer's keys and values only the rows of `tail` go on, if there is one.
+    fn attend(
+        &mut self,
+        layer: usize,
+        batch: &Batch<'_>,
+        spans: &[KvSpan<'_>],
+        tail: Option<&Tail>,
+        context: &mut Context<'_, '_>,
+        laps: &mut Laps,
+    ) -> Result<(), CollectiveError> {
+        let (weights, place, config) = (&self.weights.layers[layer], &self.places[layer], &self.config);
+        let (hidden, head_dim) = (config.hidden, config.head_dim);
+        let Compute { pool, isa } = &self.compute;
+        let isa = *isa;
+        let tokens = batch.tokens;
+        let Buffers { x, h, q, k, v, attention, positions, rows, .. } = &mut self.buffers;
+        let (q_width, kv_width) = (self.kv_heads.len() * head_dim, self.caches[layer].kv_heads() * head_dim);
+        norm::rms_norm(pool, isa, &x[..tokens * hidden], &weights.attn_norm, config.norm_eps, &mut h[..tokens * hidden]);
+        let (k, v) = (&mut k[..tokens * kv_width], &mut v[..tokens * kv_width]);
+        let tail_spans;
+        let (query_spans, query_positions) = match tail {
+            None => {
+                let into = [(&weights.q, &mut q[..tokens * q_width]), (&weights.k, &mut *k), (&weights.v, &mut *v)];
+                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, into);
+                (spans, batch.positions.as_slice())
+            }
+            Some(tail) => {
+                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, [(&weights.k, &mut *k), (&weights.v, &mut *v)]);
+                keep_rows(h, hidden, &tail.rows);
+                keep_rows(x, hidden, &tail.rows);
+                *rows = tail.rows.len();
+                if *rows > 0 {
+                    let into = [(&weights.q, &mut q[..*rows * q_width])];
+                    self.inputs.multiply(&self.compute, &h[..*rows * hidden], *rows, into);
+                }
+                positions.clear();
+                positions.extend(tail.rows.iter().map(|&row| batch.positions[row]));
+                tail_spans = kv_spans(&tail.spans, tail.parts.iter().map(|&part| spans[part].table));
+                (tail_spans.as_slice(), positions.as_slice())
+            }
+        };
+        let rows = *rows;
+        let q = &mut q[..rows * q_width];
+        laps.add(&mut context.timings.qkv);
+        if let Some(norms) = &weights.head_norms {
+            norm::rms_norm_in_place(pool, isa, q, &norms.q, config.norm_eps);
+            norm::rms_norm_in_place(pool, isa, k, &norms.k, config.norm_eps);
+        }
+        let rope = &self.ropes[place.rope];
+        rope.apply(pool, isa, q, head_dim, query_positions);
+        rope.apply(pool, isa, k, head_dim, &batch.positions);
+        self.caches[layer].write(isa, spans, k, v);
+        let attention = &mut attention[..rows * q_width];
+        let kernel =
+            Attention { cache: &self.caches[layer], kv_heads: &self.kv_heads, scale: config.attention_scale, window: place.window };
+        kernel.run(pool, isa, query_spans, q, attention);
+        laps.add(&mut context.timings.attention);
+        if rows == 0 {
+            return Ok(());
+        }
+        let Buffers { x, attention, gathered, block_out, .. } = &mut self.buffers;
+        let gathered = &mut gathered[..rows * hidden];
+        let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
+        let attention = &attention[..rows * q_width];
+        self.inputs.multiply_gathered(&self.compute, context.ranks, attention, &self.head_columns, rows, (&weights.o, own))?;
+        let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
+        add_block(&self.compute, &mut x[..rows * hidden], out, weights.post_attn_norm.as_deref(), config.norm_eps);
+        laps.add(&mut context.timings.output);
+        Ok(())
+    }
+
+    /// The feed-forward block of a layer, residual included.
+    fn feed_forward(&mut self, layer: usize, context: &mut Context<'_, '_>, laps: &mut Laps) -> Result<(), CollectiveError> {
+        let (weights, config) = (&self.weights.layers[layer], &self.config);
+        let Compute { pool, isa } = &self.compute;
+        let Buffers { x, h, gate, up, gathered, block_out, rows, .. } = &mut self.buffers;
+        let rows = *rows;
+        let n = rows * config.hidden;
+        let width = self.splits.ffn[self.rank].len();
+        let (x, h) = (&mut x[..n], &mut h[..n]);
+        let (gate, up) = (&mut gate[..rows * width], &mut up[..rows * width]);
+        norm::rms_norm(pool, *isa, x, &weights.ffn_norm, config.norm_eps, h);
+        self.inputs.multiply(&self.compute, h, rows, [(&weights.gate, &mut *gate), (&weights.up, &mut *up)]);
+        let activation = match config.activation {
+            Activation::Silu => elementwise::Gate::Silu,
+            Activation::GeluTanh => elementwise::Gate::GeluTanh,
+        };
+        elementwise::gate(pool, *isa, activation, gate, up);
+        laps.add(&mut context.timings.gate_up);
+        let gathered = &mut gathered[..n];
+        let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
+        self.inputs.multiply_gathered(&self.compute, context.ranks, gate, &self.splits.ffn, rows, (&weights.down, own))?;
+        let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
+        add_block(&self.compute, x, out, weights.post_ffn_norm.as_deref(), config.norm_eps);
+        laps.add(&mut context.timings.down);
+        Ok(())
+    }
+
+    /// This rank's logits of some of the rows that are left.
+    pub(super) fn vocabulary_product(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {
+        let mut laps = Laps(Instant::now());
+        let Some(matrix) = self.weights.vocabulary() else { return &mut [] };
+        let hidden = self.config.hidden;
+        let Buffers { x, h, logits, .. } = &mut self.buffers;
+        let len = rows.len() * matrix.rows();
+        if logits.len() < len {
+            logits.resize(len, 0.0);
+        }
+        let logits = &mut logits[..len];
+        // The residual stream is not needed any more.
+        let input = &mut x[..rows.len() * hidden];
+        for (&row, input) in rows.iter().zip(input.chunks_exact_mut(hidden)) {
+            input.copy_from_slice(&h[row * hidden..(row + 1) * hidden]);
+        }
+        self.inputs.multiply_matrix(&self.compute, input, rows.len(), matrix, logits);
+        laps.add(&mut context.timings.vocabulary);
+        logits
+    }
+}
+
+/// The spans as the kernels want them.
+fn kv_spans<'a>(spans: &[Span], tables: impl Iterator<Item = &'a [u32]>) -> Vec<KvSpan<'a>> {
+    spans.iter().zip(tables).map(|(s, table)| KvSpan { table, first_position: s.first, tokens: s.rows.len() }).collect()
+}
+
+/// Moves the given rows, ascending, to the front.
+fn keep_rows(x: &mut [f32], width: usize, rows: &[usize]) {
+    for (to, &from) in rows.iter().enumerate() {
+        if to != from {
+            x.copy_within(from * width..(from + 1) * width, to * width);
+        }
+    }
+}
+
+/// This rank's part of a buffer that holds rank after rank `[tokens, rows of the matrix]`.
+fn own_part<'a>(gathered: &'a mut [f32], rows: &std::ops::Range<usize>, tokens: usize) -> &'a mut [f32] {
+    &mut gathered[tokens * rows.start..tokens * rows.end]
+}
+
+/// Exchanges the outputs of a product whose rows are split over the ranks: `[tokens, hidden]`.
+fn all_rows<'a>(
+    ranks: &mut Ranks<'_>,
+    gathered: &'a mut [f32],
+    whole: &'a mut [f32],
+    split: &[std::ops::Range<usize>],
+    tokens: usize,
+) -> Result<&'a [f32], CollectiveError> {
+    if !ranks.many() {
+        return Ok(gathered);
+    }
+    let whole = &mut whole[..gathered.len()];
+    ranks.all_gather_columns(gathered, split, tokens, whole)?;
+    Ok(whole)
+}
+
+/// Adds a block's output to the residual stream, normed first where the family does so.
+fn add_block(compute: &Compute, x: &mut [f32], out: &[f32], norm: Option<&[f32]>, eps: f32) {
+    match norm {
+        Some(weight) => norm::add_rms_norm(&compute.pool, compute.isa, out, weight, eps, x),
+        None => elementwise::add(&compute.pool, compute.isa, x, out),
+    }
+}

@@ -1,0 +1,167 @@
+//! Inputs of products: quantized once for all products that share them, and brought together from the ranks that computed them.
+
+use std::ops::Range;
+
+use kernels::{Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
+
+use super::weights::Linear;
+use crate::{collective::CollectiveError, compute::Compute, ranks::Ranks};
+
+/// One input in blocks of 32 and of 256, as far as they are needed.
+#[derive(Debug)]
+struct Blocks([Quantized; 2]);
+
+impl Blocks {
+    fn new() -> Self {
+        Self([Quantized::new(32), Quantized::new(256)])
+    }
+
+    fn of(&mut self, block: usize) -> &mut Quantized {
+        &mut self.0[usize::from(block == 256)]
+    }
+
+    /// `x`, `[tokens, k]`, in the form that `matrix` takes.
+    fn input<'a>(&'a mut self, compute: &Compute, matrix: &Matrix, x: &'a [f32], tokens: usize) -> Input<'a> {
+        match matrix.activation_block() {
+            None => Input::F32(x),
+            Some(block) => {
+                let quantized = self.of(block);
+                quantized.quantize(&compute.pool, compute.isa, x, tokens, matrix.k());
+                Input::Quantized(quantized)
+            }
+        }
+    }
+}
+
+/// Buffers for inputs.
+#[derive(Debug)]
+pub(super) struct Inputs {
+    whole: Blocks,
+    /// This rank's columns alone, before they are gathered.
+    own: Blocks,
+    exported: Vec<u8>,
+    gathered_bytes: Vec<u8>,
+    parts: Vec<Range<usize>>,
+    gathered: Vec<f32>,
+    floats: Vec<f32>,
+}
+
+/// A product and its output.
+pub(super) type Into<'a> = (&'a Linear, &'a mut [f32]);
+
+impl Inputs {
+    /// Buffers for `tokens` tokens, whose inputs from several ranks have at most `width` values (0: there is one rank).
+    pub(super) fn new(tokens: usize, width: usize) -> Self {
+        Self {
+            whole: Blocks::new(),
+            own: Blocks::new(),
+            exported: Vec::new(),
+            gathered_bytes: Vec::new(),
+            parts: Vec::new(),
+            gathered: vec![0.0; tokens * width],
+            floats: vec![0.0; tokens * width],
+        }
+    }
+
+    /// Multiplies `x`, `[tokens, k]`, with several matrices, and adds their biases.
+    pub(super) fn multiply<const N: usize>(&mut self, compute: &Compute, x: &[f32], tokens: usize, into: [Into<'_>; N]) {
+        let biases = into.each_ref().map(|(linear, _)| linear.bias.as_slice());
+        let mut products = into.map(|(linear, out)| Product { weights: &linear.matrix, rows: 0..linear.matrix.rows(), out });
+        let mut order: [usize; N] = std::array::from_fn(|i| i);
+        order.sort_by_key(|&i| products[i].weights.activation_block());
+        products.sort_by_key(|p| p.weights.activation_block());
+        let same = |a: &Product<'_>, b: &Product<'_>| a.weights.activation_block() == b.weights.activation_block();
+        for group in products.chunk_by_mut(same) {
+            let input = self.whole.input(compute, group[0].weights, x, tokens);
+            matmul_group(&compute.pool, compute.isa, group, input, tokens);
+        }
+        for (product, &place) in products.iter_mut().zip(&order) {
+            add_bias(compute, product.out, biases[place]);
+        }
+    }
+
+    /// Multiplies `x`, `[tokens, k]`, with a matrix.
+    pub(super) fn multiply_matrix(&mut self, compute: &Compute, x: &[f32], tokens: usize, matrix: &Matrix, out: &mut [f32]) {
+        let input = self.whole.input(compute, matrix, x, tokens);
+        matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
+    }
+
+    /// Multiplies an input whose columns are spread over the ranks: `own`, `[tokens, columns[rank]]`, is this rank's part.
+    ///
+    /// It is exchanged quantized where the product quantizes its input and no rank's columns cut a block; else as floats, and each rank
+    /// quantizes the whole.
+    pub(super) fn multiply_gathered(
+        &mut self,
+        compute: &Compute,
+        ranks: &mut Ranks<'_>,
+        own: &[f32],
+        columns: &[Range<usize>],
+        tokens: usize,
+        (linear, out): Into<'_>,
+    ) -> Result<(), CollectiveError> {
+        let matrix = &linear.matrix;
+        let k = matrix.k();
+        let input = match matrix.activation_block() {
+            Some(block) if ranks.many() && columns.iter().all(|c| c.end.is_multiple_of(block)) => {
+                self.gather_quantized(compute, ranks, own, columns, tokens, block)?;
+                Input::Quantized(self.whole.of(block))
+            }
+            _ => {
+                let x = if ranks.many() {
+                    let (own_columns, whole) = (&columns[ranks.rank()], &mut self.floats[..tokens * k]);
+                    let gathered = &mut self.gathered[..tokens * k];
+                    gathered[tokens * own_columns.start..tokens * own_columns.end].copy_from_slice(own);
+                    ranks.all_gather_columns(gathered, columns, tokens, whole)?;
+                    &*whole
+                } else {
+                    own
+                };
+                self.whole.input(compute, matrix, x, tokens)
+            }
+        };
+        matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
+        add_bias(compute, out, &linear.bias);
+        Ok(())
+    }
+
+    /// Quantizes this rank's columns and makes `whole` of those of all ranks.
+    fn gather_quantized(
+        &mut self,
+        compute: &Compute,
+        ranks: &mut Ranks<'_>,
+        own: &[f32],
+        columns: &[Range<usize>],
+        tokens: usize,
+        block: usize,
+    ) -> Result<(), CollectiveError> {
+        let own_columns = columns[ranks.rank()].clone();
+        let k = columns.last().map_or(0, |c| c.end);
+        let part = self.own.of(block);
+        part.quantize(&compute.pool, compute.isa, own, tokens, own_columns.len());
+        self.exported.clear();
+        part.export(0..tokens, 0..own_columns.len(), &mut self.exported);
+        // Bytes of the columns from 0 up to a border between blocks.
+        let bytes = |columns: usize| part.exported_bytes(tokens, columns);
+        let total = bytes(k);
+        if self.gathered_bytes.len() < total {
+            self.gathered_bytes.resize(total, 0);
+        }
+        let gathered = &mut self.gathered_bytes[..total];
+        gathered[bytes(own_columns.start)..bytes(own_columns.end)].copy_from_slice(&self.exported);
+        self.parts.clear();
+        self.parts.extend(columns.iter().map(|c| bytes(c.start)..bytes(c.end)));
+        ranks.all_gather(gathered, &self.parts, 1)?;
+        let whole = self.whole.of(block);
+        whole.resize(tokens, k);
+        for (columns, part) in columns.iter().zip(&self.parts) {
+            whole.import(0..tokens, columns.clone(), &gathered[part.clone()]);
+        }
+        Ok(())
+    }
+}
+
+fn add_bias(compute: &Compute, out: &mut [f32], bias: &[f32]) {
+    if !bias.is_empty() {
+        elementwise::add_bias(&compute.pool, compute.isa, out, bias);
+    }
+}

@@ -1,0 +1,197 @@
+//! One rank of a stage on a processor: its weights, its KV cache, its buffers.
+
+use std::ops::Range;
+
+use kernels::{KvCache, KvType, RopeTable, rope};
+use plan::{
+    model::{ModelConfig, Rope, RopeLayout, RopeScaling},
+    shard::{KvDType, KvGeometry, Shard, Splits},
+    step::BlockCopy,
+};
+
+use super::{input::Inputs, load, weights::Weights};
+use crate::{
+    EngineOptions, LoadShardError, WeightReader,
+    backend::{Backend, Context},
+    batch::Batch,
+    collective::CollectiveError,
+    compute::Compute,
+};
+
+/// A layer's part of the geometry.
+#[derive(Debug)]
+pub(super) struct LayerPlace {
+    pub(super) group: usize,
+    pub(super) window: Option<u32>,
+    /// Index of its rotary table.
+    pub(super) rope: usize,
+}
+
+/// The backend for processors.
+#[derive(Debug)]
+pub(crate) struct Cpu {
+    pub(super) config: ModelConfig,
+    pub(super) splits: Splits,
+    pub(super) rank: usize,
+    pub(super) first_layer: usize,
+    pub(super) is_first: bool,
+    pub(super) is_last: bool,
+    pub(super) compute: Compute,
+    pub(super) weights: Weights,
+    pub(super) places: Vec<LayerPlace>,
+    pub(super) caches: Vec<KvCache>,
+    pub(super) ropes: Vec<RopeTable>,
+    /// The head of this rank's cache that each of its query heads reads.
+    pub(super) kv_heads: Vec<u32>,
+    /// Query heads' values, by rank.
+    pub(super) head_columns: Vec<Range<usize>>,
+    pub(super) buffers: Buffers,
+    pub(super) inputs: Inputs,
+}
+
+/// Activations of a step. Each is used from its start, as many rows as the step has.
+#[derive(Debug)]
+pub(super) struct Buffers {
+    /// The residual stream, `[tokens, hidden]`.
+    pub(super) x: Vec<f32>,
+    /// Its norm.
+    pub(super) h: Vec<f32>,
+    pub(super) q: Vec<f32>,
+    pub(super) k: Vec<f32>,
+    pub(super) v: Vec<f32>,
+    pub(super) attention: Vec<f32>,
+    pub(super) gate: Vec<f32>,
+    pub(super) up: Vec<f32>,
+    /// Outputs of o and down, rank after rank.
+    pub(super) gathered: Vec<f32>,
+    /// The same, token after token; empty where there is one rank.
+    pub(super) block_out: Vec<f32>,
+    /// Rows of the hidden state that are left after the last layer.
+    pub(super) rows: usize,
+    /// Positions of the rows of the last layer's tail.
+    pub(super) positions: Vec<u32>,
+    pub(super) logits: Vec<f32>,
+}
+
+impl Cpu {
+    /// Loads a shard that was checked against the model and the geometry.
+    pub(crate) fn load(
+        config: &ModelConfig,
+        shard: &Shard,
+        kv: &KvGeometry,
+        options: EngineOptions,
+        compute: &Compute,
+        reader: &dyn WeightReader,
+        loaded: &dyn Fn(u64),
+    ) -> Result<Self, LoadShardError> {
+        let weights = load::load(&load::Loading { config, shard, reader, loaded, compute })?;
+        let (rank, splits) = (shard.rank, shard.splits.clone());
+        let (heads, kv_range) = (splits.heads[rank].clone(), splits.kv_heads[rank].clone());
+        let per_kv_head = config.heads / config.kv_heads;
+        let mut ropes: Vec<(Rope, RopeTable)> = Vec::new();
+        let (mut places, mut caches) = (Vec::new(), Vec::new());
+        for layer in shard.layers.clone() {
+            let Some(group) = kv.groups.iter().position(|g| g.layers.contains(&layer)) else {
+                return Err(LoadShardError::Plan {
+                    what: "the number of KV groups of a layer",
+                    got: "0".to_owned(),
+                    expected: format!("1 for layer {layer}"),
+                });
+            };
+            let rope = config.layers[layer].rope;
+            let known = ropes.iter().position(|(r, _)| *r == rope);
+            let rope = known.unwrap_or_else(|| {
+                ropes.push((rope, rope_table(&rope, weights.rope_factors.as_deref(), options.max_context)));
+                ropes.len() - 1
+            });
+            places.push(LayerPlace { group, window: kv.groups[group].window, rope });
+            let dtype = match kv.dtype {
+                KvDType::F32 => KvType::F32,
+                KvDType::F16 => KvType::F16,
+            };
+            caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), config.head_dim));
+        }
+        Ok(Self {
+            rank,
+            first_layer: shard.layers.start,
+            is_first: shard.is_first(),
+            is_last: shard.is_last(),
+            compute: compute.clone(),
+            weights,
+            places,
+            caches,
+            ropes: ropes.into_iter().map(|(_, table)| table).collect(),
+            kv_heads: heads.map(|head| (head / per_kv_head - kv_range.start) as u32).collect(),
+            head_columns: splits.heads.iter().map(|h| h.start * config.head_dim..h.end * config.head_dim).collect(),
+            buffers: Buffers::new(config, &splits, rank, options.max_batch_tokens),
+            inputs: Inputs::new(
+                options.max_batch_tokens,
+                if shard.ranks > 1 { (config.heads * config.head_dim).max(config.ffn) } else { 0 },
+            ),
+            config: config.clone(),
+            splits,
+        })
+    }
+}
+
+impl Buffers {
+    fn new(config: &ModelConfig, splits: &Splits, rank: usize, tokens: usize) -> Self {
+        let rows = |width: usize| vec![0.0; tokens * width];
+        let (heads, kv_heads) = (splits.heads[rank].len() * config.head_dim, splits.kv_heads[rank].len() * config.head_dim);
+        let many = splits.heads.len() > 1;
+        Self {
+            x: rows(config.hidden),
+            h: rows(config.hidden),
+            q: rows(heads),
+            k: rows(kv_heads),
+            v: rows(kv_heads),
+            attention: rows(heads),
+            gate: rows(splits.ffn[rank].len()),
+            up: rows(splits.ffn[rank].len()),
+            gathered: rows(config.hidden),
+            block_out: rows(if many { config.hidden } else { 0 }),
+            rows: 0,
+            positions: Vec::with_capacity(tokens),
+            logits: Vec::new(),
+        }
+    }
+}
+
+fn rope_table(rope: &Rope, factors: Option<&[f32]>, positions: usize) -> RopeTable {
+    let layout = match rope.layout {
+        RopeLayout::Adjacent => rope::RopeLayout::Adjacent,
+        RopeLayout::Halves => rope::RopeLayout::Halves,
+    };
+    let scaling = match rope.scaling {
+        RopeScaling::None => rope::RopeScaling::None,
+        RopeScaling::Linear { factor } => rope::RopeScaling::Linear { factor },
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            rope::RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
+        }
+        RopeScaling::Tensor => rope::RopeScaling::Divisors(factors.unwrap_or_default().to_vec()),
+    };
+    RopeTable::new(layout, rope.dims, rope.base, &scaling, positions)
+}
+
+impl Backend for Cpu {
+    fn copy_block(&mut self, copy: BlockCopy) {
+        for (cache, place) in self.caches.iter_mut().zip(&self.places) {
+            if place.group == copy.group as usize {
+                cache.copy_block(copy.from, copy.to);
+            }
+        }
+    }
+
+    fn forward(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError> {
+        self.run_layers(batch, hidden, context)
+    }
+
+    fn rows(&self) -> &[f32] {
+        let rows = self.buffers.rows * self.config.hidden;
+        if self.is_last { &self.buffers.h[..rows] } else { &self.buffers.x[..rows] }
+    }
+
+    fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {
+        self.vocabulary_product(rows, context)
+    }
+}

@@ -1,0 +1,144 @@
+//! Checks that a model's shape, a shard, a KV geometry and options belong together, before anything is read.
+
+use std::ops::Range;
+
+use plan::{
+    model::{ModelConfig, RopeScaling},
+    shard::{KvGeometry, Shard, VOCAB_TILE},
+};
+
+use crate::{EngineOptions, LoadShardError, collective::Collective};
+
+/// Checks everything that later code relies on.
+pub(crate) fn check(
+    config: &ModelConfig,
+    shard: &Shard,
+    kv: &KvGeometry,
+    options: &EngineOptions,
+    collective: &dyn Collective,
+) -> Result<(), LoadShardError> {
+    options_fit(config, options)?;
+    equal("the number of ranks that are joined", collective.ranks(), shard.ranks)?;
+    equal("the rank that joined", collective.rank(), shard.rank)?;
+    within("rank", shard.rank, 0..shard.ranks)?;
+    within("stage", shard.stage, 0..shard.stages)?;
+    let layers = &shard.layers;
+    if layers.is_empty() || layers.end > config.layers.len() {
+        return Err(wrong("the layers of the stage", format!("{layers:?}"), format!("some of 0..{}", config.layers.len())));
+    }
+    equal("whether the stage has the first layer", usize::from(layers.start == 0), usize::from(shard.is_first()))?;
+    equal("whether the stage has the last layer", usize::from(layers.end == config.layers.len()), usize::from(shard.is_last()))?;
+    shape_fits(config, layers)?;
+    splits_fit(config, shard)?;
+    groups_fit(config, shard, kv)
+}
+
+fn wrong(what: &'static str, got: String, expected: String) -> LoadShardError {
+    LoadShardError::Plan { what, got, expected }
+}
+
+fn equal(what: &'static str, got: usize, expected: usize) -> Result<(), LoadShardError> {
+    if got == expected { Ok(()) } else { Err(wrong(what, got.to_string(), expected.to_string())) }
+}
+
+fn within(what: &'static str, got: usize, range: Range<usize>) -> Result<(), LoadShardError> {
+    if range.contains(&got) { Ok(()) } else { Err(wrong(what, got.to_string(), format!("one of {range:?}"))) }
+}
+
+fn options_fit(config: &ModelConfig, options: &EngineOptions) -> Result<(), LoadShardError> {
+    let sizes = [("the number of threads", options.threads), ("the number of tokens in a step", options.max_batch_tokens)];
+    for (what, got) in sizes {
+        if got == 0 {
+            return Err(wrong(what, got.to_string(), "at least 1".to_owned()));
+        }
+    }
+    within("the longest sequence", options.max_context, 1..config.context.saturating_add(1))
+}
+
+fn shape_fits(config: &ModelConfig, layers: &Range<usize>) -> Result<(), LoadShardError> {
+    let c = config;
+    for (what, got) in [
+        ("the hidden width", c.hidden),
+        ("the number of query heads", c.heads),
+        ("the number of key-value heads", c.kv_heads),
+        ("the width of a head", c.head_dim),
+        ("the feed-forward width", c.ffn),
+        ("the size of the vocabulary", c.vocab),
+    ] {
+        if got == 0 {
+            return Err(wrong(what, got.to_string(), "at least 1".to_owned()));
+        }
+    }
+    if !c.heads.is_multiple_of(c.kv_heads) {
+        return Err(wrong("the number of query heads", c.heads.to_string(), format!("a multiple of {}", c.kv_heads)));
+    }
+    let factors = c.layers[0].rope.dims;
+    for layer in &c.layers[layers.clone()] {
+        let rope = layer.rope;
+        if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > c.head_dim {
+            return Err(wrong("the number of rotated values of a head", rope.dims.to_string(), format!("even, from 2 to {}", c.head_dim)));
+        }
+        if !rope.base.is_finite() || rope.base <= 0.0 {
+            return Err(wrong("the rotary base", rope.base.to_string(), "a positive number".to_owned()));
+        }
+        if rope.scaling == RopeScaling::Tensor {
+            equal("the number of rotated values of a layer with stored factors", rope.dims, factors)?;
+        }
+        if layer.window == Some(0) {
+            return Err(wrong("the window of a layer", "0".to_owned(), "at least 1".to_owned()));
+        }
+    }
+    Ok(())
+}
+
+fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError> {
+    let splits = &shard.splits;
+    let whole = [
+        ("the split of query heads", &splits.heads, config.heads),
+        ("the split of the hidden width", &splits.hidden, config.hidden),
+        ("the split of the feed-forward width", &splits.ffn, config.ffn),
+        ("the split of the vocabulary", &splits.vocab, config.vocab),
+    ];
+    for (what, ranges, len) in whole {
+        let mut end = 0;
+        let follow = ranges.iter().all(|r| r.start == std::mem::replace(&mut end, r.end) && r.start <= r.end);
+        if !follow || end != len || ranges.len() != shard.ranks {
+            return Err(wrong(what, format!("{ranges:?}"), format!("{} ranges that follow each other from 0 to {len}", shard.ranks)));
+        }
+    }
+    if splits.vocab.iter().any(|r| !r.start.is_multiple_of(VOCAB_TILE) && !r.is_empty()) {
+        return Err(wrong("the split of the vocabulary", format!("{:?}", splits.vocab), format!("whole tiles of {VOCAB_TILE}")));
+    }
+    let group = config.heads / config.kv_heads;
+    let read = |heads: &Range<usize>| heads.start / group..heads.end.div_ceil(group);
+    for (rank, heads) in splits.heads.iter().enumerate() {
+        if heads.is_empty() {
+            return Err(wrong("the number of query heads of a rank", "0".to_owned(), "at least 1".to_owned()));
+        }
+        if splits.kv_heads.get(rank) != Some(&read(heads)) {
+            return Err(wrong(
+                "the key-value heads of a rank",
+                format!("{:?}", splits.kv_heads),
+                format!("{:?} for rank {rank}", read(heads)),
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn groups_fit(config: &ModelConfig, shard: &Shard, kv: &KvGeometry) -> Result<(), LoadShardError> {
+    for (layer, shape) in config.layers.iter().enumerate() {
+        let groups: Vec<_> = kv.groups.iter().filter(|g| g.layers.contains(&layer)).collect();
+        if !shard.layers.contains(&layer) {
+            continue;
+        }
+        equal("the number of KV groups of a layer", groups.len(), 1)?;
+        if groups[0].window != shape.window {
+            return Err(wrong("the window of a layer's KV group", format!("{:?}", groups[0].window), format!("{:?}", shape.window)));
+        }
+    }
+    match kv.groups.iter().find(|g| g.blocks == 0 || g.blocks >= u32::MAX as usize) {
+        Some(group) => Err(wrong("the number of blocks of a KV group", group.blocks.to_string(), "from 1 to 2^32 - 2".to_owned())),
+        None => Ok(()),
+    }
+}

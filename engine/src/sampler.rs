@@ -1,0 +1,135 @@
+//! From logits to results: log-probabilities, scores, draws.
+//!
+//! Rank 0 of the last stage has the last word. Where a request leaves the logits as they are, the other ranks hand it the softmax sums of
+//! their tiles and their likeliest rows; where it changes them, or draws from all of them, whole slices of logits.
+
+mod draw;
+mod exchange;
+mod history;
+mod philox;
+mod results;
+
+use std::{collections::HashMap, ops::Range, time::Instant};
+
+use plan::step::{Output, OutputValue, SequenceId, Step, Want, WantKind};
+
+use crate::{
+    MaskSource, StepError,
+    backend::{Backend, Context},
+    batch::Wanted,
+    compute::Compute,
+    ranks::Ranks,
+};
+
+use exchange::{Exchange, Need};
+pub(crate) use history::History;
+use results::{Results, Row};
+
+/// Rows of logits computed at once: enough that the weights' way from memory costs less than the products, few enough to be small.
+const ROWS: usize = 32;
+/// The last stage's sampler, on each of its ranks.
+#[derive(Debug)]
+pub(crate) struct Sampler {
+    /// Vocabulary rows of each rank.
+    vocab: Vec<Range<usize>>,
+    hidden: usize,
+    results: Results,
+    exchange: Exchange,
+}
+
+/// What draws and scores need to know beside the step.
+pub(crate) struct Session<'a> {
+    pub(crate) step: &'a Step,
+    pub(crate) histories: &'a mut HashMap<SequenceId, History>,
+    pub(crate) masks: &'a mut dyn MaskSource,
+}
+
+impl Sampler {
+    pub(crate) fn new(compute: Compute, vocab: Vec<Range<usize>>, hidden: usize) -> Self {
+        let results = Results::new(compute, vocab.last().map_or(0, |rows| rows.end));
+        Self { vocab, hidden, results, exchange: Exchange::default() }
+    }
+
+    /// Results of the batch's wants, in order; none on ranks other than 0.
+    pub(crate) fn run(
+        &mut self,
+        session: &mut Session<'_>,
+        wanted: &[Wanted],
+        backend: &mut dyn Backend,
+        context: &mut Context<'_, '_>,
+    ) -> Result<Vec<Output>, StepError> {
+        let mut outputs = Vec::new();
+        for (chunk, first) in wanted.chunks(ROWS).zip((0..).step_by(ROWS)) {
+            let hidden: Vec<Option<OutputValue>> =
+                (first..).zip(chunk).map(|(row, w)| self.hidden(session.step, w, row, backend)).collect();
+            let rows: Vec<usize> = (first..).zip(chunk).filter(|(_, w)| w.logits).map(|(row, _)| row).collect();
+            let with_logits: Vec<&Wanted> = chunk.iter().filter(|w| w.logits).collect();
+            let logits: &[f32] = if rows.is_empty() { &[] } else { backend.logits(&rows, context) };
+            let start = Instant::now();
+            let exchanged = context.ranks.spent;
+            let mut found = self.results(session, &with_logits, logits, context.ranks)?.into_iter();
+            context.timings.sampling += start.elapsed().saturating_sub(context.ranks.spent - exchanged);
+            if context.ranks.rank() > 0 {
+                continue;
+            }
+            for (wanted, hidden) in chunk.iter().zip(hidden) {
+                let part = &session.step.sequences[wanted.part];
+                for want in &part.wants[wanted.wants.clone()] {
+                    let value = match (&want.kind, &hidden) {
+                        (WantKind::Hidden, Some(value)) => value.clone(),
+                        _ => found.next().unwrap_or_else(|| OutputValue::Failed("no result was computed".to_owned())),
+                    };
+                    outputs.push(Output { sequence: part.sequence, position: part.first_position + want.offset, value });
+                }
+            }
+        }
+        Ok(outputs)
+    }
+
+    /// The final hidden state of row `row`, if it is wanted.
+    fn hidden(&self, step: &Step, wanted: &Wanted, row: usize, backend: &dyn Backend) -> Option<OutputValue> {
+        wants(step, wanted).iter().any(|w| w.kind == WantKind::Hidden).then(|| {
+            let state = &backend.rows()[row * self.hidden..(row + 1) * self.hidden];
+            if state.iter().all(|x| x.is_finite()) {
+                OutputValue::Hidden(state.to_vec())
+            } else {
+                OutputValue::Failed("the hidden state is not finite".to_owned())
+            }
+        })
+    }
+
+    /// Results of the wants that need logits, in order; none on ranks other than 0. `logits`: this rank's, of each row.
+    fn results(
+        &mut self,
+        session: &mut Session<'_>,
+        rows: &[&Wanted],
+        logits: &[f32],
+        ranks: &mut Ranks<'_>,
+    ) -> Result<Vec<OutputValue>, StepError> {
+        let Self { vocab, results, exchange, .. } = self;
+        let needs: Vec<Need> = rows.iter().map(|wanted| Need::of(session, wanted, results.vocab)).collect();
+        let mut values = Vec::new();
+        if !ranks.many() {
+            for ((logits, wanted), need) in logits.chunks_exact(results.vocab).zip(rows).zip(&needs) {
+                let row = Row::of(&results.compute, logits, need);
+                results.of_row(session, wanted, &row, &mut values)?;
+            }
+            return Ok(values);
+        }
+        exchange.run(&results.compute, vocab, &needs, logits, ranks)?;
+        if ranks.rank() == 0 {
+            let compute = results.compute.clone();
+            let mut reader = exchange.reader(vocab);
+            for (wanted, need) in rows.iter().zip(&needs) {
+                let row = reader.row(&compute, need);
+                results.of_row(session, wanted, &row, &mut values)?;
+            }
+        }
+        Ok(values)
+    }
+}
+
+/// The wants of a row.
+fn wants<'a>(step: &'a Step, wanted: &Wanted) -> &'a [Want] {
+    &step.sequences[wanted.part].wants[wanted.wants.clone()]
+}

@@ -1,0 +1,174 @@
+//! Checks a step against the plan and the steps before it, before anything of it is applied.
+
+use std::collections::HashSet;
+
+use plan::{
+    model::ModelConfig,
+    shard::{BLOCK_TOKENS, KvGeometry},
+    step::{Input, SequenceStep, Step, TokenId, WantKind},
+};
+
+use crate::{
+    InvalidStep,
+    sequences::{HOLE, Sequence, Sequences, entries_needed},
+};
+
+/// What steps are checked against.
+pub(crate) struct Limits<'a> {
+    pub(crate) config: &'a ModelConfig,
+    pub(crate) kv: &'a KvGeometry,
+    pub(crate) max_batch_tokens: usize,
+    pub(crate) max_context: usize,
+    /// Id of the last step.
+    pub(crate) last_step: u64,
+    /// Hidden values that came from the stage before; `None` on the first stage, which needs ids.
+    pub(crate) hidden: Option<usize>,
+    /// Whether this rank samples: it needs ids too, and settings where samples are wanted.
+    pub(crate) samples: bool,
+    /// Whether this is the last stage.
+    pub(crate) last: bool,
+}
+
+/// Checks a step.
+pub(crate) fn check(limits: &Limits<'_>, step: &Step, sequences: &Sequences) -> Result<(), InvalidStep> {
+    if step.id <= limits.last_step {
+        return Err(InvalidStep::Order { got: step.id, last: limits.last_step });
+    }
+    // Counted apart from any allocation, since every input is in memory already.
+    let tokens = step.tokens();
+    if tokens > limits.max_batch_tokens {
+        return Err(InvalidStep::Tokens { got: tokens, max: limits.max_batch_tokens });
+    }
+    let expected = limits.hidden.map_or(0, |_| tokens * limits.config.hidden);
+    let got = limits.hidden.unwrap_or(0);
+    if got != expected {
+        return Err(InvalidStep::Hidden { got, expected });
+    }
+    for copy in &step.copies {
+        let group = check_group(limits.kv, copy.group)?;
+        check_block(limits.kv, group, copy.from)?;
+        check_block(limits.kv, group, copy.to)?;
+    }
+    let mut seen = HashSet::with_capacity(step.sequences.len());
+    for part in &step.sequences {
+        if !seen.insert(part.sequence) {
+            return Err(InvalidStep::Twice { sequence: part.sequence });
+        }
+        let known = sequences.by_id.get(&part.sequence).filter(|_| !step.frees.contains(&part.sequence));
+        check_position(limits, part, known)?;
+        check_ids(limits, part)?;
+        check_tables(limits, part, known)?;
+        check_wants(limits, part, known.is_some() && sequences.histories.contains_key(&part.sequence))?;
+    }
+    Ok(())
+}
+
+fn check_position(limits: &Limits<'_>, part: &SequenceStep, known: Option<&Sequence>) -> Result<(), InvalidStep> {
+    let SequenceStep { sequence, first_position, adapter, .. } = *part;
+    if adapter != 0 {
+        return Err(InvalidStep::Adapter { sequence, adapter });
+    }
+    if part.input.is_empty() {
+        return Err(InvalidStep::Empty { sequence });
+    }
+    match known {
+        Some(known) if first_position as usize > known.fed => {
+            return Err(InvalidStep::Position { sequence, got: first_position, fed: known.fed as u32 });
+        }
+        None if part.begin.is_none() && first_position > 0 => {
+            return Err(InvalidStep::UnknownSequence { sequence, position: first_position });
+        }
+        _ => {}
+    }
+    if let Some(begin) = &part.begin
+        && begin.ids.len() < first_position as usize
+    {
+        return Err(InvalidStep::ShortHistory { sequence, position: first_position, got: begin.ids.len() });
+    }
+    let end = (first_position as usize).saturating_add(part.input.len());
+    if end > limits.max_context {
+        return Err(InvalidStep::Context { sequence, got: end, max: limits.max_context });
+    }
+    Ok(())
+}
+
+fn check_ids(limits: &Limits<'_>, part: &SequenceStep) -> Result<(), InvalidStep> {
+    let (sequence, vocab) = (part.sequence, limits.config.vocab);
+    let check = |ids: &[TokenId]| match ids.iter().find(|&&id| id as usize >= vocab) {
+        Some(&id) => Err(InvalidStep::Id { sequence, id, vocab }),
+        None => Ok(()),
+    };
+    match &part.input {
+        Input::Ids(ids) => check(ids)?,
+        Input::Sampled { step, .. } if limits.hidden.is_none() || limits.samples => {
+            return Err(InvalidStep::Unresolved { sequence, step: *step });
+        }
+        Input::Sampled { drafts, .. } => check(drafts)?,
+    }
+    if let Some(begin) = &part.begin {
+        check(&begin.ids)?;
+        check(&begin.sampling.suppress)?;
+        begin.sampling.logit_bias.iter().try_for_each(|(id, _)| check(&[*id]))?;
+    }
+    for want in &part.wants {
+        if let WantKind::Score { target, .. } = want.kind {
+            check(&[target])?;
+        }
+    }
+    Ok(())
+}
+
+fn check_tables(limits: &Limits<'_>, part: &SequenceStep, known: Option<&Sequence>) -> Result<(), InvalidStep> {
+    let sequence = part.sequence;
+    let max = limits.max_context.div_ceil(BLOCK_TOKENS);
+    for change in &part.tables {
+        let group = check_group(limits.kv, change.group)?;
+        let end = (change.first as usize).saturating_add(change.blocks.len());
+        if end > max {
+            return Err(InvalidStep::Entry { sequence, got: end - 1, max });
+        }
+        for &block in &change.blocks {
+            check_block(limits.kv, group, block)?;
+        }
+    }
+    let first = part.first_position as usize;
+    for (group, geometry) in limits.kv.groups.iter().enumerate() {
+        let table = known.and_then(|k| k.tables.get(group)).map_or(&[][..], Vec::as_slice);
+        let set_now = |entry: usize| {
+            part.tables.iter().any(|c| c.group as usize == group && (c.first as usize..c.first as usize + c.blocks.len()).contains(&entry))
+        };
+        for entry in entries_needed(geometry.window, first, part.input.len()) {
+            if table.get(entry).is_none_or(|&block| block == HOLE) && !set_now(entry) {
+                let from = geometry.window.map_or(0, |w| (first + 1).saturating_sub(w as usize));
+                return Err(InvalidStep::Hole { sequence, group, position: from.max(entry * BLOCK_TOKENS) });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// `begun`: settings came in an earlier step.
+fn check_wants(limits: &Limits<'_>, part: &SequenceStep, begun: bool) -> Result<(), InvalidStep> {
+    let (sequence, tokens) = (part.sequence, part.input.len());
+    let mut least = 0;
+    for want in &part.wants {
+        if want.offset < least || want.offset as usize >= tokens {
+            return Err(InvalidStep::Want { sequence, offset: want.offset, tokens });
+        }
+        least = want.offset;
+        if limits.last && want.kind == WantKind::Sample && part.begin.is_none() && !begun {
+            return Err(InvalidStep::NoSampling { sequence });
+        }
+    }
+    Ok(())
+}
+
+fn check_group(kv: &KvGeometry, group: u32) -> Result<usize, InvalidStep> {
+    let groups = kv.groups.len();
+    if (group as usize) < groups { Ok(group as usize) } else { Err(InvalidStep::Group { got: group, groups }) }
+}
+
+fn check_block(kv: &KvGeometry, group: usize, block: u32) -> Result<(), InvalidStep> {
+    let blocks = kv.groups[group].blocks;
+    if (block as usize) < blocks { Ok(()) } else { Err(InvalidStep::Block { group, block, blocks }) }
+}
