@@ -38,7 +38,7 @@ const MAX_ROWS: usize = 64;
 /// Fewest rows of an item when there are enough: those of the largest register tile.
 const MIN_ROWS: usize = 8;
 /// Less work than this, in multiplications of vectors, is done by the caller alone.
-const PARALLEL_FROM: usize = 8 << 10;
+const PARALLEL_FROM: usize = 32 << 10;
 
 thread_local! {
     /// What tiles of long contexts give, kept for its memory.

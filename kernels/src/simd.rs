@@ -109,14 +109,20 @@ pub(crate) trait Kernel {
 #[inline]
 pub(crate) fn vectorize<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
     match isa {
-        Isa::Scalar => kernel.run(Portable),
+        Isa::Scalar => portable(kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(proof) => x86_64::avx2(proof, kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(proof) => x86_64::avx512(proof, kernel),
         #[cfg(not(target_arch = "x86_64"))]
-        _ => kernel.run(Portable),
+        _ => portable(kernel),
     }
+}
+
+/// Runs `kernel` as specified, compiled once.
+#[inline(never)]
+fn portable<K: Kernel>(kernel: K) -> K::Output {
+    kernel.run(Portable)
 }
 
 /// Plain arrays: the specification.

@@ -116,21 +116,16 @@ impl Run<'_, '_, '_> {
         let cache = attention.cache;
         let (rows, width) = (item.rows.len(), cache.head_dim().div_ceil(LANES));
         pack::<S>(item, queries, attention.kv_heads.len(), cache.head_dim(), &mut scratch.queries);
-        match sink {
-            Sink::Results(results) => {
-                scratch.state.reset(rows, width);
-                for tile in tiles.clone() {
-                    let tile = Tile::<E>::new(attention, item, tile);
-                    tile.step(s, attention, item, &scratch.queries, scratch.state.state());
-                }
-                finish(s, scratch.state.state(), width, results);
-            }
-            Sink::Tiles(state) => {
-                for (i, tile) in tiles.clone().enumerate() {
-                    let tile = Tile::<E>::new(attention, item, tile);
-                    tile.step(s, attention, item, &scratch.queries, state.part(i * rows..(i + 1) * rows, width));
-                }
-            }
+        scratch.state.reset(if matches!(sink, Sink::Results(_)) { rows } else { 0 }, width);
+        for (i, tile) in tiles.clone().enumerate() {
+            let state = match sink {
+                Sink::Results(_) => scratch.state.state(),
+                Sink::Tiles(state) => state.part(i * rows..(i + 1) * rows, width),
+            };
+            Tile::<E>::new(attention, item, tile).step(s, attention, item, &scratch.queries, state);
+        }
+        if let Sink::Results(results) = sink {
+            finish(s, scratch.state.state(), width, results);
         }
     }
 }
@@ -139,10 +134,10 @@ impl Run<'_, '_, '_> {
 #[inline(always)]
 fn register_rows<S: Simd>(left: usize) -> usize {
     match left {
-        1 => 1,
-        2 | 3 => 2,
-        4..8 => 4,
-        _ if S::TILE >= 16 => 8,
+        _ if S::TILE == 1 => 1,
+        0..2 => 1,
+        2..4 => 2,
+        8.. if S::TILE >= 16 => 8,
         _ => 4,
     }
 }
@@ -202,13 +197,22 @@ impl<'a, E: Entry> Tile<'a, E> {
             let n = register_rows::<S>(rows - at);
             let group = Group { attention, item, first_row: item.rows.start + at, queries: &queries[at * head_dim..(at + n) * head_dim] };
             let state = state.part(at..at + n, self.width);
-            match (S::TILE >= 16, n) {
-                (true, 8) => self.group::<S, 8, 2>(s, &group, state),
-                (true, 4) => self.group::<S, 4, 4>(s, &group, state),
-                (true, 2) => self.group::<S, 2, 4>(s, &group, state),
-                (false, 4) => self.group::<S, 4, 1>(s, &group, state),
-                (false, 2) => self.group::<S, 2, 2>(s, &group, state),
-                _ => self.group::<S, 1, 4>(s, &group, state),
+            // Constant, so that only the register tiles of this instruction set are compiled.
+            if const { S::TILE >= 16 } {
+                match n {
+                    8 => self.group::<S, 8, 2>(s, &group, state),
+                    4 => self.group::<S, 4, 4>(s, &group, state),
+                    2 => self.group::<S, 2, 4>(s, &group, state),
+                    _ => self.group::<S, 1, 4>(s, &group, state),
+                }
+            } else if const { S::TILE == 1 } {
+                self.group::<S, 1, 1>(s, &group, state);
+            } else {
+                match n {
+                    4 => self.group::<S, 4, 1>(s, &group, state),
+                    2 => self.group::<S, 2, 2>(s, &group, state),
+                    _ => self.group::<S, 1, 4>(s, &group, state),
+                }
             }
             at += n;
         }
