@@ -88,7 +88,7 @@ async fn metrics_have_the_names_and_types_that_dashboards_read_and_move() {
     let generated = sample(before.text(), "vllm:generation_tokens_total");
     let steps = sample(before.text(), "vllm:iteration_tokens_total_count");
     let work = async {
-        world.complete(json!({"n": 2, "max_tokens": 30, "ignore_eos": true})).await;
+        world.complete(json!({"n": 2, "max_tokens": 150, "ignore_eos": true})).await;
         world.complete(json!({"logit_bias": {"4": 100}, "prompt": (10..60).collect::<Vec<u32>>()})).await;
         world.complete(json!({"logit_bias": {"4": 100}, "prompt": (10..60).collect::<Vec<u32>>()})).await;
     };
@@ -136,14 +136,14 @@ async fn metrics_have_the_names_and_types_that_dashboards_read_and_move() {
         let line = text.lines().find(|l| l.starts_with(&format!("vllm:{name}"))).expect("a sample");
         assert!(line.contains("model_name=\"tiny\"") && line.contains("engine=\"0\""), "{line}");
     }
-    assert_eq!(sample(text, "vllm:generation_tokens_total") - generated, 62.0);
-    assert!(sample(text, "vllm:iteration_tokens_total_count") - steps >= 32.0);
-    assert!(sample(text, "vllm:iteration_tokens_total_sum") >= 62.0);
+    assert_eq!(sample(text, "vllm:generation_tokens_total") - generated, 302.0);
+    assert!(sample(text, "vllm:iteration_tokens_total_count") - steps >= 152.0);
+    assert!(sample(text, "vllm:iteration_tokens_total_sum") >= 302.0);
     assert_eq!(sample(text, "vllm:num_requests_running"), 0.0);
     assert_eq!(sample(text, "vllm:prefix_cache_hits_total"), 48.0);
     assert_eq!(sample(text, "vllm:time_to_first_token_seconds_count"), 4.0);
-    assert_eq!(sample(text, "vllm:request_max_num_generation_tokens_sum"), 32.0);
-    assert!(sample(text, "vllm:request_decode_time_seconds_sum") >= 0.1, "58 steps of 4 ms");
+    assert_eq!(sample(text, "vllm:request_max_num_generation_tokens_sum"), 152.0);
+    assert!(sample(text, "vllm:request_decode_time_seconds_sum") >= 1.0, "twice 149 steps of 4 ms");
     for part in ["finished_reason=\"length\"} 2", "finished_reason=\"stop\"} 2"] {
         assert!(text.contains(part), "{part}");
     }

@@ -107,7 +107,7 @@ async fn a_lost_replica_changes_nothing_that_a_client_sees() {
 
 #[tokio::test]
 async fn a_deadline_ends_requests_with_an_error() {
-    let options = ApiOptions { deadline: Duration::from_millis(200), ..ApiOptions::default() };
+    let options = ApiOptions { deadline: Duration::from_secs(1), ..ApiOptions::default() };
     let world = World::with(Setup { cost: SLOW, options, ..Setup::default() }).await;
     let body = json!({"max_tokens": 480, "ignore_eos": true});
     let error = world.post("/v1/completions", &request(body.clone())).await.error(408);
