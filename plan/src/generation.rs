@@ -30,7 +30,7 @@ pub struct Defaults {
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum DefaultsError {
-    #[error("{file} is not usable")]
+    #[error("{file} cannot be read")]
     Json { file: &'static str, source: serde_json::Error },
     #[error("{field} in {file} is {got}, expected {expected}")]
     Field { file: &'static str, field: &'static str, expected: &'static str, got: String },
@@ -112,5 +112,6 @@ fn token_ids(value: Option<&Value>, file: &'static str, field: &'static str) -> 
         Some(Value::Array(ids)) => ids.iter().map(id).collect(),
         Some(one) => id(one).map(|id| vec![id]),
     };
-    ids.ok_or_else(|| DefaultsError::Field { file, field, expected: "a token id or a list of them", got: format!("{value:?}") })
+    let got = || value.map_or_else(String::new, Value::to_string);
+    ids.ok_or_else(|| DefaultsError::Field { file, field, expected: "a token id or a list of them", got: got() })
 }

@@ -136,12 +136,17 @@ impl Decoder {
 /// The text of `ids` alone: control tokens left out unless `control`.
 pub fn text(tokenizer: &Tokenizer, ids: &[TokenId], control: bool) -> String {
     let mut bytes = Vec::new();
-    for &id in ids {
-        if control || !tokenizer.is_control(id) {
-            let piece = tokenizer.piece(id);
-            let strip = tokenizer.strips_space() && bytes.is_empty() && !tokenizer.is_control(id);
-            bytes.extend_from_slice(if strip { piece.strip_prefix(b" ").unwrap_or(piece) } else { piece });
+    let mut strip = tokenizer.strips_space();
+    for &id in ids.iter().filter(|&&id| control || !tokenizer.is_control(id)) {
+        let mut piece = tokenizer.piece(id);
+        if strip && !piece.is_empty() && !tokenizer.is_control(id) {
+            piece = piece.strip_prefix(b" ").unwrap_or(piece);
+            strip = false;
         }
+        bytes.extend_from_slice(piece);
     }
     String::from_utf8_lossy(&bytes).into_owned()
 }
+
+#[cfg(test)]
+mod tests;

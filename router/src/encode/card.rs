@@ -1,53 +1,21 @@
 //! What a model card says beside its vocabulary: special tokens, chat templates, generation defaults.
 
 use plan::card::ModelCard;
-use plan::step::TokenId;
+use plan::generation::{Defaults, DefaultsError};
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::TokenizerError;
 
-/// Generation settings of the model's makers; absent ones are left to the API's own defaults.
-#[derive(Clone, Debug, Default, PartialEq, serde::Deserialize)]
-#[serde(default)]
-pub struct GenerationDefaults {
-    /// Draw at all; `false` means the likeliest token.
-    pub do_sample: Option<bool>,
-    /// Temperature.
-    pub temperature: Option<f32>,
-    /// Keep the k likeliest.
-    pub top_k: Option<u32>,
-    /// Keep the smallest set with this probability.
-    pub top_p: Option<f32>,
-    /// Keep tokens at least this fraction as likely as the likeliest.
-    pub min_p: Option<f32>,
-    /// Penalty of ids that occurred.
-    pub repetition_penalty: Option<f32>,
-    eos_token_id: Value,
-}
-
-impl GenerationDefaults {
-    /// Reads generation_config.json; empty when the card has none.
-    ///
-    /// # Errors
-    /// When it is not JSON or a setting has the wrong type.
-    pub(super) fn read(card: &ModelCard) -> Result<Self, TokenizerError> {
-        Ok(read(card, "generation_config.json")?.unwrap_or_default())
-    }
-
-    /// End tokens, a number or a list.
-    pub(super) fn end_ids(&self) -> Vec<TokenId> {
-        ids(&self.eos_token_id)
-    }
-}
-
-/// The ids of an `eos_token_id`: a number or a list of numbers.
-pub(super) fn ids(value: &Value) -> Vec<TokenId> {
-    let one = |v: &Value| v.as_u64().and_then(|id| TokenId::try_from(id).ok());
-    match value {
-        Value::Array(list) => list.iter().filter_map(one).collect(),
-        other => one(other).into_iter().collect(),
-    }
+/// Reads the generation settings of the model's makers.
+///
+/// # Errors
+/// When a file is not JSON or a setting has the wrong type or range.
+pub(super) fn defaults(card: &ModelCard) -> Result<Defaults, TokenizerError> {
+    Defaults::from_card(card).map_err(|error| match error {
+        DefaultsError::Json { file, source } => TokenizerError::File { file, problem: source.to_string() },
+        DefaultsError::Field { file, .. } => TokenizerError::File { file, problem: error.to_string() },
+    })
 }
 
 /// tokenizer_config.json.
@@ -75,7 +43,7 @@ impl TokenizerConfig {
     /// # Errors
     /// When a file cannot be read.
     pub(super) fn read(card: &ModelCard) -> Result<Self, TokenizerError> {
-        let value: Value = read(card, "tokenizer_config.json")?.unwrap_or_default();
+        let value: Map<String, Value> = read(card, "tokenizer_config.json")?.unwrap_or_default();
         let text = |key: &str| {
             let value = value.get(key)?;
             value.as_str().or_else(|| value.get("content").and_then(Value::as_str)).map(str::to_owned)
@@ -110,13 +78,4 @@ impl TokenizerConfig {
 fn read<T: DeserializeOwned>(card: &ModelCard, file: &'static str) -> Result<Option<T>, TokenizerError> {
     let Some(bytes) = card.file(file) else { return Ok(None) };
     serde_json::from_slice(bytes).map(Some).map_err(|e| TokenizerError::File { file, problem: e.to_string() })
-}
-
-/// `eos_token_id` of config.json, for models without generation_config.json.
-///
-/// # Errors
-/// When config.json is not JSON.
-pub(super) fn config_end_ids(card: &ModelCard) -> Result<Vec<TokenId>, TokenizerError> {
-    let config: Value = read(card, "config.json")?.unwrap_or_default();
-    Ok(config.get("eos_token_id").map(ids).unwrap_or_default())
 }

@@ -46,7 +46,7 @@ pub(super) fn vocabulary(stored: Stored) -> Result<Vocabulary, TokenizerError> {
     let specials = Specials::new(specials);
     let (encoder, add_bos, bos, eos) = if score_merged {
         let spm = score_merged_encoder(&stored, kind, specials)?;
-        (Encoder::Spm(spm), true, stored.bos.or(Some(1)), stored.eos.or(Some(2)))
+        (Encoder::Spm(Box::new(spm)), true, stored.bos.or(Some(1)), stored.eos.or(Some(2)))
     } else {
         let pre = stored.pre.as_deref().unwrap_or("(absent)");
         let rule = pre_tokenization(pre)?;

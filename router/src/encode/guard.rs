@@ -31,18 +31,35 @@ impl Guard {
 
     /// Puts `mark` into every string of `value`, keys included, where it is needed.
     pub(super) fn mark(&self, value: &mut Value, mark: char) {
+        self.mark_in(value, mark, false);
+    }
+
+    /// As [`Guard::mark`]; `content` for what is inside of a message's content.
+    fn mark_in(&self, value: &mut Value, mark: char, content: bool) {
         match value {
+            Value::String(text) if content && self.is_inner(text) => text.insert(text.len() - text.trim_start().len(), mark),
             Value::String(text) => *text = self.mark_text(text, mark),
-            Value::Array(list) => list.iter_mut().for_each(|v| self.mark(v, mark)),
+            Value::Array(list) => list.iter_mut().for_each(|v| self.mark_in(v, mark, content)),
             Value::Object(map) => {
                 let entries = std::mem::take(map);
                 for (key, mut v) in entries {
-                    self.mark(&mut v, mark);
+                    self.mark_in(&mut v, mark, content || key == "content");
                     map.insert(self.mark_key(key, mark), v);
                 }
             }
             _ => {}
         }
+    }
+
+    /// Whether `text` stands in the middle of a control token. Only content is asked: `'<|' + role + '|>'` is what templates mean to write.
+    fn is_inner(&self, text: &str) -> bool {
+        let inner = text.trim().to_ascii_lowercase();
+        let within = |token: &str| token.len() > inner.len() + 1 && token[1..token.len() - 1].contains(&inner);
+        // A control token's borders are single bytes in all vocabularies known; others are compared whole.
+        let middle = |token: &str| {
+            if token.is_char_boundary(1) && token.is_char_boundary(token.len() - 1) { within(token) } else { token.contains(&inner) }
+        };
+        !inner.is_empty() && self.spelled.list().iter().any(|s| !s.text.is_empty() && middle(&s.text))
     }
 
     fn mark_key(&self, key: String, mark: char) -> String {
@@ -137,6 +154,14 @@ mod tests {
             assert_eq!(unmark(marked, '#').0, text);
         }
         assert_eq!(unmark("a#b#", '#'), ("ab".to_owned(), vec![1, 2]));
+    }
+
+    #[test]
+    fn the_middle_of_a_token_is_broken_in_content_alone() {
+        let guard = Guard::new(["<|user|>", "«é»"].into_iter());
+        let mut value = serde_json::json!({"role": "user", "content": ["User", {"text": "ser"}, "é", "you"], "name": "user"});
+        guard.mark(&mut value, '#');
+        assert_eq!(value, serde_json::json!({"role": "user", "content": ["#User", {"text": "#ser"}, "#é", "you"], "name": "user"}));
     }
 
     #[test]

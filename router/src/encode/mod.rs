@@ -17,8 +17,8 @@ use plan::fleet::ChatTemplate;
 use plan::step::TokenId;
 use serde_json::{Map, Value};
 
-pub use card::GenerationDefaults;
 pub use error::{ChatError, EncodeError, TokenizerError};
+pub use plan::generation::Defaults as GenerationDefaults;
 
 use card::TokenizerConfig;
 use guard::Guard;
@@ -63,7 +63,7 @@ impl Tokenizer {
     /// When the card has neither, a file cannot be read, or the tokenizer is of a kind that is not known.
     pub fn from_card(card: &ModelCard) -> Result<Self, TokenizerError> {
         let mut config = TokenizerConfig::read(card)?;
-        let defaults = GenerationDefaults::read(card)?;
+        let defaults = card::defaults(card)?;
         let vocabulary = if let Some(bytes) = card.file("tokenizer.json") {
             json::vocabulary(bytes, &config)?
         } else if let Some(bytes) = card.file(GGUF_HEADER) {
@@ -77,8 +77,7 @@ impl Tokenizer {
             return Err(TokenizerError::Missing(if names.is_empty() { "no files".to_owned() } else { names.join(", ") }));
         };
         let mut end_ids = vocabulary.ends.clone();
-        let named = defaults.end_ids();
-        end_ids.extend(if named.is_empty() { card::config_end_ids(card)? } else { named });
+        end_ids.extend(&defaults.eos);
         end_ids.retain(|&id| (id as usize) < vocabulary.pieces.len());
         end_ids.sort_unstable();
         end_ids.dedup();

@@ -203,6 +203,7 @@ pub(super) const GEMMA: &str = r#"{{ bos_token }}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set ns.system = (messages[0]['content'] | trim) + '\n\n' -%}
     {%- set messages = messages[1:] -%}
+    {%- if not messages -%}{{ raise_exception('this template takes a message after the system message') }}{%- endif -%}
 {%- endif -%}
 {%- for message in messages -%}
     {%- if message['role'] == 'assistant' -%}{%- set role = 'model' -%}

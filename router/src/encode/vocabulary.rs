@@ -23,7 +23,7 @@ pub(super) const END_TEXTS: [&str; 10] = [
 /// How text becomes ids.
 pub(super) enum Encoder {
     /// Merging by score.
-    Spm(Spm),
+    Spm(Box<Spm>),
     /// The `tokenizers` crate.
     Pipeline(Box<Pipeline>),
 }
