@@ -109,7 +109,8 @@ impl Engine {
             max_batch_tokens: self.options.max_batch_tokens,
             max_context: self.options.max_context,
             last_step: self.last_step,
-            hidden: if self.first { None } else { Some(hidden.len()) },
+            hidden: hidden.len(),
+            first: self.first,
             samples,
             last: self.sampler.is_some(),
         };

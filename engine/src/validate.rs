@@ -21,8 +21,10 @@ pub(crate) struct Limits<'a> {
     pub(crate) max_context: usize,
     /// Id of the last step.
     pub(crate) last_step: u64,
-    /// Hidden values that came from the stage before; `None` on the first stage, which needs ids.
-    pub(crate) hidden: Option<usize>,
+    /// Hidden values that came from the stage before.
+    pub(crate) hidden: usize,
+    /// Whether this is the first stage, which needs ids and no hidden values.
+    pub(crate) first: bool,
     /// Whether this rank samples: it needs ids too, and settings where samples are wanted.
     pub(crate) samples: bool,
     /// Whether this is the last stage.
@@ -39,10 +41,9 @@ pub(crate) fn check(limits: &Limits<'_>, step: &Step, sequences: &Sequences) -> 
     if tokens > limits.max_batch_tokens {
         return Err(InvalidStep::Tokens { got: tokens, max: limits.max_batch_tokens });
     }
-    let expected = limits.hidden.map_or(0, |_| tokens * limits.config.hidden);
-    let got = limits.hidden.unwrap_or(0);
-    if got != expected {
-        return Err(InvalidStep::Hidden { got, expected });
+    let expected = if limits.first { 0 } else { tokens * limits.config.hidden };
+    if limits.hidden != expected {
+        return Err(InvalidStep::Hidden { got: limits.hidden, expected });
     }
     for copy in &step.copies {
         let group = check_group(limits.kv, copy.group)?;
@@ -100,7 +101,7 @@ fn check_ids(limits: &Limits<'_>, part: &SequenceStep) -> Result<(), InvalidStep
     };
     match &part.input {
         Input::Ids(ids) => check(ids)?,
-        Input::Sampled { step, .. } if limits.hidden.is_none() || limits.samples => {
+        Input::Sampled { step, .. } if limits.first || limits.samples => {
             return Err(InvalidStep::Unresolved { sequence, step: *step });
         }
         Input::Sampled { drafts, .. } => check(drafts)?,

@@ -156,4 +156,95 @@ mod tests {
         assert_eq!(from_likeliest(&candidates, Some(4.0), &settings(0.6, 0.0), 0.0), None);
         assert_eq!(from_likeliest(&candidates, Some(4.0), &settings(0.5, 0.0), 0.6), Some(1));
     }
+
+    /// Probabilities of what settings leave, computed the obvious way in f64.
+    fn expected(logits: &[f32], s: &Sampling) -> Vec<f64> {
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
+        if s.top_k > 0 {
+            order.truncate(s.top_k as usize);
+        }
+        let weight = |i: usize| ((f64::from(logits[i]) - f64::from(logits[order[0]])) / f64::from(s.temperature)).exp();
+        let total: f64 = order.iter().map(|&i| weight(i)).sum();
+        let mut sum = 0.0;
+        let kept = order.iter().position(|&i| {
+            sum += weight(i);
+            sum >= f64::from(s.top_p) * total
+        });
+        let kept: Vec<usize> =
+            order[..kept.map_or(order.len(), |k| k + 1)].iter().copied().filter(|&i| weight(i) >= s.min_p.into()).collect();
+        let total: f64 = kept.iter().map(|&i| weight(i)).sum();
+        let mut probabilities = vec![0.0; logits.len()];
+        kept.iter().for_each(|&i| probabilities[i] = weight(i) / total);
+        probabilities
+    }
+
+    #[test]
+    fn draws_from_a_whole_vocabulary_follow_the_settings() {
+        // Three tiles, the last one short; a few likely tokens in each, ties among them, and some that cannot come.
+        let mut logits: Vec<f32> = (0..2500).map(|i| (i * 7919 % 2503) as f32 / 250.0 - 5.0).collect();
+        logits[100..120].fill(f32::NEG_INFINITY);
+        for (i, x) in [(3, 9.0), (1023, 9.0), (1024, 8.5), (2047, 7.0), (2499, 9.5)] {
+            logits[i] = x;
+        }
+        let base = Sampling { temperature: 1.0, ..Sampling::default() };
+        let all = [
+            base.clone(),
+            Sampling { temperature: 0.5, ..base.clone() },
+            Sampling { temperature: 2.5, ..base.clone() },
+            Sampling { top_k: 4, ..base.clone() },
+            Sampling { top_k: 2500, ..base.clone() },
+            Sampling { top_p: 0.6, ..base.clone() },
+            Sampling { top_p: 0.97, temperature: 2.0, ..base.clone() },
+            Sampling { min_p: 0.5, ..base.clone() },
+            Sampling { min_p: 1e-3, temperature: 2.0, ..base.clone() },
+            Sampling { top_k: 40, top_p: 0.9, min_p: 0.05, ..base },
+        ];
+        let compute = Compute { pool: std::sync::Arc::new(kernels::Pool::new(1)), isa: kernels::Isa::best() };
+        let n = 2000;
+        let mut found = Vec::new();
+        for (at, s) in all.iter().enumerate() {
+            let expected = expected(&logits, s);
+            let mut counts = vec![0.0; logits.len()];
+            for i in 0..n {
+                let id = from_all(&compute, &logits, s, (f64::from(i) + 0.5) / f64::from(n)).expect("a token");
+                counts[id as usize] += 1.0 / f64::from(n);
+            }
+            // Evenly spread numbers hit every token as often as its probability says, but for one draw at each end.
+            for (id, (got, want)) in counts.iter().zip(&expected).enumerate() {
+                assert!((got - want).abs() <= 1.01 / f64::from(n) + 1e-5, "settings {at}, token {id}: {got}, expected {want}");
+            }
+            assert!(expected.iter().zip(&counts).all(|(&e, &c)| e > 0.0 || c == 0.0), "settings {at}: a token that was left out came");
+            found.push(counts);
+        }
+        // Control: the settings differ in what they draw, but for a top_k as large as the vocabulary.
+        for (i, a) in found.iter().enumerate() {
+            for (j, b) in found.iter().enumerate().skip(i + 1) {
+                assert_eq!(a == b, (i, j) == (0, 4), "settings {i} and {j}");
+            }
+        }
+    }
+
+    #[test]
+    fn extremes_draw_a_token_or_say_that_there_is_none() {
+        let compute = Compute { pool: std::sync::Arc::new(kernels::Pool::new(1)), isa: kernels::Isa::best() };
+        let none = vec![f32::NEG_INFINITY; 1500];
+        let mut one = none.clone();
+        one[1400] = -1e30;
+        let settings =
+            [(0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1.0, 3, 1.0, 0.0), (1.0, 0, 0.5, 0.0), (1.0, 0, 1.0, 0.5), (1e-40, 0, 0.9, 0.0)];
+        for (temperature, top_k, top_p, min_p) in settings {
+            let s = Sampling { temperature, top_k, top_p, min_p, ..Sampling::default() };
+            for uniform in [0.0, 0.5, 1.0 - f64::EPSILON / 2.0] {
+                assert_eq!(from_all(&compute, &none, &s, uniform), None, "{s:?}");
+                assert_eq!(from_all(&compute, &one, &s, uniform), Some(1400), "{s:?}");
+            }
+        }
+        // Equal logits: the lower id at temperature 0, the first and the last at the ends of a draw.
+        let flat = vec![2.0; 1500];
+        let s = Sampling { temperature: 1.0, ..Sampling::default() };
+        assert_eq!(from_all(&compute, &flat, &Sampling::default(), 0.9), Some(0));
+        assert_eq!(from_all(&compute, &flat, &s, 0.0), Some(0));
+        assert_eq!(from_all(&compute, &flat, &s, 1.0 - f64::EPSILON / 2.0), Some(1499));
+    }
 }

@@ -1,0 +1,116 @@
+//! Whatever the chunks, batch mates, threads, instructions, ranks and stages: the same bits.
+
+use kernels::Isa;
+use plan::{shard::KvDType, step::TokenId};
+
+use crate::{
+    model::{self, Model, Recipe},
+    rig::{Layout, Part, Rig, logits, prompt},
+};
+
+type Bits = Vec<Vec<u32>>;
+
+/// Bits of the logits at every position of `ids`, fed in chunks.
+fn chunked(model: &Model, layout: Layout, ids: &[TokenId], chunk: usize) -> Bits {
+    let mut rig = Rig::new(model, layout);
+    ids.chunks(chunk).flat_map(|ids| logits(&rig.run(&[Part::new(1, ids).all_logits()]))).map(|(.., bits)| bits).collect()
+}
+
+fn models() -> [Recipe; 2] {
+    [model::llama(model::mixed), model::gemma(20, model::small)]
+}
+
+#[test]
+fn any_chunks_give_the_same_bits() {
+    for recipe in models() {
+        let model = recipe.build();
+        for kv in [KvDType::F32, KvDType::F16] {
+            let layout = Layout { kv, ..Layout::default() };
+            let mut ids = prompt(1, 150, model.header.config.vocab);
+            let whole = chunked(&model, layout, &ids, ids.len());
+            for chunk in [1, 7, 64] {
+                assert!(chunked(&model, layout, &ids, chunk) == whole, "chunks of {chunk}, {kv:?}");
+            }
+            // Control: another id shows from its position on, not before.
+            ids[100] ^= 1;
+            let other = chunked(&model, layout, &ids, 7);
+            assert!(other[..100] == whole[..100] && other[100..].iter().zip(&whole[100..]).all(|(a, b)| a != b), "{kv:?}");
+        }
+    }
+}
+
+/// Bits of nine sequences' logits at every position, run together: prompts in chunks of several sizes, decodes between them.
+fn mixed_batch(model: &Model, layout: Layout) -> Vec<Bits> {
+    let vocab = model.header.config.vocab;
+    let ids: Vec<Vec<TokenId>> = (0..9).map(|s| prompt(20 + s as u64, 10 + 7 * s, vocab)).collect();
+    let chunk = [1, 1, 5, 16, 17, 3, 40, 1, 64];
+    let mut rig = Rig::new(model, layout);
+    let mut found: Vec<Bits> = vec![Vec::new(); ids.len()];
+    for round in 0.. {
+        let mut parts = Vec::new();
+        for (s, ids) in ids.iter().enumerate() {
+            let first = found[s].len();
+            // Sequences join one after the other.
+            if round >= s && first < ids.len() {
+                parts.push(Part::new(s as u64, &ids[first..ids.len().min(first + chunk[s])]).all_logits());
+            }
+        }
+        if parts.is_empty() && round > ids.len() {
+            return found;
+        }
+        for (sequence, position, bits) in logits(&rig.run(&parts)) {
+            assert_eq!(position as usize, found[sequence as usize].len());
+            found[sequence as usize].push(bits);
+        }
+    }
+    found
+}
+
+/// Bits of the same sequences, each alone and whole.
+fn alone(model: &Model) -> Vec<Bits> {
+    let vocab = model.header.config.vocab;
+    (0..9).map(|s| chunked(model, Layout::default(), &prompt(20 + s as u64, 10 + 7 * s, vocab), 400)).collect()
+}
+
+#[test]
+fn batch_mates_threads_and_instructions_change_no_bit() {
+    for recipe in models() {
+        let model = recipe.build();
+        let expected = alone(&model);
+        for isa in Isa::available() {
+            for threads in [1, 2, 3] {
+                let layout = Layout { isa, threads, ..Layout::default() };
+                assert!(mixed_batch(&model, layout) == expected, "{isa}, {threads} threads");
+            }
+        }
+        let other = Recipe { seed: 77, ..recipe };
+        assert!(mixed_batch(&other.build(), Layout::default()) != expected);
+    }
+}
+
+#[test]
+fn ranks_and_stages_change_no_bit() {
+    for recipe in models() {
+        let model = recipe.build();
+        let expected = alone(&model);
+        for (pipeline, tensor) in [(1, 2), (1, 3), (1, 4), (2, 1), (3, 1), (2, 2), (3, 4)] {
+            let layout = Layout { pipeline, tensor, threads: 2, ..Layout::default() };
+            assert!(mixed_batch(&model, layout) == expected, "{pipeline} stages of {tensor} ranks");
+        }
+    }
+}
+
+/// The borders of ranks fall into activation blocks of o, so that its input is gathered as floats, and on them, so that it is quantized.
+#[test]
+fn both_ways_of_gathering_are_taken() {
+    let model = model::llama(model::mixed).build();
+    let borders = |tensor: usize| -> Vec<usize> {
+        let plan = crate::rig::plan(&model, Layout { tensor, ..Layout::default() });
+        plan.stages[0].shards[0].splits.heads.iter().map(|h| h.end * 64).collect()
+    };
+    assert_eq!(borders(2), [128, 256]);
+    let blocks: Vec<_> = (0..3).map(|l| (model::mixed(Some(l), plan::model::Role::O)).activation_block()).collect();
+    assert_eq!(blocks, [Some(256), Some(32), None]);
+    let ffn = &crate::rig::plan(&model, Layout { tensor: 3, ..Layout::default() }).stages[0].shards[0].splits.ffn;
+    assert!(ffn[2].is_empty(), "a rank without rows of the feed-forward block: {ffn:?}");
+}

@@ -1,0 +1,11 @@
+//! Tests of whole engines on generated models: any chunking, batch, thread, instruction set, rank and stage count gives the same bits.
+
+mod invariance;
+mod kv;
+mod loading;
+mod model;
+mod naive;
+mod reference;
+mod rig;
+mod sampling;
+mod steps;

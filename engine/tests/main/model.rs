@@ -1,0 +1,295 @@
+//! Generated models: random weights of every stored type.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use engine::WeightReader;
+use half::{bf16, f16};
+use plan::{
+    dtype::DType,
+    model::{
+        Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Role, Rope, RopeLayout, RopeScaling, TensorId,
+        TensorInfo,
+    },
+};
+
+/// Numbers that look random and are the same every time.
+pub(crate) struct Noise(u64);
+
+impl Noise {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn bits(&mut self) -> u32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) as u32
+    }
+
+    /// Below `n`.
+    pub(crate) fn below(&mut self, n: usize) -> usize {
+        self.bits() as usize % n
+    }
+
+    /// In (-1, 1).
+    pub(crate) fn float(&mut self) -> f32 {
+        self.bits() as f32 / (1_u32 << 30) as f32 - 1.0
+    }
+
+    fn byte(&mut self) -> u8 {
+        (self.bits() >> 8) as u8
+    }
+}
+
+/// A model in memory.
+pub(crate) struct Model {
+    pub(crate) header: ModelHeader,
+    pub(crate) bytes: Vec<u8>,
+    /// Bytes read, and the reads that lay outside of what was there.
+    pub(crate) read: AtomicU64,
+}
+
+impl WeightReader for Model {
+    fn read(&self, file: usize, range: Range<u64>, into: &mut [u8]) -> io::Result<()> {
+        assert_eq!((file, range.end - range.start), (0, into.len() as u64));
+        self.read.fetch_add(into.len() as u64, Ordering::Relaxed);
+        let bytes = self.bytes.get(range.start as usize..range.end as usize);
+        into.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
+        Ok(())
+    }
+}
+
+/// Random stored values of about ±`size`, `rows` rows of `k`.
+fn stored(noise: &mut Noise, dtype: DType, rows: usize, k: usize, size: f32) -> Vec<u8> {
+    let blocks = rows * k / dtype.block_len();
+    let mut out = Vec::with_capacity(blocks * dtype.block_bytes());
+    let scale = |noise: &mut Noise, most: f32| f16::from_f32(size / most * (1.0 + 0.3 * noise.float())).to_le_bytes();
+    for _ in 0..blocks {
+        match dtype {
+            DType::F32 => out.extend((size * noise.float()).to_le_bytes()),
+            DType::F16 => out.extend(f16::from_f32(size * noise.float()).to_le_bytes()),
+            DType::BF16 => out.extend(bf16::from_f32(size * noise.float()).to_le_bytes()),
+            DType::Q8_0 => {
+                out.extend(scale(noise, 127.0));
+                out.extend((0..32).map(|_| noise.byte()));
+            }
+            DType::Q5_0 => {
+                out.extend(scale(noise, 16.0));
+                out.extend((0..20).map(|_| noise.byte()));
+            }
+            DType::Q4_K => {
+                out.extend(scale(noise, 8.0 * 63.0));
+                out.extend(scale(noise, 63.0));
+                out.extend((0..140).map(|_| noise.byte()));
+            }
+            DType::Q6_K => {
+                out.extend((0..208).map(|_| noise.byte()));
+                out.extend(scale(noise, 32.0 * 128.0));
+            }
+        }
+    }
+    out
+}
+
+/// The shape of a model, and the type of each matrix.
+pub(crate) struct Recipe {
+    pub(crate) config: ModelConfig,
+    pub(crate) biases: bool,
+    /// Type of a matrix in a layer (`None` outside the layers).
+    pub(crate) dtype: fn(Option<usize>, Role) -> DType,
+    pub(crate) seed: u64,
+}
+
+impl Recipe {
+    pub(crate) fn build(&self) -> Model {
+        let c = &self.config;
+        let mut model = Builder { noise: Noise::new(self.seed), tensors: BTreeMap::new(), bytes: vec![0; 96] };
+        let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
+        let gemma = c.architecture == Architecture::Gemma3;
+        let dtype = |layer, role| (self.dtype)(layer, role);
+        model.matrix(None, Role::Embedding, dtype(None, Role::Embedding), c.vocab, c.hidden);
+        for (i, layer) in c.layers.iter().enumerate() {
+            let l = Some(i);
+            let norms = if gemma {
+                &[Role::AttnNorm, Role::PostAttnNorm, Role::FfnNorm, Role::PostFfnNorm][..]
+            } else {
+                &[Role::AttnNorm, Role::FfnNorm]
+            };
+            for &norm in norms {
+                model.norm(l, norm, c.hidden, c.norm_weight_offset);
+            }
+            if gemma {
+                model.norm(l, Role::QNorm, c.head_dim, c.norm_weight_offset);
+                model.norm(l, Role::KNorm, c.head_dim, c.norm_weight_offset);
+            }
+            let matrices = [
+                (Role::Q, Role::QBias, q, c.hidden),
+                (Role::K, Role::KBias, kv, c.hidden),
+                (Role::V, Role::VBias, kv, c.hidden),
+                (Role::O, Role::OBias, c.hidden, q),
+                (Role::Gate, Role::GateBias, c.ffn, c.hidden),
+                (Role::Up, Role::UpBias, c.ffn, c.hidden),
+                (Role::Down, Role::DownBias, c.hidden, c.ffn),
+            ];
+            for (role, bias, rows, k) in matrices {
+                model.matrix(l, role, dtype(l, role), rows, k);
+                if self.biases {
+                    model.vector(l, bias, rows, 0.0, 0.2);
+                }
+            }
+            if i == 0 && layer.rope.scaling == RopeScaling::Tensor {
+                model.vector(None, Role::RopeFactors, layer.rope.dims / 2, 2.0, 1.0);
+            }
+        }
+        model.norm(None, Role::OutputNorm, c.hidden, c.norm_weight_offset);
+        if !c.tied_embeddings {
+            model.matrix(None, Role::Output, dtype(None, Role::Output), c.vocab, c.hidden);
+        }
+        let files = vec![ModelFile { name: "generated".to_owned(), bytes: model.bytes.len() as u64 }];
+        let header = ModelHeader { format: Format::GGUF, config: c.clone(), files, tensors: model.tensors };
+        Model { header, bytes: model.bytes, read: AtomicU64::new(0) }
+    }
+}
+
+struct Builder {
+    noise: Noise,
+    tensors: BTreeMap<TensorId, TensorInfo>,
+    bytes: Vec<u8>,
+}
+
+impl Builder {
+    fn add(&mut self, layer: Option<usize>, role: Role, dtype: DType, shape: Vec<usize>, data: &[u8]) {
+        let offset = self.bytes.len() as u64;
+        self.bytes.extend_from_slice(data);
+        self.bytes.resize(self.bytes.len().next_multiple_of(32), 0xff);
+        let name = format!("{role:?}.{layer:?}");
+        let tensor = TensorInfo { name, dtype, shape, file: 0, offset, bytes: data.len() as u64 };
+        self.tensors.insert(TensorId { layer: layer.map(|l| l as u32), role }, tensor);
+    }
+
+    fn matrix(&mut self, layer: Option<usize>, role: Role, dtype: DType, rows: usize, k: usize) {
+        // Rows of about unit length, so that activations keep their size; embeddings larger, so that tokens differ.
+        // Logits of about 1, so that draws are not always the same.
+        let size = match role {
+            Role::Embedding => 1.0,
+            Role::Output => 0.2,
+            _ => 2.0 / (k as f32).sqrt(),
+        };
+        let data = stored(&mut self.noise, dtype, rows, k, size);
+        self.add(layer, role, dtype, vec![rows, k], &data);
+    }
+
+    fn vector(&mut self, layer: Option<usize>, role: Role, len: usize, middle: f32, size: f32) {
+        let dtype = [DType::F32, DType::F16, DType::BF16][self.noise.below(3)];
+        let values: Vec<f32> = (0..len).map(|_| middle + size * self.noise.float()).collect();
+        let data: Vec<u8> = match dtype {
+            DType::F16 => values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()).collect(),
+            DType::BF16 => values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+        };
+        let dtype = if matches!(dtype, DType::F16 | DType::BF16) { dtype } else { DType::F32 };
+        self.add(layer, role, dtype, vec![len], &data);
+    }
+
+    fn norm(&mut self, layer: Option<usize>, role: Role, len: usize, offset: f32) {
+        self.vector(layer, role, len, 1.0 - offset, 0.3);
+    }
+}
+
+fn rope(base: f64, dims: usize, layout: RopeLayout, scaling: RopeScaling) -> Rope {
+    Rope { base, dims, layout, scaling }
+}
+
+/// A llama with biases, an untied vocabulary matrix of three tiles (the last one short), and rotary factors; types as `dtype` says.
+pub(crate) fn llama(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let rope = rope(10_000.0, 48, RopeLayout::Adjacent, RopeScaling::Tensor);
+    let config = ModelConfig {
+        architecture: Architecture::Llama,
+        hidden: 256,
+        heads: 4,
+        kv_heads: 2,
+        head_dim: 64,
+        ffn: 512,
+        vocab: 2500,
+        context: 4096,
+        norm_eps: 1e-5,
+        norm_weight_offset: 0.0,
+        activation: Activation::Silu,
+        embedding_scale: 1.0,
+        attention_scale: 0.125,
+        tied_embeddings: false,
+        layers: vec![LayerConfig { window: None, rope }; 3],
+    };
+    Recipe { config, biases: true, dtype, seed: 11 }
+}
+
+/// A gemma of three window layers and one full layer, tied, with stored norms one too small.
+pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let local = LayerConfig { window: Some(window), rope: rope(10_000.0, 32, RopeLayout::Halves, RopeScaling::None) };
+    let full = LayerConfig { window: None, rope: rope(1e6, 32, RopeLayout::Halves, RopeScaling::Linear { factor: 8.0 }) };
+    let config = ModelConfig {
+        architecture: Architecture::Gemma3,
+        hidden: 96,
+        heads: 4,
+        kv_heads: 1,
+        head_dim: 32,
+        ffn: 160,
+        vocab: 1500,
+        context: 4096,
+        norm_eps: 1e-6,
+        norm_weight_offset: 1.0,
+        activation: Activation::GeluTanh,
+        embedding_scale: 96_f32.sqrt(),
+        attention_scale: 1.0 / 32_f32.sqrt(),
+        tied_embeddings: true,
+        layers: vec![local, local, full, local],
+    };
+    Recipe { config, biases: false, dtype, seed: 12 }
+}
+
+/// Every stored type somewhere; inputs shared by products with blocks of 32, of 256 and none.
+pub(crate) fn mixed(layer: Option<usize>, role: Role) -> DType {
+    match (layer, role) {
+        (None, Role::Embedding) => DType::Q6_K,
+        (None, _) => DType::Q8_0,
+        (Some(0), Role::Q) => DType::Q5_0,
+        (Some(0), Role::K) => DType::Q4_K,
+        (Some(0), Role::V) => DType::Q8_0,
+        (Some(0), Role::O | Role::Gate) => DType::Q4_K,
+        (Some(0), Role::Up) => DType::BF16,
+        (Some(0), _) => DType::Q6_K,
+        (Some(1), Role::Q | Role::K) => DType::F16,
+        (Some(1), Role::O) => DType::Q5_0,
+        (Some(1), Role::Down) => DType::Q8_0,
+        (Some(1), _) => DType::Q8_0,
+        (_, Role::Q | Role::O) => DType::F32,
+        (_, Role::V) => DType::Q6_K,
+        (_, Role::Down) => DType::BF16,
+        _ => DType::Q4_K,
+    }
+}
+
+/// Types with blocks of at most 32.
+pub(crate) fn small(layer: Option<usize>, role: Role) -> DType {
+    match (layer, role) {
+        (None, _) => DType::Q8_0,
+        (Some(0), _) => DType::Q5_0,
+        (Some(1), Role::Q | Role::Down) => DType::F16,
+        (Some(1), _) => DType::BF16,
+        (Some(2), Role::V | Role::Gate) => DType::F32,
+        _ => DType::Q8_0,
+    }
+}
+
+/// Floats alone: nothing is rounded but to f32.
+pub(crate) fn floats(layer: Option<usize>, role: Role) -> DType {
+    match (layer, role) {
+        (None, _) | (_, Role::Q | Role::Down) => DType::F32,
+        (_, Role::K | Role::Gate) => DType::F16,
+        _ => DType::BF16,
+    }
+}

@@ -1,0 +1,118 @@
+//! The forward pass as a textbook has it, in f64: no blocks, tiles, chunks or ranks.
+
+use half::{bf16, f16};
+use plan::{
+    dtype::DType,
+    model::{Activation, Role, Rope, RopeLayout, RopeScaling, TensorId},
+    step::TokenId,
+};
+
+use crate::model::Model;
+
+/// Values of a float tensor.
+fn values(model: &Model, layer: Option<usize>, role: Role) -> Option<Vec<f64>> {
+    let t = model.header.tensors.get(&TensorId { layer: layer.map(|l| l as u32), role })?;
+    let bytes = &model.bytes[t.offset as usize..(t.offset + t.bytes) as usize];
+    Some(match t.dtype {
+        DType::F32 => bytes.chunks(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().expect("4 bytes")))).collect(),
+        DType::F16 => bytes.chunks(2).map(|b| f16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64()).collect(),
+        DType::BF16 => bytes.chunks(2).map(|b| bf16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64()).collect(),
+        other => panic!("{other:?} is not a float type"),
+    })
+}
+
+fn linear(model: &Model, layer: Option<usize>, role: Role, bias: Option<Role>, x: &[f64]) -> Vec<f64> {
+    let w = values(model, layer, role).expect("a matrix");
+    let bias = bias.and_then(|b| values(model, layer, b));
+    w.chunks(x.len()).enumerate().map(|(r, row)| dot(row, x) + bias.as_ref().map_or(0.0, |b| b[r])).collect()
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+fn norm(model: &Model, layer: Option<usize>, role: Role, x: &mut [f64]) {
+    let Some(w) = values(model, layer, role) else { return };
+    let c = &model.header.config;
+    for row in x.chunks_mut(w.len()) {
+        let scale = 1.0 / (dot(row, row) / w.len() as f64 + f64::from(c.norm_eps)).sqrt();
+        row.iter_mut().zip(&w).for_each(|(x, w)| *x *= scale * (w + f64::from(c.norm_weight_offset)));
+    }
+}
+
+fn rotate(model: &Model, rope: &Rope, position: usize, heads: &mut [f64], head_dim: usize) {
+    let factors = values(model, None, Role::RopeFactors);
+    for head in heads.chunks_mut(head_dim) {
+        for i in 0..rope.dims / 2 {
+            let divisor = match rope.scaling {
+                RopeScaling::Linear { factor } => factor,
+                RopeScaling::Tensor => factors.as_ref().expect("factors")[i],
+                _ => 1.0,
+            };
+            let angle = position as f64 * rope.base.powf(-2.0 * i as f64 / rope.dims as f64) / divisor;
+            let (a, b) = match rope.layout {
+                RopeLayout::Adjacent => (2 * i, 2 * i + 1),
+                RopeLayout::Halves => (i, i + rope.dims / 2),
+            };
+            let (x, y) = (head[a], head[b]);
+            head[a] = x * angle.cos() - y * angle.sin();
+            head[b] = x * angle.sin() + y * angle.cos();
+        }
+    }
+}
+
+/// Logits at every position.
+pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
+    let c = &model.header.config;
+    let table = values(model, None, Role::Embedding).expect("a table");
+    let row = |id: TokenId| table[id as usize * c.hidden..][..c.hidden].iter().map(|x| x * f64::from(c.embedding_scale)).collect();
+    let mut states: Vec<Vec<f64>> = ids.iter().map(|&id| row(id)).collect();
+    for (index, layer) in c.layers.iter().enumerate() {
+        let l = Some(index);
+        let (mut keys, mut cached) = (Vec::new(), Vec::new());
+        for (position, x) in states.iter_mut().enumerate() {
+            let mut h = x.clone();
+            norm(model, l, Role::AttnNorm, &mut h);
+            let mut q = linear(model, l, Role::Q, Some(Role::QBias), &h);
+            let mut k = linear(model, l, Role::K, Some(Role::KBias), &h);
+            norm(model, l, Role::QNorm, &mut q);
+            norm(model, l, Role::KNorm, &mut k);
+            rotate(model, &layer.rope, position, &mut q, c.head_dim);
+            rotate(model, &layer.rope, position, &mut k, c.head_dim);
+            keys.push(k);
+            cached.push(linear(model, l, Role::V, Some(Role::VBias), &h));
+            let from = layer.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
+            let mut attention = Vec::new();
+            for head in 0..c.heads {
+                let kv = head / (c.heads / c.kv_heads) * c.head_dim;
+                let q = &q[head * c.head_dim..][..c.head_dim];
+                let scores: Vec<f64> =
+                    keys[from..].iter().map(|k| (dot(q, &k[kv..][..c.head_dim]) * f64::from(c.attention_scale)).exp()).collect();
+                let sum: f64 = scores.iter().sum();
+                attention
+                    .extend((0..c.head_dim).map(|d| scores.iter().zip(&cached[from..]).map(|(s, v)| s * v[kv + d]).sum::<f64>() / sum));
+            }
+            let mut o = linear(model, l, Role::O, Some(Role::OBias), &attention);
+            norm(model, l, Role::PostAttnNorm, &mut o);
+            x.iter_mut().zip(o).for_each(|(x, o)| *x += o);
+            let mut h = x.clone();
+            norm(model, l, Role::FfnNorm, &mut h);
+            let gate = linear(model, l, Role::Gate, Some(Role::GateBias), &h);
+            let up = linear(model, l, Role::Up, Some(Role::UpBias), &h);
+            let gated: Vec<f64> = gate.iter().zip(up).map(|(&g, u)| activation(c.activation, g) * u).collect();
+            let mut down = linear(model, l, Role::Down, Some(Role::DownBias), &gated);
+            norm(model, l, Role::PostFfnNorm, &mut down);
+            x.iter_mut().zip(down).for_each(|(x, d)| *x += d);
+        }
+    }
+    let output = if c.tied_embeddings { Role::Embedding } else { Role::Output };
+    states.iter_mut().for_each(|x| norm(model, None, Role::OutputNorm, x));
+    states.iter().map(|x| linear(model, None, output, None, x)).collect()
+}
+
+fn activation(activation: Activation, x: f64) -> f64 {
+    match activation {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::GeluTanh => 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh()),
+    }
+}

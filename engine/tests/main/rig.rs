@@ -1,0 +1,267 @@
+//! Engines of all stages and ranks of a plan, and steps for them.
+
+use std::{collections::HashMap, thread, time::Duration};
+
+use engine::{
+    Engine, EngineOptions, MaskSource, NoMasks, StageOutput, StepError,
+    collective::{Collective, Solo, Threads},
+};
+use kernels::Isa;
+use plan::{
+    planner,
+    shard::{BLOCK_TOKENS, ExecutionPlan, KvDType},
+    step::{Begin, BlockId, Input, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
+};
+
+use crate::model::{Model, Noise};
+
+/// How a model is spread and computed.
+#[derive(Clone, Copy)]
+pub(crate) struct Layout {
+    pub(crate) pipeline: usize,
+    pub(crate) tensor: usize,
+    pub(crate) threads: usize,
+    pub(crate) isa: Isa,
+    pub(crate) kv: KvDType,
+    pub(crate) sequences: usize,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self { pipeline: 1, tensor: 1, threads: 1, isa: Isa::best(), kv: KvDType::F32, sequences: 12 }
+    }
+}
+
+/// One sequence's part of a step to be.
+#[derive(Clone)]
+pub(crate) struct Part {
+    pub(crate) sequence: SequenceId,
+    pub(crate) ids: Vec<TokenId>,
+    pub(crate) wants: Vec<Want>,
+    pub(crate) begin: Option<Begin>,
+}
+
+impl Part {
+    pub(crate) fn new(sequence: SequenceId, ids: &[TokenId]) -> Self {
+        Self { sequence, ids: ids.to_vec(), wants: Vec::new(), begin: None }
+    }
+
+    pub(crate) fn want(mut self, offset: usize, kind: WantKind) -> Self {
+        self.wants.push(Want { offset: offset as u32, kind });
+        self
+    }
+
+    /// All logits at every position.
+    pub(crate) fn all_logits(self) -> Self {
+        (0..self.ids.len()).fold(self, |part, offset| part.want(offset, WantKind::Logits))
+    }
+
+    /// A draw at the last position.
+    pub(crate) fn sample(self) -> Self {
+        let last = self.ids.len() - 1;
+        self.want(last, WantKind::Sample)
+    }
+
+    pub(crate) fn begin(mut self, ids: &[TokenId], prompt_len: usize, sampling: &Sampling) -> Self {
+        self.begin = Some(Begin { ids: ids.to_vec(), prompt_len: prompt_len as u32, sampling: sampling.clone() });
+        self
+    }
+}
+
+/// Where a sequence stands.
+#[derive(Default)]
+struct Place {
+    fed: usize,
+    blocks: Vec<Vec<BlockId>>,
+}
+
+/// All engines of a replica.
+pub(crate) struct Rig {
+    pub(crate) plan: ExecutionPlan,
+    /// `[stage][rank]`.
+    pub(crate) engines: Vec<Vec<Engine>>,
+    pub(crate) steps: u64,
+    pub(crate) frees: Vec<SequenceId>,
+    places: HashMap<SequenceId, Place>,
+    free: Vec<Vec<BlockId>>,
+}
+
+pub(crate) fn plan(model: &Model, layout: Layout) -> ExecutionPlan {
+    let spec = planner::Spec {
+        pipeline: layout.pipeline,
+        tensor: layout.tensor,
+        max_context: Some(400),
+        max_batch_sequences: layout.sequences,
+        max_batch_tokens: 400,
+        kv_dtype: Some(layout.kv),
+        ..planner::Spec::default()
+    };
+    planner::plan(&spec, &model.header, &planner::Capacity { memory_bytes: None }).expect("a plan")
+}
+
+/// The collectives of a stage's ranks.
+pub(crate) fn joined(ranks: usize) -> Vec<Box<dyn Collective>> {
+    if ranks == 1 {
+        return vec![Box::new(Solo)];
+    }
+    Threads::group(ranks, Duration::from_secs(60)).into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect()
+}
+
+impl Rig {
+    pub(crate) fn new(model: &Model, layout: Layout) -> Self {
+        let plan = plan(model, layout);
+        let options = EngineOptions {
+            isa: layout.isa,
+            threads: layout.threads,
+            max_batch_tokens: plan.max_batch_tokens,
+            max_context: plan.max_context,
+        };
+        let engines = plan.stages.iter().map(|stage| {
+            let load = |(shard, collective)| {
+                Engine::load(&plan.config, shard, &plan.kv, options, model, collective, &|_| {}).expect("a loadable shard")
+            };
+            stage.shards.iter().zip(joined(layout.tensor)).map(load).collect()
+        });
+        // Blocks in an order of no meaning.
+        let mut noise = Noise::new(99);
+        let mut shuffled = |blocks: usize| {
+            let mut free: Vec<BlockId> = (0..blocks as BlockId).collect();
+            (1..blocks).for_each(|i| free.swap(i, noise.below(i + 1)));
+            free
+        };
+        let free = plan.kv.groups.iter().map(|g| shuffled(g.blocks)).collect();
+        Self { engines: engines.collect(), steps: 0, frees: Vec::new(), places: HashMap::new(), free, plan }
+    }
+
+    /// The step of some parts, each at its sequence's next position, with new blocks as needed.
+    pub(crate) fn step(&mut self, parts: &[Part]) -> Step {
+        self.steps += 1;
+        let mut step = Step { id: self.steps, frees: std::mem::take(&mut self.frees), ..Step::default() };
+        for part in parts {
+            let groups = self.plan.kv.groups.len();
+            let place = self.places.entry(part.sequence).or_insert_with(|| Place { fed: 0, blocks: vec![Vec::new(); groups] });
+            let end = place.fed + part.ids.len();
+            let mut tables = Vec::new();
+            for (group, (blocks, free)) in place.blocks.iter_mut().zip(&mut self.free).enumerate() {
+                let first = blocks.len();
+                while blocks.len() < end.div_ceil(BLOCK_TOKENS) {
+                    blocks.push(free.pop().expect("a free block"));
+                }
+                if blocks.len() > first {
+                    tables.push(TableChange { group: group as u32, first: first as u32, blocks: blocks[first..].to_vec() });
+                }
+            }
+            step.sequences.push(SequenceStep {
+                sequence: part.sequence,
+                first_position: place.fed as u32,
+                input: Input::Ids(part.ids.clone()),
+                tables,
+                wants: part.wants.clone(),
+                begin: part.begin.clone().map(Box::new),
+                adapter: 0,
+            });
+            place.fed = end;
+        }
+        step
+    }
+
+    /// Runs a step of parts.
+    pub(crate) fn run(&mut self, parts: &[Part]) -> Vec<Output> {
+        let step = self.step(parts);
+        self.run_step(&step, &mut NoMasks).expect("a valid step")
+    }
+
+    /// Runs a step through all stages and ranks.
+    pub(crate) fn run_step(&mut self, step: &Step, masks: &mut (dyn MaskSource + Send)) -> Result<Vec<Output>, StepError> {
+        let mut hidden = Vec::new();
+        let (last, mut masks) = (self.engines.len() - 1, Some(masks));
+        for (stage, ranks) in self.engines.iter_mut().enumerate() {
+            let mut results: Vec<Result<StageOutput, StepError>> = thread::scope(|scope| {
+                let hidden = &hidden;
+                let mut started = Vec::new();
+                for (rank, engine) in ranks.iter_mut().enumerate() {
+                    let masks = masks.take_if(|_| stage == last && rank == 0);
+                    started.push(scope.spawn(move || match masks {
+                        Some(masks) => engine.run(step, hidden, masks),
+                        None => engine.run(step, hidden, &mut NoMasks),
+                    }));
+                }
+                started.into_iter().map(|thread| thread.join().expect("no panic")).collect()
+            });
+            let rest = results.split_off(1);
+            match results.remove(0)? {
+                StageOutput::Outputs(outputs) => {
+                    for other in rest {
+                        assert_eq!(other?, StageOutput::Outputs(Vec::new()));
+                    }
+                    return Ok(outputs);
+                }
+                StageOutput::Hidden(states) => {
+                    for other in rest {
+                        let StageOutput::Hidden(other) = other? else { panic!("ranks of different stages") };
+                        assert!(bits(&other) == bits(&states), "ranks have different hidden states");
+                    }
+                    hidden = states;
+                }
+            }
+        }
+        panic!("no last stage")
+    }
+
+    /// Drops a sequence with the next step; its blocks are used again.
+    pub(crate) fn free(&mut self, sequence: SequenceId) {
+        self.frees.push(sequence);
+        let place = self.places.remove(&sequence).expect("a known sequence");
+        for (free, blocks) in self.free.iter_mut().zip(place.blocks) {
+            free.extend(blocks);
+        }
+    }
+
+    /// Sets a sequence's next position, as after drafts that were refused.
+    pub(crate) fn rewind(&mut self, sequence: SequenceId, position: usize) {
+        self.places.get_mut(&sequence).expect("a known sequence").fed = position;
+    }
+
+    /// Draws `count` tokens after `prompt` for a new sequence.
+    pub(crate) fn generate(&mut self, sequence: SequenceId, prompt: &[TokenId], sampling: &Sampling, count: usize) -> Vec<OutputValue> {
+        let mut part = Part::new(sequence, prompt).begin(prompt, prompt.len(), sampling).sample();
+        let mut values = Vec::new();
+        while values.len() < count {
+            let output = self.run(&[part]).pop().expect("one output");
+            part = Part::new(sequence, &[token(&output.value)]).sample();
+            values.push(output.value);
+        }
+        values
+    }
+}
+
+pub(crate) fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+/// The token of a draw.
+pub(crate) fn token(value: &OutputValue) -> TokenId {
+    match value {
+        OutputValue::Token { id, .. } => *id,
+        other => panic!("{other:?} in place of a token"),
+    }
+}
+
+pub(crate) fn tokens(values: &[OutputValue]) -> Vec<TokenId> {
+    values.iter().map(token).collect()
+}
+
+/// The bits of each output's logits, by position.
+pub(crate) fn logits(outputs: &[Output]) -> Vec<(SequenceId, u32, Vec<u32>)> {
+    let of = |o: &Output| match &o.value {
+        OutputValue::Logits(logits) => (o.sequence, o.position, bits(logits)),
+        other => panic!("{other:?} in place of logits"),
+    };
+    outputs.iter().map(of).collect()
+}
+
+/// Ids of a prompt.
+pub(crate) fn prompt(seed: u64, len: usize, vocab: usize) -> Vec<TokenId> {
+    let mut noise = Noise::new(seed);
+    (0..len).map(|_| noise.below(vocab) as TokenId).collect()
+}
