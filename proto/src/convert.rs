@@ -4,6 +4,8 @@ mod error;
 mod fleet;
 mod output;
 mod step;
+#[cfg(test)]
+mod tests;
 
 pub use error::ConvertError;
 pub use fleet::{decode_fleet, encode_fleet};

@@ -1,13 +1,16 @@
-//! The content-addressed cache: `blobs/sha256/<hex>`, filled by resumable downloads that are checked before they get their name.
+//! The content-addressed cache: `blobs/sha256/<hex>`, filled by resumable downloads that are checked before they get their name, and
+//! `beside/<key>`, the small files that belong to a pinned weight file.
 //!
 //! A download goes to `partial/<key>` under the lock `locks/<key>`, so two processes never fetch the same file at once. The lock dies
 //! with its process; the partial file stays and is resumed.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     fs::{self, File, OpenOptions},
     io::{self, Read, Write},
     path::{Path, PathBuf},
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use sha2::{Digest as _, Sha256};
@@ -62,7 +65,14 @@ impl Cache {
             return Ok(path);
         }
         let partial = self.folder("partial")?.join(&key);
-        let got = download(remote, &partial, options)?;
+        let resumed = partial.exists();
+        let mut got = download(remote, &partial, options)?;
+        if resumed && digest.is_some_and(|d| *d != got) {
+            // The part that was there may be of another file, or damaged when the machine went down.
+            warn!(file = remote.name(), "the resumed download has another digest, starting over");
+            fs::remove_file(&partial).map_err(|e| SourceError::file("remove", &partial, e))?;
+            got = download(remote, &partial, options)?;
+        }
         if let Some(expected) = digest.filter(|d| **d != got) {
             fs::remove_file(&partial).map_err(|e| SourceError::file("remove", &partial, e))?;
             let (expected, got) = (expected.hex().to_owned(), got.hex().to_owned());
@@ -89,6 +99,51 @@ impl Cache {
         self.remember(&key, digest)
     }
 
+    /// Keeps the small files beside the weight file with this digest, for the source at `uri`.
+    pub(crate) fn keep_beside(&self, digest: &Digest, uri: &str, files: &BTreeMap<&'static str, Vec<u8>>) -> Result<(), SourceError> {
+        let folder = self.beside_path(digest, uri);
+        if folder.is_dir() {
+            return Ok(());
+        }
+        let temporary = self.folder("beside")?.join(unique("new"));
+        let fail = |e| SourceError::file("write", &folder, e);
+        fs::create_dir(&temporary).map_err(fail)?;
+        for (name, bytes) in files {
+            File::create_new(temporary.join(name)).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all())).map_err(fail)?;
+        }
+        match fs::rename(&temporary, &folder) {
+            // Another process was faster.
+            Err(_) if folder.is_dir() => fs::remove_dir_all(&temporary).map_err(fail),
+            done => done.map_err(fail),
+        }
+    }
+
+    /// The small files kept by [`Cache::keep_beside`].
+    pub(crate) fn beside(
+        &self,
+        digest: &Digest,
+        uri: &str,
+        names: &[&'static str],
+    ) -> Result<Option<BTreeMap<&'static str, Vec<u8>>>, SourceError> {
+        let folder = self.beside_path(digest, uri);
+        if !folder.is_dir() {
+            return Ok(None);
+        }
+        let mut files = BTreeMap::new();
+        for name in names {
+            match fs::read(folder.join(name)) {
+                Ok(bytes) => drop(files.insert(*name, bytes)),
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(SourceError::file("read", folder.join(name), e)),
+            }
+        }
+        Ok(Some(files))
+    }
+
+    fn beside_path(&self, digest: &Digest, uri: &str) -> PathBuf {
+        self.root.join("beside").join(Digest::of_text(&format!("beside {digest} {uri}")).hex())
+    }
+
     fn folder(&self, name: &str) -> Result<PathBuf, SourceError> {
         let path = self.root.join(name);
         fs::create_dir_all(&path).map_err(|e| SourceError::file("create", &path, e))?;
@@ -107,7 +162,7 @@ impl Cache {
     /// Notes which digest the thing `key` stands for has.
     fn remember(&self, key: &str, digest: &Digest) -> Result<(), SourceError> {
         let path = self.folder("known")?.join(key);
-        let temporary = path.with_extension(format!("{}.new", std::process::id()));
+        let temporary = path.with_extension(unique("new"));
         let write = || fs::write(&temporary, digest.to_string()).and_then(|()| fs::rename(&temporary, &path));
         write().map_err(|e| SourceError::file("write", &path, e))
     }
@@ -119,6 +174,12 @@ impl Cache {
     fn alias(&self, key: &str) -> Option<PathBuf> {
         self.named(key).and_then(|d| self.blob(&d))
     }
+}
+
+/// A name that no other thread or process uses.
+fn unique(kind: &str) -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!("{}-{}.{kind}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }
 
 /// Checks the digest of a local file by reading it whole.
@@ -150,7 +211,14 @@ fn download(remote: &Remote, partial: &Path, options: &SourceOptions) -> Result<
             (done, hash) = (0, Sha256::new());
         }
         if total.is_none_or(|t| done < t) || done == 0 {
-            let (from, body) = remote.open(done)?;
+            let (from, body) = match remote.open(done) {
+                // Nothing follows what is there: the file is another one, or its length was not known.
+                Err(SourceError::Status { status: 416, .. }) if done > 0 => {
+                    fs::remove_file(partial).map_err(|e| SourceError::file("remove", partial, e))?;
+                    continue;
+                }
+                opened => opened?,
+            };
             if from != done {
                 debug!(file = remote.name(), "the server sends the file from its start");
                 (done, hash) = (0, Sha256::new());
@@ -185,21 +253,26 @@ fn download(remote: &Remote, partial: &Path, options: &SourceOptions) -> Result<
     }
 }
 
+/// An error of writing to the cache; `needed` more bytes were to come.
+pub(crate) fn write_error(path: &Path, needed: u64, source: io::Error) -> SourceError {
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => SourceError::DiskFull { path: path.to_owned(), needed, source },
+        _ => SourceError::file("write", path, source),
+    }
+}
+
 /// Copies a body behind the first `done` bytes of `partial`. Returns the connection's error, if it was lost.
 fn copy(
-    mut body: Box<dyn Read>,
+    body: Box<dyn Read>,
     partial: &Path,
     done: &mut u64,
     total: Option<u64>,
     hash: &mut Sha256,
     report: &dyn Fn(u64),
 ) -> Result<Option<io::Error>, SourceError> {
-    let full = |e: io::Error, done: u64| match e.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
-            SourceError::DiskFull { path: partial.to_owned(), needed: total.map_or(1, |t| t.saturating_sub(done)), source: e }
-        }
-        _ => SourceError::file("write", partial, e),
-    };
+    let full = |e: io::Error, done: u64| write_error(partial, total.map_or(1, |t| t.saturating_sub(done)), e);
+    // One byte more than expected is enough to see that the server sends too much.
+    let mut body = body.take(total.map_or(u64::MAX, |t| t.saturating_sub(*done) + 1));
     let mut file = OpenOptions::new().create(true).truncate(false).write(true).open(partial).map_err(|e| full(e, *done))?;
     file.set_len(*done).and_then(|()| io::Seek::seek(&mut file, io::SeekFrom::End(0))).map_err(|e| full(e, *done))?;
     let mut piece = vec![0; PIECE];

@@ -20,6 +20,8 @@ pub enum SourceError {
     Unreachable { place: String, attempts: u32, source: io::Error },
     #[error("{place} sent {got}, expected {expected}")]
     Protocol { place: String, expected: String, got: String },
+    #[error("{place} changed while it was read: its mark was {before} and is {now}")]
+    Changed { place: String, before: String, now: String },
     #[error("{folder} holds no model: {problem}")]
     NoModel { folder: String, problem: String },
     #[error("failed to {action} {path}")]
@@ -48,9 +50,12 @@ impl SourceError {
             Self::NotFound { .. } | Self::NoModel { .. } => "NotFound",
             Self::Unauthorized { .. } => "Unauthorized",
             Self::Unreachable { .. } | Self::Status { .. } => "SourceUnreachable",
-            Self::Protocol { .. } | Self::File { .. } | Self::Range { .. } | Self::FileIndex { .. } | Self::NoCache { .. } => {
-                "DownloadFailed"
-            }
+            Self::Protocol { .. }
+            | Self::Changed { .. }
+            | Self::File { .. }
+            | Self::Range { .. }
+            | Self::FileIndex { .. }
+            | Self::NoCache { .. } => "DownloadFailed",
             Self::DiskFull { .. } => "InsufficientDisk",
             Self::DigestMismatch { .. } => "DigestMismatch",
             Self::Header { source, .. } => source.reason(),

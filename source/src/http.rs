@@ -113,14 +113,13 @@ impl Client {
                 None
             };
             let length = || text(&response, header::CONTENT_LENGTH).and_then(|l| l.parse().ok());
-            let mark = text(&response, header::ETAG).or_else(|| text(&response, header::LAST_MODIFIED)).map(str::to_owned);
             Ok(Remote {
                 client: Arc::new(self.clone()),
                 name: name.to_owned(),
                 url: url.to_owned(),
                 token: token.map(str::to_owned),
                 bytes: if ranges { bytes } else { length() },
-                mark,
+                mark: Mark::of(&response),
                 ranges,
             })
         })
@@ -135,7 +134,7 @@ pub(crate) struct Remote {
     url: String,
     token: Option<String>,
     bytes: Option<u64>,
-    mark: Option<String>,
+    mark: Mark,
     ranges: bool,
 }
 
@@ -159,7 +158,7 @@ impl Remote {
 
     /// What stands for this version of the file.
     pub(crate) fn identity(&self) -> String {
-        format!("url {} {:?} {:?}", self.url, self.mark, self.bytes)
+        format!("url {} {:?} {:?} {:?}", self.url, self.mark.etag, self.mark.modified, self.bytes)
     }
 
     /// Opens the file from byte `from`; returns where the body really begins: `from`, or 0 when the server sends no ranges.
@@ -167,6 +166,7 @@ impl Remote {
         self.client.retry(&self.url, || {
             let range = (from > 0 && self.ranges).then(|| format!("bytes={from}-"));
             let response = self.client.get(&self.url, self.token.as_deref(), range.as_deref())?;
+            self.unchanged(&response)?;
             let begin = if response.status() == StatusCode::PARTIAL_CONTENT { self.checked(&response, from)? } else { 0 };
             Ok((begin, Box::new(response.into_body().into_reader()) as Box<dyn Read + Send>))
         })
@@ -183,18 +183,52 @@ impl Remote {
             if response.status() != StatusCode::PARTIAL_CONTENT {
                 return Err(Failure::Final(no_range(&self.url, &response, &asked)));
             }
+            self.unchanged(&response)?;
             self.checked(&response, range.start)?;
             response.into_body().into_reader().read_exact(into).map_err(Failure::Passing)
         })
     }
 
-    /// Checks that a partial answer begins at `from` and is of the same file as before.
+    /// Checks that an answer is of the version of the file that was found first.
+    fn unchanged(&self, response: &Response<Body>) -> Result<(), Failure> {
+        match self.mark.differs(&Mark::of(response)) {
+            None => Ok(()),
+            Some((before, now)) => {
+                let (before, now) = (before.to_owned(), now.to_owned());
+                Err(Failure::Final(SourceError::Changed { place: self.place(), before, now }))
+            }
+        }
+    }
+
+    /// Checks that a partial answer begins at `from` and is of a file of the same length as before.
     fn checked(&self, response: &Response<Body>, from: u64) -> Result<u64, Failure> {
         let expected = format!("bytes {from}-…/{}", self.bytes.map_or_else(|| "*".to_owned(), |b| b.to_string()));
         match content_range(response) {
             Some((begin, total)) if begin == from && (total.is_none() || self.bytes.is_none() || total == self.bytes) => Ok(begin),
             _ => Err(Failure::Final(no_range(&self.url, response, &expected))),
         }
+    }
+}
+
+/// What a server calls this version of a file.
+#[derive(Clone, Debug, Default)]
+struct Mark {
+    etag: Option<String>,
+    modified: Option<String>,
+}
+
+impl Mark {
+    fn of(response: &Response<Body>) -> Self {
+        let own = |name| text(response, name).map(str::to_owned);
+        // A weak tag of the same bytes is as good here: only equality with the earlier answer counts.
+        let etag = own(header::ETAG).map(|tag| tag.trim_start_matches("W/").to_owned());
+        Self { etag, modified: own(header::LAST_MODIFIED) }
+    }
+
+    /// The two marks that differ, where both answers have one of the same kind.
+    fn differs<'a>(&'a self, now: &'a Self) -> Option<(&'a str, &'a str)> {
+        let pair = self.etag.as_deref().zip(now.etag.as_deref()).or_else(|| self.modified.as_deref().zip(now.modified.as_deref()));
+        pair.filter(|(before, now)| before != now)
     }
 }
 

@@ -61,13 +61,19 @@ impl Repository<'_> {
                 let digest = entry.lfs.and_then(|l| format!("sha256:{}", l.oid.trim_start_matches("sha256:")).parse().ok());
                 files.push(HubFile { path: entry.path, digest });
             }
+            // The token must not follow a link to another host.
+            let own = format!("{}/", self.options.hub.trim_end_matches('/'));
             match next {
-                // The token must not follow a link to another host.
-                Some(next) if next.starts_with(self.options.hub.trim_end_matches('/')) => url = next,
-                _ => break,
+                None => return Ok(files),
+                Some(next) if next.starts_with(&own) => url = next,
+                Some(got) => {
+                    let expected = format!("a next page under {own}");
+                    return Err(SourceError::Protocol { place: url, expected, got });
+                }
             }
         }
-        Ok(files)
+        let (expected, got) = (format!("at most {MAX_PAGES} pages of files"), "more".to_owned());
+        Err(SourceError::Protocol { place: url, expected, got })
     }
 }
 

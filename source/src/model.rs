@@ -86,6 +86,11 @@ impl Source {
         let opener = Opener { client: Client::new(&options), cache: options.cache.clone().map(Cache::new), pinned, options };
         let cached = opener.pinned.as_ref().and_then(|d| opener.cache.as_ref()?.blob(d));
         let (weights, small, is_gguf) = opener.open(uri, &location, cached)?;
+        if let (Some(digest), Some(cache), false, Location::Http(_) | Location::Hub { .. }) =
+            (&opener.pinned, &opener.cache, is_gguf, &location)
+        {
+            cache.keep_beside(digest, uri, &small)?;
+        }
         Ok(Self { uri: uri.to_owned(), weights, small, is_gguf, raw: OnceLock::new(), bytes_read: AtomicU64::new(0) })
     }
 
@@ -208,6 +213,10 @@ impl Opener {
             let place = Place::local(&path)?;
             if is_gguf(&place)? {
                 return Ok((vec![(ModelFile { name: location.name(), bytes: place.bytes() }, place)], BTreeMap::new(), true));
+            }
+            let beside = self.cache.as_ref().zip(self.pinned.as_ref()).map(|(cache, digest)| cache.beside(digest, uri, &CARD_FILES));
+            if let Some(small) = beside.transpose()?.flatten() {
+                return Ok((vec![(ModelFile { name: location.name(), bytes: place.bytes() }, place)], small, false));
             }
         }
         match location {

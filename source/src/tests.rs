@@ -1,5 +1,7 @@
 //! Sources against a loopback server that can be told to misbehave, and against local files.
 
+mod hostile;
+
 use std::{
     collections::HashMap,
     fs,
@@ -32,6 +34,16 @@ struct Behaviour {
     token: Option<String>,
     /// Redirect every path that does not begin with it to this prefix.
     redirect: Option<String>,
+    /// Another ETag in every answer.
+    changing: bool,
+    /// Bytes sent beyond the file's end.
+    surplus: usize,
+    /// Partial answers begin this many bytes later than they say.
+    shifted: usize,
+    /// A `Link` header with this as the next page; `SERVER` stands for the server's URL.
+    next: Option<String>,
+    /// No length in answers.
+    unknown_length: bool,
 }
 
 struct Server {
@@ -102,17 +114,27 @@ fn answer(
     let (status, body, extra) = match range.as_deref().and_then(|r| r.strip_prefix("bytes=")).and_then(|r| r.split_once('-')) {
         Some((first, last)) => {
             let first: usize = first.parse().unwrap();
+            if first >= bytes.len() {
+                return refuse(stream, "416 Range Not Satisfiable");
+            }
             let last = last.parse::<usize>().map_or(bytes.len() - 1, |l| l.min(bytes.len() - 1));
+            let first = first + if first > 0 { b.shifted } else { 0 };
             ("206 Partial", &bytes[first..=last], format!("content-range: bytes {first}-{last}/{}\r\n", bytes.len()))
         }
         None => ("200 OK", bytes.as_slice(), String::new()),
     };
-    write!(stream, "HTTP/1.1 {status}\r\n{extra}etag: \"1\"\r\ncontent-length: {}\r\nconnection: close\r\n\r\n", body.len())?;
+    let etag = if b.changing { n } else { 1 };
+    let length = if b.unknown_length { String::new() } else { format!("content-length: {}\r\n", body.len() + b.surplus) };
+    let own = format!("http://{}", stream.local_addr()?);
+    let next = b.next.as_ref().map(|next| next.replace("SERVER", &own));
+    let link = next.map(|next| format!("link: <{next}>; rel=\"next\"\r\n")).unwrap_or_default();
+    write!(stream, "HTTP/1.1 {status}\r\n{extra}{length}{link}etag: \"{etag}\"\r\nconnection: close\r\n\r\n")?;
     let end = match b.cut {
         Some((at, times)) if n < times => at.min(body.len()),
         _ => body.len(),
     };
-    stream.write_all(&body[..end])
+    stream.write_all(&body[..end])?;
+    stream.write_all(&vec![0; b.surplus])
 }
 
 /// A small llama in GGUF.
