@@ -3,6 +3,7 @@
 //! The code in `src/generated/` is made from `proto/` by `cargo xtask codegen` and committed; a test fails when it is stale.
 //! Other crates let generated types reach no further than their own servers and clients.
 
+pub mod bearer;
 pub mod convert;
 
 /// `skein.v1`: the typed interface for clients.

@@ -6,6 +6,7 @@
 
 pub(crate) mod owner;
 pub mod simulated;
+mod workers;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
@@ -15,6 +16,7 @@ use plan::{
     step::{Output, Step},
 };
 use tokio::sync::mpsc;
+pub use workers::WorkersConnector;
 
 /// A boxed future, so that traits with async functions can be objects.
 pub type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

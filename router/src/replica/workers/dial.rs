@@ -1,0 +1,96 @@
+//! A worker's address, and the calls that go there.
+
+use std::{sync::OnceLock, time::Duration};
+
+use proto::{bearer::Bearer, worker::worker_client::WorkerClient};
+use tonic::{
+    Code, Status,
+    service::interceptor::InterceptedService,
+    transport::{Channel, Endpoint},
+};
+
+use super::{ReplicaError, WorkerAddress};
+
+pub(super) type Client = WorkerClient<InterceptedService<Channel, Bearer>>;
+
+/// A worker that does not accept a connection within this time is lost.
+const CONNECT: Duration = Duration::from_secs(1);
+/// How often a connection is tried out, and how long its other end may take. Heartbeats notice earlier what happens in a session.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(5));
+/// Bytes that may be under way on one stream: several rows of logits.
+const WINDOW: u32 = 8 << 20;
+/// Largest reply: the logits of a few hundred tokens of a large vocabulary are a megabyte each.
+const REPLY: usize = 1 << 30;
+
+/// One worker as the router knows it.
+pub(super) struct Remote {
+    pub(super) stage: usize,
+    pub(super) rank: usize,
+    pub(super) address: String,
+    bearer: Bearer,
+    /// Made at the first call; connects again after a broken connection.
+    client: OnceLock<Client>,
+}
+
+impl Remote {
+    pub(super) fn new(stage: usize, rank: usize, address: &str, bearer: &Bearer) -> Self {
+        Self { stage, rank, address: address.to_owned(), bearer: bearer.clone(), client: OnceLock::new() }
+    }
+
+    /// For a call.
+    pub(super) fn client(&self) -> Result<Client, ReplicaError> {
+        if let Some(client) = self.client.get() {
+            return Ok(client.clone());
+        }
+        let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).map_err(|e| self.lost(format!("not an address: {e}")))?;
+        let channel = endpoint
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .http2_keep_alive_interval(KEEPALIVE.0)
+            .keep_alive_timeout(KEEPALIVE.1)
+            .connect_lazy();
+        let client = WorkerClient::with_interceptor(channel, self.bearer.clone());
+        let client = client.max_decoding_message_size(REPLY).max_encoding_message_size(usize::MAX);
+        Ok(self.client.get_or_init(|| client).clone())
+    }
+
+    /// For messages.
+    pub(super) fn name(&self) -> String {
+        format!("stage {} rank {} at {}", self.stage, self.rank, self.address)
+    }
+
+    /// As other workers find it.
+    pub(super) fn wire(&self) -> WorkerAddress {
+        WorkerAddress { stage: self.stage as u32, rank: self.rank as u32, address: self.address.clone(), ..WorkerAddress::default() }
+    }
+
+    pub(super) fn lost(&self, detail: impl Into<String>) -> ReplicaError {
+        ReplicaError::Lost { worker: self.name(), detail: detail.into() }
+    }
+
+    pub(super) fn protocol(&self, detail: impl Into<String>) -> ReplicaError {
+        ReplicaError::Protocol { worker: self.name(), detail: detail.into() }
+    }
+
+    /// What a refused or broken call means.
+    pub(super) fn refused(&self, status: &Status) -> ReplicaError {
+        let failed = |reason: &str| ReplicaError::Failed { worker: self.name(), reason: reason.into(), detail: status.message().into() };
+        match status.code() {
+            Code::Unauthenticated => failed("unauthenticated"),
+            Code::FailedPrecondition => failed("refused"),
+            Code::Aborted => failed("busy"),
+            _ => {
+                let mut detail = status.message().to_owned();
+                let mut next = std::error::Error::source(status);
+                while let Some(cause) = next {
+                    detail.push_str(": ");
+                    detail.push_str(&cause.to_string());
+                    next = cause.source();
+                }
+                self.lost(detail)
+            }
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! Drives a session: steps to every worker, replies to the scheduler.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use futures_util::{Stream, StreamExt, stream};
+use plan::{step::Step, worker::Epoch};
+use proto::{
+    convert::{decode_output, encode_step},
+    worker::{self as wire, Alive, Close, SessionReply, SessionRequest, session_reply, session_request::Message},
+};
+use tokio::{
+    sync::mpsc,
+    task::JoinHandle,
+    time::{Instant, MissedTickBehavior, interval, timeout_at},
+};
+use tonic::Status;
+
+use super::{
+    ReplicaError, Workers,
+    dial::Remote,
+    open::{Line, Opened, failed},
+    pace::{Pace, TICK, Trouble},
+};
+use crate::replica::{Session, StepReply};
+
+/// Ticks between two signs of life to workers: 200 ms, where 300 are asked for.
+const ALIVE: u32 = 2;
+/// Longest wait for workers to end a session that was closed.
+const CLOSE: Duration = Duration::from_secs(1);
+/// Ticks after which workers that all wait while a step is due have lost something: 5 s, far above any hop between stages.
+const LOST: u32 = 50;
+
+/// Messages that may wait for one worker: the steps in flight, the hello or close, and some signs of life.
+pub(super) fn requests(stages: usize) -> usize {
+    stages + 1 + 8
+}
+
+/// Starts the task of a session.
+pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<()>) {
+    let stages = replica.stages;
+    let (steps, receive_steps) = mpsc::channel(stages + 1);
+    // Every step in flight, and one error.
+    let (replies, receive_replies) = mpsc::channel(stages + 2);
+    let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies }| (requests, replies)).unzip();
+    let sampler = replica.sampler();
+    // The sampler's vocabulary product is most of a step and counts as one layer; elsewhere a stage's layers are alike.
+    let layers = |worker: usize| if worker == sampler { 1 } else { replica.layers / stages };
+    let watched = |(worker, requests): (usize, _)| Watched {
+        remote: replica.workers[worker].clone(),
+        requests,
+        pace: Pace::new(layers(worker)),
+        answered: 0,
+    };
+    let driver = Driver {
+        epoch: opened.epoch,
+        stages,
+        sampler,
+        workers: requests.into_iter().enumerate().map(watched).collect(),
+        flight: VecDeque::new(),
+        sent: 0,
+        idle: 0,
+        replies,
+    };
+    let events = streams.into_iter().enumerate().map(|(worker, stream)| {
+        let end = stream::once(std::future::ready(None));
+        Box::pin(stream.map(Some).chain(end).map(move |event| (worker, event)))
+    });
+    let driver = tokio::spawn(driver.run(receive_steps, stream::select_all(events)));
+    (Session { steps, replies: receive_replies }, driver)
+}
+
+/// What came from a worker: a reply, an error, or its end.
+type Event = (usize, Option<Result<SessionReply, Status>>);
+
+struct Watched {
+    remote: Arc<Remote>,
+    requests: mpsc::Sender<SessionRequest>,
+    pace: Pace,
+    /// Its last answered step.
+    answered: u64,
+}
+
+/// A step in flight.
+struct Due {
+    id: u64,
+    tokens: usize,
+}
+
+struct Driver {
+    epoch: Epoch,
+    stages: usize,
+    /// Index of the worker whose replies are the session's.
+    sampler: usize,
+    workers: Vec<Watched>,
+    /// Steps that the slowest worker has not answered.
+    flight: VecDeque<Due>,
+    /// Number of the last step.
+    sent: u64,
+    /// Ticks for which steps were due and every worker waited for its input.
+    idle: u32,
+    replies: mpsc::Sender<Result<StepReply, ReplicaError>>,
+}
+
+impl Driver {
+    async fn run(mut self, mut steps: mpsc::Receiver<Step>, mut events: impl Stream<Item = Event> + Unpin) {
+        match self.drive(&mut steps, &mut events).await {
+            Ok(()) => self.close(events).await,
+            // Its capacity is that of all steps in flight and this; a scheduler that is gone needs no reason.
+            Err(error) => drop(self.replies.try_send(Err(error))),
+        }
+    }
+
+    /// Until the scheduler drops the session.
+    async fn drive(
+        &mut self,
+        steps: &mut mpsc::Receiver<Step>,
+        events: &mut (impl Stream<Item = Event> + Unpin),
+    ) -> Result<(), ReplicaError> {
+        let mut ticks = interval(TICK);
+        // A tick that was missed is not made up for: see `pace`.
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut number = 0;
+        loop {
+            tokio::select! {
+                biased;
+                event = events.next() => match event {
+                    Some((worker, event)) => self.take(worker, event)?,
+                    None => return Err(ReplicaError::Closed),
+                },
+                step = steps.recv(), if self.unanswered() <= self.stages => match step {
+                    Some(step) => self.send(&step)?,
+                    None => return Ok(()),
+                },
+                _ = ticks.tick() => {
+                    number += 1;
+                    self.tick(number)?;
+                }
+                () = self.replies.closed() => return Ok(()),
+            }
+        }
+    }
+
+    /// Steps that the sampler has not answered.
+    fn unanswered(&self) -> usize {
+        usize::try_from(self.sent - self.workers[self.sampler].answered).unwrap_or(usize::MAX)
+    }
+
+    fn send(&mut self, step: &Step) -> Result<(), ReplicaError> {
+        if step.id != self.sent + 1 {
+            let detail = format!("step {} was to be sent after step {}", step.id, self.sent);
+            return Err(ReplicaError::Protocol { worker: "this router".into(), detail });
+        }
+        self.sent = step.id;
+        self.flight.push_back(Due { id: step.id, tokens: step.tokens() });
+        let message = SessionRequest { message: Some(Message::Step(encode_step(self.epoch, step))) };
+        for worker in &self.workers {
+            // It holds every step in flight, so a worker for which it is full has stopped reading.
+            let sent = worker.requests.try_send(message.clone());
+            sent.map_err(|e| worker.remote.lost(format!("it takes no steps: {}", full_or_closed(&e))))?;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self, worker: usize, event: Option<Result<SessionReply, Status>>) -> Result<(), ReplicaError> {
+        let watched = &mut self.workers[worker];
+        watched.pace.heard();
+        let reply = match event {
+            Some(Ok(reply)) => reply.message,
+            Some(Err(status)) => return Err(watched.remote.refused(&status)),
+            None => return Err(watched.remote.lost("it ended the session")),
+        };
+        match reply {
+            Some(session_reply::Message::Step(reply)) => self.answered(worker, reply),
+            Some(session_reply::Message::Heartbeat(heartbeat)) => {
+                watched.pace.beat(heartbeat);
+                Ok(())
+            }
+            Some(session_reply::Message::Failure(failure)) => Err(failed(&watched.remote, failure)),
+            Some(session_reply::Message::Welcome(_)) => Err(watched.remote.protocol("it welcomes the session again")),
+            None => Err(watched.remote.protocol("a message of no known kind came")),
+        }
+    }
+
+    fn answered(&mut self, worker: usize, reply: wire::StepReply) -> Result<(), ReplicaError> {
+        let watched = &mut self.workers[worker];
+        let expected = watched.answered + 1;
+        if reply.step != expected || expected > self.sent {
+            return Err(watched.remote.protocol(format!("it answered step {}, expected {expected} of {}", reply.step, self.sent)));
+        }
+        watched.answered = expected;
+        if let (Some(timing), Some(due)) = (reply.timing, self.flight.iter().find(|d| d.id == expected)) {
+            let time = u64::from(timing.compute_us) + u64::from(timing.collective_us);
+            watched.pace.answered(due.tokens, Duration::from_micros(time));
+        }
+        if worker == self.sampler {
+            let outputs = reply.outputs.into_iter().map(decode_output).collect::<Result<_, _>>();
+            let outputs = outputs.map_err(|e| watched.remote.protocol(e.to_string()))?;
+            // Its capacity is that of all steps in flight; when it is closed, the session is over.
+            let _ = self.replies.try_send(Ok(StepReply { step: expected, outputs }));
+        }
+        let all = self.workers.iter().map(|w| w.answered).min().unwrap_or(0);
+        while self.flight.front().is_some_and(|d| d.id <= all) {
+            self.flight.pop_front();
+        }
+        Ok(())
+    }
+
+    fn tick(&mut self, number: u32) -> Result<(), ReplicaError> {
+        for worker in &mut self.workers {
+            let due = self.flight.iter().filter(|d| d.id > worker.answered).map(|d| d.tokens).max();
+            match worker.pace.tick(due) {
+                None => {}
+                Some(Trouble::Silent { millis }) => return Err(ReplicaError::Silent { worker: worker.remote.name(), millis }),
+                Some(Trouble::Stuck { step, layer, millis }) => {
+                    return Err(ReplicaError::Stuck { worker: worker.remote.name(), step, layer, millis });
+                }
+            }
+            if number.is_multiple_of(ALIVE) {
+                // Where it is full, there is something else to hear.
+                let _ = worker.requests.try_send(SessionRequest { message: Some(Message::Alive(Alive {})) });
+            }
+        }
+        if self.deadlocked() {
+            let (worker, millis) = (self.workers[self.sampler].remote.name(), (TICK * self.idle).as_millis() as u64);
+            let step = self.flight.front().map_or(0, |d| d.id);
+            return Err(ReplicaError::Stuck { worker, step, layer: 0, millis });
+        }
+        Ok(())
+    }
+
+    /// Whether every worker waits for another one.
+    fn deadlocked(&mut self) -> bool {
+        let waits = !self.flight.is_empty() && self.workers.iter().all(|w| w.pace.waits());
+        self.idle = if waits { self.idle + 1 } else { 0 };
+        self.idle > LOST
+    }
+
+    /// Ends the session in good order: workers answer what is in flight, and are free for the next one.
+    async fn close(self, mut events: impl Stream<Item = Event> + Unpin) {
+        for worker in &self.workers {
+            // Where it is full, the dropped stream ends the session too.
+            let _ = worker.requests.try_send(SessionRequest { message: Some(Message::Close(Close {})) });
+        }
+        drop((self.workers, self.replies));
+        let deadline = Instant::now() + CLOSE;
+        while let Ok(Some(_)) = timeout_at(deadline, events.next()).await {}
+    }
+}
+
+fn full_or_closed<T>(error: &mpsc::error::TrySendError<T>) -> &'static str {
+    match error {
+        mpsc::error::TrySendError::Full(_) => "too many messages wait",
+        mpsc::error::TrySendError::Closed(_) => "its stream is closed",
+    }
+}
