@@ -1,0 +1,128 @@
+//! What the parts of a worker share.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use engine::Progress;
+use plan::worker::{CollectiveKind, WorkerSpec};
+use proto::{bearer::Bearer, worker as wire};
+use source::Source;
+use tokio::sync::watch;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+use crate::{
+    collective::{Address, Lobby, Unjoined, Waits},
+    compute::Jobs,
+    gate::Gate,
+    options::Deadlines,
+};
+
+/// One worker process.
+pub(crate) struct Worker {
+    pub(crate) spec: WorkerSpec,
+    pub(crate) deadlines: Deadlines,
+    pub(crate) incarnation: u64,
+    pub(crate) bearer: Bearer,
+    pub(crate) gate: Gate,
+    pub(crate) lobby: Arc<Lobby>,
+    pub(crate) collective_address: Address,
+    pub(crate) loading: Loading,
+    /// Sessions for the engine thread.
+    pub(crate) jobs: Jobs,
+    /// Tasks of sessions and links.
+    pub(crate) tasks: TaskTracker,
+    /// Everything ends.
+    pub(crate) stop: CancellationToken,
+    /// An epoch is being granted.
+    pub(crate) granting: AtomicBool,
+}
+
+/// How far the weights are.
+pub(crate) struct Loading {
+    bytes: AtomicU64,
+    /// The engine's counters, once it is loaded.
+    progress: OnceLock<Arc<Progress>>,
+    /// The model's files, once they are open.
+    pub(crate) source: watch::Sender<Option<Arc<Source>>>,
+}
+
+impl Default for Loading {
+    fn default() -> Self {
+        Self { bytes: AtomicU64::new(0), progress: OnceLock::new(), source: watch::Sender::new(None) }
+    }
+}
+
+impl Loading {
+    pub(crate) fn read(&self, bytes: u64) {
+        self.bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn loaded(&self, progress: Arc<Progress>) {
+        // The engine is loaded once.
+        let _ = self.progress.set(progress);
+    }
+
+    pub(crate) fn progress(&self) -> Option<&Arc<Progress>> {
+        self.progress.get()
+    }
+}
+
+impl Worker {
+    pub(crate) fn stage(&self) -> usize {
+        self.spec.shard.stage
+    }
+
+    pub(crate) fn rank(&self) -> usize {
+        self.spec.shard.rank
+    }
+
+    /// Whether it draws the tokens.
+    pub(crate) fn samples(&self) -> bool {
+        self.spec.shard.is_last() && self.rank() == 0
+    }
+
+    pub(crate) fn identity(&self) -> wire::WorkerIdentity {
+        wire::WorkerIdentity {
+            replica: self.spec.replica.clone(),
+            stage: self.stage() as u32,
+            rank: self.rank() as u32,
+            incarnation: self.incarnation,
+        }
+    }
+
+    /// The answer to a probe.
+    pub(crate) fn probed(&self) -> wire::ProbeReply {
+        let loaded = self.loading.progress().is_some();
+        let (read, all) = (self.loading.bytes.load(Ordering::Relaxed), self.spec.shard.weight_bytes.max(1));
+        wire::ProbeReply {
+            identity: Some(self.identity()),
+            highest: Some(proto::convert::encode_epoch(self.gate.highest())),
+            loaded,
+            progress: if loaded { 1.0 } else { (read as f64 / all as f64).min(1.0) as f32 },
+            collective_address: self.collective_address.to_string(),
+        }
+    }
+
+    /// The ranks of its stage, before a session joins them.
+    pub(crate) fn unjoined(&self) -> Unjoined {
+        Unjoined { rank: self.rank(), ranks: self.spec.shard.ranks }
+    }
+
+    /// How long the ranks of its stage wait for each other.
+    pub(crate) fn waits(&self) -> Waits {
+        let shard = &self.spec.shard;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // Shared memory means one machine, and then the other stages are usually there too.
+        let crowded = shard.stages * shard.ranks * self.spec.threads > cores;
+        let spin = if self.spec.collective == CollectiveKind::SharedMemory && !crowded { SPIN } else { Duration::ZERO };
+        Waits { meet: self.deadlines.meet, exchange: self.deadlines.exchange, spin }
+    }
+}
+
+/// Awake in a wait: several times what ranks that compute equal shares are apart, and far less than a scheduler's slice.
+const SPIN: Duration = Duration::from_micros(50);

@@ -1,0 +1,8 @@
+//! Workers on loopback: epochs, collectives, and replicas driven by the router.
+
+mod arbiter;
+mod collectives;
+mod epochs;
+mod fleet;
+mod replica;
+mod watch;
