@@ -61,7 +61,8 @@ impl Sequences {
             if self.last
                 && let Some(begin) = &part.begin
             {
-                self.histories.insert(part.sequence, self.begin(begin));
+                let before = self.histories.remove(&part.sequence);
+                self.histories.insert(part.sequence, self.begin(begin, before));
             }
             if self.samples
                 && let (Some(history), Input::Ids(ids)) = (self.histories.get_mut(&part.sequence), &part.input)
@@ -71,9 +72,14 @@ impl Sequences {
         }
     }
 
-    fn begin(&self, begin: &Begin) -> History {
+    /// New settings and ids; the mask of the last draw stays in force.
+    fn begin(&self, begin: &Begin, before: Option<History>) -> History {
         let ids: &[TokenId] = if self.samples { &begin.ids } else { &[] };
-        History::new(ids, begin.prompt_len as usize, begin.sampling.clone())
+        let history = History::new(ids, begin.prompt_len as usize, begin.sampling.clone());
+        match before {
+            Some(before) => history.with_mask_of(before),
+            None => history,
+        }
     }
 }
 

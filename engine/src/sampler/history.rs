@@ -27,6 +27,11 @@ impl History {
         Self { sampling, prompt_len, ids: ids.to_vec(), mask: None }
     }
 
+    /// Takes over the mask of an earlier draw.
+    pub(crate) fn with_mask_of(self, before: Self) -> Self {
+        Self { mask: before.mask, ..self }
+    }
+
     /// Notes the ids at positions `first ..`; `first` is at most the number of known ids.
     pub(crate) fn feed(&mut self, first: usize, ids: &[TokenId]) {
         for (position, &id) in (first..).zip(ids) {

@@ -5,7 +5,7 @@ use plan::{shard::KvDType, step::TokenId};
 
 use crate::{
     model::{self, Model, Recipe},
-    rig::{Layout, Part, Rig, logits, prompt},
+    rig::{Layout, Part, Rig, joined, logits, prompt},
 };
 
 type Bits = Vec<Vec<u32>>;
@@ -97,6 +97,17 @@ fn ranks_and_stages_change_no_bit() {
             let layout = Layout { pipeline, tensor, threads: 2, ..Layout::default() };
             assert!(mixed_batch(&model, layout) == expected, "{pipeline} stages of {tensor} ranks");
         }
+        // Control: one rank with another model's weights.
+        let layout = Layout { tensor: 2, ..Layout::default() };
+        let other = Recipe { seed: 77, ..recipe }.build();
+        let (mut rig, mut foreign) = (Rig::new(&model, layout), Rig::new(&other, layout));
+        std::mem::swap(&mut rig.engines[0][1], &mut foreign.engines[0][1]);
+        for (engine, collective) in rig.engines[0].iter_mut().zip(joined(2)) {
+            engine.set_collective(collective);
+        }
+        let ids = prompt(28, 66, model.header.config.vocab);
+        let got = logits(&rig.run(&[Part::new(1, &ids).all_logits()]));
+        assert!(got.iter().zip(&expected[8]).all(|((.., got), expected)| got != expected));
     }
 }
 

@@ -242,6 +242,15 @@ fn masks_restrict_each_draw() {
             assert!(logprobs.top.iter().all(|t| t.1 > logprobs.token), "what is likely is not allowed");
             parts = outputs.iter().zip(&drawn).map(|(o, id)| Part::new(o.sequence, &[*id]).sample()).collect();
         }
+        // New settings keep the mask in force.
+        let cooler = Sampling { temperature: 0.5, ..warm.clone() };
+        let mut known = ids.clone();
+        known.resize(ids.len() + 2, 0);
+        let mut masks_left = Masks(HashMap::from([(2, vec![Mask::Unchanged])]));
+        let again = Part::new(2, &parts[1].ids).begin(&known, ids.len(), &cooler).sample();
+        let step = rig.step(&[again]);
+        let outputs = rig.run_step(&step, &mut masks_left).expect("a valid step");
+        assert!([3, 1500, 2499].contains(&token(&outputs[0].value)));
         // A mask that allows nothing fails its sequence alone.
         let step = rig.step(&[begin(4, &masked), parts.pop().expect("sequence 3")]);
         let outputs = rig.run_step(&step, &mut masks).expect("a valid step");
