@@ -4,12 +4,14 @@
 //! and replies come out in the same order. How the steps travel (gRPC to worker processes, a thread with an engine in it, a
 //! simulation) is the implementation's business; what they contain is the scheduler's.
 
+mod loading;
 pub(crate) mod owner;
 pub mod simulated;
 mod workers;
 
 use std::{future::Future, pin::Pin, sync::Arc};
 
+pub use loading::{Loading, loading};
 use plan::{
     card::ModelCard,
     fleet::{FleetReplica, ReplicaLimits},

@@ -23,7 +23,7 @@ use super::run::{Run, Shown};
 use super::{ServeError, Shared, stopped};
 use crate::encode::Tokenizer;
 
-/// How often the health service looks at the models.
+/// How often the health service looks at the models even if none is known to have changed: a stop shows that way.
 const HEALTH: Duration = Duration::from_millis(500);
 
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<(), ServeError> {
@@ -43,10 +43,15 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
         .add_service(reflection_alpha)
         .add_service(service)
         .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped(stopping));
+    let mut view = shared.edge.watch();
     let watch = async {
         let mut tick = tokio::time::interval(HEALTH);
         loop {
-            tick.tick().await;
+            tokio::select! {
+                _ = tick.tick() => {}
+                // An edge that is gone changes no more; the ticks go on until the server ends.
+                Ok(()) = view.changed() => {}
+            }
             let models = shared.edge.models();
             let ready = !models.is_empty() && models.iter().all(|m| shared.edge.ready(&m.name)) && !*shared.stopping.borrow();
             let status = if ready { tonic_health::ServingStatus::Serving } else { tonic_health::ServingStatus::NotServing };

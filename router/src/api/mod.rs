@@ -1,6 +1,7 @@
 //! The client's side: OpenAI-compatible HTTP with server-sent events and WebSocket, gRPC, health and metrics.
 
 mod answer;
+mod direct;
 mod error;
 mod fields;
 mod grpc;
@@ -23,6 +24,9 @@ use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::edge::Edge;
+
+pub use direct::{Direct, DirectAnswer, DirectRequest, Piece, Refusal, Templates, TokenCounts};
+pub use request::Dialect;
 
 /// Settings of the API.
 #[derive(Clone, Debug)]
@@ -67,6 +71,19 @@ pub(crate) struct Shared {
     stopping: watch::Receiver<bool>,
 }
 
+impl Shared {
+    fn new(edge: Edge, options: ApiOptions, stopping: watch::Receiver<bool>) -> Self {
+        Self {
+            metrics: Arc::new(metrics::Metrics::new(edge.clone())),
+            models: models::Models::default(),
+            started: models::unix_seconds(),
+            stopping,
+            options,
+            edge,
+        }
+    }
+}
+
 /// Serves HTTP and gRPC until `shutdown` completes; then takes no new connections, and gives running requests
 /// [`ApiOptions::drain`] to end.
 ///
@@ -81,14 +98,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let (stop, stopping) = watch::channel(false);
     let drain = options.drain;
-    let shared = Arc::new(Shared {
-        metrics: Arc::new(metrics::Metrics::new(edge.clone())),
-        models: models::Models::default(),
-        started: models::unix_seconds(),
-        stopping: stopping.clone(),
-        options,
-        edge,
-    });
+    let shared = Arc::new(Shared::new(edge, options, stopping));
     let servers = async { tokio::try_join!(http::serve(Arc::clone(&shared), http), grpc::serve(Arc::clone(&shared), grpc)).map(|_| ()) };
     let mut servers = std::pin::pin!(servers);
     let mut shutdown = std::pin::pin!(shutdown);

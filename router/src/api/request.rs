@@ -16,8 +16,10 @@ use crate::encode::{ChatOptions, Tokenizer};
 
 /// Which of OpenAI's interfaces a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Dialect {
+pub enum Dialect {
+    /// `/v1/completions`.
     Completions,
+    /// `/v1/chat/completions`.
     Chat,
 }
 

@@ -135,6 +135,19 @@ impl Edge {
         view.wait_for(ready).await.is_ok()
     }
 
+    /// Waits until a real token came out of the last stage of every replica of `model`, or until the edge stops (`false`).
+    pub async fn wait_complete(&self, model: &str) -> bool {
+        let mut view = self.inner.view.clone();
+        let complete =
+            |view: &Arc<View>| view.find(model).is_some_and(|d| !d.members.is_empty() && d.members.iter().all(|m| m.owner.ready()));
+        view.wait_for(complete).await.is_ok()
+    }
+
+    /// Changes with the fleet, and with every replica that becomes ready or is lost.
+    pub(crate) fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.inner.view.clone()
+    }
+
     /// Loads of all deployments.
     pub fn load(&self) -> Vec<DeploymentLoad> {
         let now = Instant::now();

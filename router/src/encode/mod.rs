@@ -33,6 +33,8 @@ pub struct Tokenizer {
     defaults: GenerationDefaults,
     /// The model's own, or what replaced it. An invalid one is reported when it is used.
     template: Option<Result<Template, String>>,
+    /// The model's files hold one.
+    own_template: bool,
     tool_template: Option<Result<Template, String>>,
     guard: Guard,
     /// Bytes of the longest piece.
@@ -89,6 +91,7 @@ impl Tokenizer {
             guard: Guard::new(texts),
             end_ids,
             defaults,
+            own_template: config.template.is_some(),
             template: compile(config.template),
             tool_template: compile(config.tool_template),
             longest,
@@ -164,6 +167,11 @@ impl Tokenizer {
     /// Whether conversations can be rendered.
     pub fn has_template(&self) -> bool {
         self.template.is_some()
+    }
+
+    /// Whether the model came with a chat template, whatever replaced it.
+    pub fn has_own_template(&self) -> bool {
+        self.own_template
     }
 
     /// The bytes of a token: text as it stands in a sequence, a control token's name. Empty for ids outside the vocabulary.
