@@ -1,12 +1,17 @@
 //! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
 
-use std::{net::IpAddr, num::NonZeroUsize, path::PathBuf};
+mod answer;
+
+use std::{num::NonZeroUsize, path::PathBuf};
 
 use clap::{
     ArgAction, Args, Parser, Subcommand, ValueEnum,
     builder::styling::{AnsiColor, Effects, Styles},
 };
 
+use plan::worker::CollectiveKind;
+
+pub(crate) use self::answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs};
 use crate::bench::test::BenchTest;
 
 /// Headings and literals in colour, on a terminal only.
@@ -83,6 +88,10 @@ pub(crate) enum LogFormat {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Answer a prompt, or chat, in this terminal.
+    Run(RunArgs),
+    /// Serve models over HTTP (OpenAI-compatible) and gRPC.
+    Serve(ServeArgs),
     /// Show how a manifest's model is laid out over workers, and whether it fits.
     Plan(PlanArgs),
     /// Show what a model is, from its headers alone.
@@ -93,6 +102,9 @@ pub(crate) enum Command {
     /// Measure an engine or a running endpoint.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Run one rank of one stage; started by the other commands.
+    #[command(hide = true)]
+    Worker(WorkerArgs),
 }
 
 #[derive(Debug, Subcommand)]
@@ -186,6 +198,16 @@ pub(crate) enum CollectiveChoice {
     Shm,
     Unix,
     Tcp,
+}
+
+impl From<CollectiveChoice> for CollectiveKind {
+    fn from(choice: CollectiveChoice) -> Self {
+        match choice {
+            CollectiveChoice::Shm => Self::SharedMemory,
+            CollectiveChoice::Unix => Self::Unix,
+            CollectiveChoice::Tcp => Self::Tcp,
+        }
+    }
 }
 
 /// A model, or a manifest that names one.
@@ -323,14 +345,6 @@ fn at_least_zero(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
         _ => Err("expected a number of at least 0".into()),
-    }
-}
-
-/// Parses a number from 0 to 1.
-fn probability(text: &str) -> Result<f32, String> {
-    match text.parse::<f32>() {
-        Ok(value) if (0.0..=1.0).contains(&value) => Ok(value),
-        _ => Err("expected a number from 0 to 1".into()),
     }
 }
 

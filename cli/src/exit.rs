@@ -11,6 +11,11 @@ pub(crate) enum Failure {
     Input(anyhow::Error),
     /// Something else went wrong; exit code 1.
     Failed(anyhow::Error),
+    /// Whoever started this process was told, on a way of its own; exit code 2 for bad input, else 1.
+    Told {
+        /// What was given cannot be used.
+        input: bool,
+    },
     /// Ctrl-C; exit code 130.
     Interrupted,
 }
@@ -22,8 +27,8 @@ impl Failure {
     /// The process's exit code.
     pub(crate) fn code(&self) -> ExitCode {
         match self {
-            Self::Input(_) => ExitCode::from(2),
-            Self::Failed(_) => ExitCode::FAILURE,
+            Self::Input(_) | Self::Told { input: true } => ExitCode::from(2),
+            Self::Failed(_) | Self::Told { input: false } => ExitCode::FAILURE,
             Self::Interrupted => ExitCode::from(130),
         }
     }
@@ -32,7 +37,18 @@ impl Failure {
     pub(crate) fn report(&self) {
         match self {
             Self::Input(error) | Self::Failed(error) => eprintln!("{RED}error:{RESET} {}", Chain(error)),
-            Self::Interrupted => {}
+            Self::Told { .. } | Self::Interrupted => {}
+        }
+    }
+}
+
+/// On one line, for logs.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Input(error) | Self::Failed(error) => write!(f, "{error:#}"),
+            Self::Told { .. } => f.write_str("failed"),
+            Self::Interrupted => f.write_str("interrupted"),
         }
     }
 }

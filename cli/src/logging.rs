@@ -7,6 +7,7 @@ use tracing_subscriber::EnvFilter;
 use crate::{
     args::{Global, LogFormat},
     exit::{Outcome, bad_input},
+    output::LogWriter,
 };
 
 /// Installs the subscriber for the whole process.
@@ -23,7 +24,7 @@ pub(crate) fn start(global: &Global) -> Outcome {
             _ => "trace",
         }),
     };
-    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr);
+    let base = tracing_subscriber::fmt().with_env_filter(filter).with_writer(|| LogWriter).log_internal_errors(false);
     let installed = match global.log_format {
         LogFormat::Text => base.with_ansi(stderr().is_terminal()).try_init(),
         LogFormat::Json => base.json().try_init(),

@@ -11,6 +11,7 @@ mod logging;
 mod model;
 mod output;
 mod stop;
+mod talk;
 
 use std::process::ExitCode;
 

@@ -85,8 +85,8 @@ pub(crate) fn source_options(global: &Global) -> SourceOptions {
     }
 }
 
-/// Whether the user's input or the world around is to blame.
-fn failure(error: SourceError) -> Failure {
+/// Whether the user's input is to blame, or the world around.
+pub(crate) fn is_input(error: &SourceError) -> bool {
     let world = matches!(
         error,
         SourceError::Unreachable { .. }
@@ -95,7 +95,11 @@ fn failure(error: SourceError) -> Failure {
             | SourceError::DiskFull { .. }
             | SourceError::NoCache { .. }
     );
-    if world { Failure::Failed(error.into()) } else { Failure::Input(error.into()) }
+    !world
+}
+
+fn failure(error: SourceError) -> Failure {
+    if is_input(&error) { Failure::Input(error.into()) } else { Failure::Failed(error.into()) }
 }
 
 /// The source in a form that does not depend on this process's folder.

@@ -2,11 +2,12 @@
 
 use std::{
     io::{self, IsTerminal, Write},
+    sync::LazyLock,
     time::Duration,
 };
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use crate::exit::{Failure, Outcome};
@@ -36,10 +37,47 @@ pub(crate) fn write_all(text: &str) -> Outcome {
     }
 }
 
+/// All bars, so that lines on stderr go above them and not through them.
+static BARS: LazyLock<MultiProgress> = LazyLock::new(MultiProgress::new);
+
 /// Prints a note on stderr, unless told to be quiet.
 pub(crate) fn note(quiet: bool, text: &str) {
     if !quiet {
-        anstream::eprintln!("{text}");
+        BARS.suspend(|| anstream::eprintln!("{text}"));
+    }
+}
+
+/// Prints a note like cargo's: a right-aligned verb in colour, then what it is about.
+pub(crate) fn status(quiet: bool, verb: &str, text: &str) {
+    note(quiet, &format!("\x1b[1;36m{verb:>12}\x1b[0m {text}"));
+}
+
+/// Prints on stderr what a person is asked with, without a line break of its own.
+pub(crate) fn prompt(text: &str) {
+    anstream::eprint!("{text}");
+}
+
+/// Writes a line that is a log line already to stderr. When stderr is gone there is nobody to tell.
+pub(crate) fn log_line(line: &[u8]) {
+    let whole = [line, b"\n"].concat();
+    BARS.suspend(|| io::stderr().write_all(&whole)).unwrap_or_default();
+}
+
+/// Standard error for log lines: above the bars, if there are any.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct LogWriter;
+
+impl Write for LogWriter {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        BARS.suspend(|| io::stderr().write(bytes))
+    }
+
+    fn write_all(&mut self, bytes: &[u8]) -> io::Result<()> {
+        BARS.suspend(|| io::stderr().write_all(bytes))
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stderr().flush()
     }
 }
 
@@ -61,7 +99,7 @@ pub(crate) fn bar(quiet: bool, label: &'static str, length: u64, unit: Unit) -> 
         Unit::Bytes => "{prefix:>12.cyan.bold} [{bar:30}] {bytes}/{total_bytes} {bytes_per_sec} {eta}",
         Unit::Items => "{prefix:>12.cyan.bold} [{bar:30}] {pos}/{len} {msg} {eta}",
     };
-    let bar = ProgressBar::with_draw_target(Some(length), ProgressDrawTarget::stderr()).with_prefix(label);
+    let bar = BARS.add(ProgressBar::new(length).with_prefix(label));
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style.progress_chars("=> "));
     }
@@ -73,7 +111,7 @@ pub(crate) fn spinner(quiet: bool, label: &'static str) -> ProgressBar {
     if quiet || !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let spinner = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_prefix(label);
+    let spinner = BARS.add(ProgressBar::new_spinner().with_prefix(label));
     if let Ok(style) = ProgressStyle::with_template("{prefix:>12.cyan.bold} {spinner} {msg}") {
         spinner.set_style(style);
     }

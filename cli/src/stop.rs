@@ -2,10 +2,7 @@
 
 use std::{
     future::Future,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use anyhow::Context;
@@ -18,7 +15,34 @@ use crate::exit::{Failure, Outcome};
 #[derive(Clone, Debug)]
 pub(crate) struct Stop {
     token: CancellationToken,
-    interrupted: Arc<AtomicBool>,
+    diverted: Arc<Diverted>,
+}
+
+/// Where Ctrl-C goes while something smaller than the command is to be stopped by it.
+type Diverted = Mutex<Option<CancellationToken>>;
+
+/// While this lives, the first Ctrl-C does not stop the command but completes [`Diversion::interrupted`].
+#[derive(Debug)]
+pub(crate) struct Diversion {
+    to: CancellationToken,
+    place: Arc<Diverted>,
+}
+
+impl Diversion {
+    /// Waits for Ctrl-C.
+    pub(crate) async fn interrupted(&self) {
+        self.to.cancelled().await;
+    }
+}
+
+impl Drop for Diversion {
+    fn drop(&mut self) {
+        *lock(&self.place) = None;
+    }
+}
+
+fn lock(place: &Diverted) -> MutexGuard<'_, Option<CancellationToken>> {
+    place.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Stop {
@@ -27,7 +51,7 @@ impl Stop {
     /// # Errors
     /// When the handlers cannot be installed.
     pub(crate) fn listen() -> anyhow::Result<Self> {
-        let stop = Self { token: CancellationToken::new(), interrupted: Arc::new(AtomicBool::new(false)) };
+        let stop = Self { token: CancellationToken::new(), diverted: Arc::default() };
         let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
         let mut terminate = signal(SignalKind::terminate()).context("failed to listen for SIGTERM")?;
         let told = stop.clone();
@@ -37,11 +61,14 @@ impl Stop {
                     _ = interrupt.recv() => true,
                     _ = terminate.recv() => false,
                 };
+                if interrupted && let Some(to) = lock(&told.diverted).take() {
+                    to.cancel();
+                    continue;
+                }
                 if told.token.is_cancelled() {
                     // Workers notice that their pipe closed and exit on their own.
                     std::process::exit(if interrupted { 130 } else { 143 });
                 }
-                told.interrupted.store(interrupted, Ordering::Relaxed);
                 told.token.cancel();
             }
         });
@@ -53,14 +80,11 @@ impl Stop {
         self.token.cancelled().await;
     }
 
-    /// Whether a signal came.
-    pub(crate) fn is_set(&self) -> bool {
-        self.token.is_cancelled()
-    }
-
-    /// What a command that stopped cleanly returns: Ctrl-C is exit code 130, SIGTERM is success.
-    pub(crate) fn outcome(&self) -> Outcome {
-        if self.is_set() && self.interrupted.load(Ordering::Relaxed) { Err(Failure::Interrupted) } else { Ok(()) }
+    /// Sends Ctrl-C elsewhere for a while.
+    pub(crate) fn divert(&self) -> Diversion {
+        let to = CancellationToken::new();
+        *lock(&self.diverted) = Some(to.clone());
+        Diversion { to, place: self.diverted.clone() }
     }
 
     /// Runs `work` until it is done or a signal comes, whichever is first.

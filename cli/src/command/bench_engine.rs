@@ -39,7 +39,6 @@ pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
     let model = Model::open(global, &args.model).await?;
     let placement = &args.placement;
     let chunk = placement.chunk();
-    let (pp, tp) = placement.parallelism();
     let context = args.tests.iter().map(BenchTest::context).max().unwrap_or(1);
     let sequences = args.tests.iter().map(BenchTest::sequences).max().unwrap_or(1);
     if let Some(test) = args.tests.iter().find(|test| test.context() > model.header.config.context) {
@@ -48,6 +47,15 @@ pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
     let vocab = model.header.config.vocab;
     let needs = Needs { context, sequences, batch_tokens: chunk.max(sequences) };
     let loaded = Loaded::start(global, model, placement, &needs).await?;
+    let done = loaded.watch(measure(global, &args, &loaded, vocab)).await;
+    loaded.close().await;
+    done
+}
+
+/// Runs and prints each test.
+async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, vocab: usize) -> Outcome {
+    let chunk = args.placement.chunk();
+    let (pp, tp) = args.placement.parallelism();
     let read = loaded.read_bandwidth() / 1e9;
     let mut bench = EngineBench::new(Drive::open(loaded.replica.as_ref()).await?, loaded.replica.stages(), chunk, vocab);
     for &test in &args.tests {
@@ -80,8 +88,6 @@ pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
             }
         }
     }
-    drop(bench);
-    loaded.close().await;
     Ok(())
 }
 

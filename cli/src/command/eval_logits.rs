@@ -43,7 +43,7 @@ pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
     }
     let needs = Needs { context: length, sequences: 1, batch_tokens: args.placement.chunk() };
     let loaded = Loaded::start(global, model, &args.placement, &needs).await?;
-    let result = evaluate(&loaded, &ids, args.greedy, args.placement.chunk()).await;
+    let result = loaded.watch(evaluate(&loaded, &ids, args.greedy, args.placement.chunk())).await;
     loaded.close().await;
     let result = result?;
     if args.json { output::json(&result) } else { print(&result) }

@@ -51,7 +51,7 @@ pub(crate) async fn eval(global: &Global, args: PplArgs) -> Outcome {
     let chunk = args.placement.chunk();
     let needs = Needs { context, sequences: 1, batch_tokens: chunk };
     let loaded = Loaded::start(global, model, &args.placement, &needs).await?;
-    let result = score(global, &loaded, &chunks, chunk).await;
+    let result = loaded.watch(score(global, &loaded, &chunks, chunk)).await;
     loaded.close().await;
     let result = Perplexity { context, ..result? };
     if args.json {

@@ -6,6 +6,9 @@ mod eval_logits;
 mod eval_ppl;
 mod inspect;
 mod plan;
+mod run;
+mod serve;
+mod worker;
 
 use crate::{
     args::{BenchCommand, Command, EvalCommand, Skein},
@@ -17,6 +20,9 @@ use crate::{
 pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
     let global = &args.global;
     match args.command {
+        Command::Run(args) => run::run(global, args, &stop).await,
+        Command::Serve(args) => serve::serve(global, args, &stop).await,
+        Command::Worker(args) => worker::worker(global, args, &stop).await,
         Command::Plan(args) => stop.or(plan::plan(global, args)).await,
         Command::Inspect(args) => stop.or(inspect::inspect(global, args)).await,
         Command::Eval(EvalCommand::Logits(args)) => stop.or(eval_logits::eval(global, args)).await,

@@ -22,6 +22,8 @@ struct Planned<'a> {
     tensor: usize,
     /// Bytes of the weight files.
     file_bytes: u64,
+    /// Bytes of the tensors that the forward pass uses, each counted once.
+    tensor_bytes: u64,
     /// Bytes that more than one worker holds, once for each further one.
     shared_bytes: u64,
     max_context: usize,
@@ -91,6 +93,7 @@ fn describe<'a>(deployment: &'a str, model: &'a str, replicas: usize, plan: &'a 
         pipeline: plan.stages.len(),
         tensor: plan.stages.first().map_or(0, |stage| stage.shards.len()),
         file_bytes: plan.file_bytes,
+        tensor_bytes: plan.tensor_bytes,
         shared_bytes: plan.shared_bytes,
         max_context: plan.max_context,
         max_batch_sequences: plan.max_batch_sequences,

@@ -114,22 +114,27 @@ async fn model_alone(global: &Global, uri: &str, placement: &Placement, context:
     let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
     let spec = overridden(planner::Spec::default(), placement, Some(context));
     let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;
-    let name = short_name(uri);
-    Ok(Planned {
+    Ok(alone(model, plan))
+}
+
+/// One replica of a model that no manifest describes.
+pub(crate) fn alone(model: Model, plan: ExecutionPlan) -> Planned {
+    let name = short_name(&model.name);
+    Planned {
         served: name.clone(),
         name,
         aliases: Vec::new(),
-        numerics: planner::numerics(&model.header, &model.uri, plan.kv.dtype),
+        numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype),
         model,
         plan,
         replicas: 1,
         prefix_caching: true,
         serving: serving(),
-    })
+    }
 }
 
 /// Settings of the API where no manifest says.
-fn serving() -> ServingSettings {
+pub(crate) fn serving() -> ServingSettings {
     ServingSettings {
         chat_template: None,
         system_prompt: None,

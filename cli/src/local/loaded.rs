@@ -1,6 +1,6 @@
 //! A model ready for steps of a command's own making: in this process, or in worker processes where a placement asks for several.
 
-use std::sync::Arc;
+use std::{future::Future, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use engine::{Engine, EngineOptions, Timings};
@@ -9,12 +9,18 @@ use plan::{
     planner,
     shard::{ExecutionPlan, KvDType},
 };
-use router::replica::Replica;
+use router::replica::{Connector, Replica, WorkersConnector};
 
-use super::{in_process::InProcess, memory, threads};
+use super::{
+    deployment::{self, Planned},
+    fleet,
+    in_process::InProcess,
+    loading, memory, threads,
+    workers::{Common, Keep, Workers, draw_token},
+};
 use crate::{
     args::{Global, KvChoice, Placement},
-    exit::{BadInput, Outcome, bad_input},
+    exit::{BadInput, Failure, Outcome, bad_input},
     model::Model,
     output::{self, Unit},
 };
@@ -43,7 +49,12 @@ pub(crate) struct Loaded {
     pub(crate) isa: Isa,
     /// The engine, where it runs in this process.
     here: Option<Arc<InProcess>>,
+    /// The worker processes, where there are several.
+    workers: Option<Workers>,
 }
+
+/// How long an error of a session waits for the worker that may be its cause to be found dead: that says more.
+const CAUSE: Duration = Duration::from_millis(500);
 
 /// Plans a model onto the workers of `placement`.
 ///
@@ -86,11 +97,50 @@ impl Loaded {
         let plan = plan(&model, placement, needs)?;
         let isa = isa(placement)?;
         let threads = placement.threads.map_or_else(threads::available, Into::into);
-        let workers = plan.stages.iter().map(|stage| stage.shards.len()).sum::<usize>();
-        if workers == 1 {
-            return in_process(global, model, plan, isa, threads).await;
+        match fleet::workers(&plan) {
+            1 => in_process(global, model, plan, isa, threads).await,
+            _ => Self::in_workers(global, deployment::alone(model, plan), placement, isa, threads).await,
         }
-        Err(bad_input!("{workers} worker processes were asked for, expected 1: only one process is supported yet"))
+    }
+
+    /// Starts the workers of one replica and waits until they have loaded.
+    async fn in_workers(global: &Global, planned: Planned, placement: &Placement, isa: Isa, threads: usize) -> Outcome<Self> {
+        let token = draw_token().context("failed to draw a token for the workers")?;
+        let common = Common { global, isa, threads, collective: placement.collective, token: &token };
+        let planned = [planned];
+        let workers = Workers::start(&planned, &common, Keep::Once).await?;
+        let fleet = workers.fleet();
+        tokio::select! {
+            biased;
+            failure = workers.failed() => {
+                workers.stop().await;
+                return Err(failure);
+            }
+            () = loading::wait(global.quiet, &planned, &fleet, &token) => {}
+        }
+        let [planned] = planned;
+        let limits = planner::limits(&planned.plan, false);
+        let state = fleet.borrow().clone();
+        let member = state.deployments.first().and_then(|deployment| deployment.replicas.first()).context("the fleet has no replica")?;
+        let replica = WorkersConnector::new(Some(token)).replica(member, &limits);
+        // Workers may have been given more threads than were asked for: each has at least one.
+        let threads = threads::share(threads, fleet::workers(&planned.plan)).iter().sum();
+        Ok(Self { replica, plan: planned.plan, threads, isa, here: None, workers: Some(workers) })
+    }
+
+    /// Runs `work` on the replica; fails at once when a worker ends.
+    pub(crate) async fn watch<T>(&self, work: impl Future<Output = Outcome<T>>) -> Outcome<T> {
+        let Some(workers) = &self.workers else { return work.await };
+        tokio::select! {
+            biased;
+            failure = workers.failed() => Err(failure),
+            done = work => match done {
+                Err(Failure::Failed(error)) => {
+                    Err(tokio::time::timeout(CAUSE, workers.failed()).await.unwrap_or(Failure::Failed(error)))
+                }
+                done => done,
+            },
+        }
     }
 
     /// Where the engine's time went so far, if it runs in this process.
@@ -107,6 +157,9 @@ impl Loaded {
     pub(crate) async fn close(self) {
         drop(self.replica);
         drop(self.here);
+        if let Some(workers) = self.workers {
+            workers.stop().await;
+        }
     }
 }
 
@@ -123,7 +176,7 @@ pub(crate) async fn in_process(global: &Global, model: Model, plan: ExecutionPla
     .context("loading was cut off")??;
     bar.finish_and_clear();
     let replica = Arc::new(InProcess::start(engine, card)?);
-    Ok(Loaded { replica: replica.clone(), plan, threads, isa, here: Some(replica) })
+    Ok(Loaded { replica: replica.clone(), plan, threads, isa, here: Some(replica), workers: None })
 }
 
 /// Loads the only shard of a plan of one worker.

@@ -1,0 +1,178 @@
+//! Flags of the commands that answer: `run`, `serve`, and the `worker` behind them.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    num::NonZeroUsize,
+    path::PathBuf,
+};
+
+use clap::{ArgAction, Args};
+
+use super::{IsaChoice, Placement, Target};
+use crate::exit::{Outcome, bad_input};
+
+/// Flags of `skein run`.
+#[derive(Clone, Debug, Args)]
+#[command(
+    override_usage = "skein run [OPTIONS] <MODEL> [PROMPT]\n       skein run [OPTIONS] --file <FILE> [PROMPT]",
+    after_help = "With a PROMPT, or text on standard input, there is one answer. Without, and on a terminal, you chat.\n\n\
+                  A model that comes with a chat template is asked as a chat; any other one continues the text it is given.\n\
+                  --chat and --raw choose. A template from the manifest serves for chats, but does not make a PROMPT one."
+)]
+pub(crate) struct RunArgs {
+    /// Folder, file or source (file:, hf://, http://, https://) of a model; with --file, the prompt.
+    #[arg(value_name = "MODEL")]
+    first: Option<String>,
+    /// What to answer or continue.
+    #[arg(value_name = "PROMPT")]
+    second: Option<String>,
+    /// Manifest with a ModelDeployment; `-` reads standard input.
+    #[arg(short, long, value_name = "FILE")]
+    file: Option<PathBuf>,
+    /// Which deployment of a manifest with several.
+    #[arg(long, value_name = "NAME", requires = "file")]
+    pub(crate) deployment: Option<String>,
+    /// Ask it as a chat.
+    #[arg(long, conflicts_with = "raw")]
+    pub(crate) chat: bool,
+    /// Continue the text, without a chat template.
+    #[arg(long)]
+    pub(crate) raw: bool,
+    /// Instructions before the conversation.
+    #[arg(long, value_name = "TEXT", conflicts_with = "raw")]
+    pub(crate) system: Option<String>,
+    /// One JSON object on stdout, at the end.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) sampling: SamplingArgs,
+    /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
+    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
+    pub(crate) context: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+impl RunArgs {
+    /// The model, and the prompt if one was given.
+    pub(crate) fn target(&self) -> Outcome<(Target, Option<String>)> {
+        match (&self.file, &self.first, &self.second) {
+            (Some(file), prompt, None) => Ok((Target { model: None, file: Some(file.clone()) }, prompt.clone())),
+            (Some(_), Some(first), Some(_)) => Err(bad_input!("MODEL {first} was given beside --file, expected one of them")),
+            (None, Some(model), prompt) => Ok((Target { model: Some(model.clone()), file: None }, prompt.clone())),
+            (_, None, _) => Err(bad_input!("no model was given, expected a MODEL or a manifest with --file")),
+        }
+    }
+}
+
+/// How tokens are drawn. What is left out follows the model's generation_config.json, then the API's defaults.
+///
+/// Ranges are the API's, and checked by it.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Generation")]
+pub(crate) struct SamplingArgs {
+    /// Most tokens of an answer [default: what the context has room for].
+    #[arg(long, value_name = "N")]
+    pub(crate) max_tokens: Option<u32>,
+    /// 0 always takes the likeliest token.
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
+    pub(crate) temperature: Option<f64>,
+    /// Keep the K likeliest tokens.
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
+    pub(crate) top_k: Option<i64>,
+    /// Keep the fewest tokens that together have this probability.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) top_p: Option<f64>,
+    /// Keep tokens at least this fraction as likely as the likeliest.
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    pub(crate) min_p: Option<f64>,
+    /// Divide the logits of ids that occurred; 1 changes nothing.
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    pub(crate) repetition_penalty: Option<f64>,
+    /// The same seed draws the same tokens [default: another one each time].
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) seed: Option<i64>,
+    /// End before this text; may be repeated.
+    #[arg(long, value_name = "TEXT", action = ArgAction::Append)]
+    pub(crate) stop: Vec<String>,
+    /// Go on past end tokens.
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+}
+
+/// Flags of `skein serve`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ServeArgs {
+    #[command(flatten)]
+    pub(crate) target: Target,
+    /// Address to listen on; 0.0.0.0 lets other machines in, and there are no keys yet.
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), value_name = "ADDRESS")]
+    pub(crate) host: IpAddr,
+    /// Port of the HTTP API; 0 takes a free one.
+    #[arg(long, default_value_t = 8080)]
+    pub(crate) port: u16,
+    /// Port of the gRPC API; 0 takes a free one.
+    #[arg(long, default_value_t = 8081, value_name = "PORT")]
+    pub(crate) grpc_port: u16,
+    /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
+    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
+    pub(crate) context: Option<NonZeroUsize>,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+/// Flags of `skein worker`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// Read the worker's specification from a file, and run until a signal comes [default: one JSON line on standard input, whose end ends the worker].
+    #[arg(long, value_name = "FILE")]
+    pub(crate) spec: Option<PathBuf>,
+    /// Address to listen on; it is printed with the port in use.
+    #[arg(long, default_value_t = SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), value_name = "ADDRESS:PORT")]
+    pub(crate) listen: SocketAddr,
+    /// Instructions of the kernels.
+    #[arg(long, value_enum, default_value_t = IsaChoice::Auto)]
+    pub(crate) isa: IsaChoice,
+    /// Token that every call must carry.
+    #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) token: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::args::{Command, Skein};
+
+    fn run(args: &[&str]) -> RunArgs {
+        match Skein::try_parse_from([&["skein", "run"], args].concat()).unwrap().command {
+            Command::Run(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn the_prompt_follows_the_model_or_the_manifest() {
+        let (target, prompt) = run(&["a.gguf", "hi"]).target().unwrap();
+        assert_eq!((target.model.as_deref(), prompt.as_deref()), (Some("a.gguf"), Some("hi")));
+        let (target, prompt) = run(&["-f", "a.yaml", "hi"]).target().unwrap();
+        assert_eq!((target.model, target.file, prompt.as_deref()), (None, Some("a.yaml".into()), Some("hi")));
+        assert_eq!(run(&["-f", "a.yaml"]).target().unwrap().1, None);
+        assert!(run(&["-f", "a.yaml", "model", "hi"]).target().is_err());
+        assert!(run(&[]).target().is_err());
+    }
+
+    #[test]
+    fn negative_numbers_are_values_and_not_flags() {
+        let args = run(&["m", "x", "--temperature", "-1", "--seed", "-7", "--stop", "a", "--stop", "b"]);
+        assert_eq!((args.sampling.temperature, args.sampling.seed), (Some(-1.0), Some(-7)));
+        assert_eq!(args.sampling.stop, ["a", "b"]);
+    }
+
+    #[test]
+    fn chat_and_raw_exclude_each_other() {
+        assert!(Skein::try_parse_from(["skein", "run", "m", "--chat", "--raw"]).is_err());
+        assert!(Skein::try_parse_from(["skein", "run", "m", "--deployment", "a"]).is_err());
+    }
+}
