@@ -67,7 +67,11 @@ fn damaged_model_files_are_refused() {
         text
     });
     refused("an unknown tensor type", &eval(dtype.path()), &["BF17"]);
-    refused("a folder without a model", &eval(tempfile::tempdir().expect("a temporary folder").path()), &["config.json"]);
+    refused(
+        "a folder without a model",
+        &eval(tempfile::tempdir().expect("a temporary folder").path()),
+        &["holds no model", "model.safetensors"],
+    );
     refused("a missing file", &eval(Path::new("/does/not/exist.gguf")), &["/does/not/exist.gguf"]);
 }
 

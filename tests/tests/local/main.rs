@@ -1,5 +1,7 @@
 //! End-to-end tests on one machine: real processes, fixtures and the reference model.
 
+#![expect(clippy::print_stdout, reason = "tests say what they measured and what they could not compare")]
+
 mod clients;
 mod exact;
 mod input;
