@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc};
 
 use proto::{bearer::Bearer, worker::worker_server::WorkerServer};
-use tokio::{net::TcpListener, sync::oneshot, time::timeout};
+use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::TcpIncoming};
 use tracing::{debug, info, warn};
@@ -49,6 +49,7 @@ pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + 
         jobs: compute::Jobs::default(),
         tasks: TaskTracker::new(),
         stop: CancellationToken::new(),
+        runtime: Handle::current(),
         granting: false.into(),
         spec,
     });

@@ -12,7 +12,7 @@ use engine::Progress;
 use plan::worker::{CollectiveKind, WorkerSpec};
 use proto::{bearer::Bearer, worker as wire};
 use source::Source;
-use tokio::sync::watch;
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
@@ -38,6 +38,8 @@ pub(crate) struct Worker {
     pub(crate) tasks: TaskTracker,
     /// Everything ends.
     pub(crate) stop: CancellationToken,
+    /// Where input and output happen.
+    pub(crate) runtime: Handle,
     /// An epoch is being granted.
     pub(crate) granting: AtomicBool,
 }

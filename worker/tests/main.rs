@@ -4,5 +4,6 @@ mod arbiter;
 mod collectives;
 mod epochs;
 mod fleet;
+mod owner;
 mod replica;
 mod watch;

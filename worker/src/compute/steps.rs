@@ -54,9 +54,7 @@ pub(super) fn run(worker: &Worker, engine: &mut Engine, live: &Live, links: &Out
         }
         trace!(step = step.id, tokens = step.tokens(), ?waited, ?collective, ?compute, "step");
         let timing = wire::Timing { compute_us: micros(compute), collective_us: micros(collective), wait_us: micros(waited) };
-        if !live.answer(Message::Step(wire::StepReply { step: step.id, outputs, timing: Some(timing) })) {
-            return Err(Stop::Over);
-        }
+        live.answer(&worker.runtime, Message::Step(wire::StepReply { step: step.id, outputs, timing: Some(timing) }))?;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use proto::{
     convert::{encode_epoch, f32s_to_bytes},
     worker::{self as wire, LinkAck, LinkFrame, link_frame::Message},
 };
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
@@ -16,7 +16,7 @@ use super::{Cargo, FRAME, targets};
 use crate::{
     failure::{Failure, Reason},
     peer,
-    session::{Drawn, Live, Stop},
+    session::{Drawn, Ending, Live, Stop, send},
     state::Worker,
 };
 
@@ -31,6 +31,8 @@ struct Edge {
 /// The links of one session.
 pub(crate) struct Outbound {
     epoch: Epoch,
+    runtime: Handle,
+    ending: Arc<Ending>,
     edges: Vec<Edge>,
 }
 
@@ -71,8 +73,7 @@ impl Outbound {
 
     fn send(&self, cargo: Cargo, frame: &LinkFrame) -> Result<(), Stop> {
         for edge in self.edges.iter().filter(|e| e.cargo == cargo) {
-            // Closed when the link broke or the session ended, and whatever did that has noted the reason.
-            edge.frames.blocking_send(frame.clone()).map_err(|_| Stop::Over)?;
+            send(&self.runtime, &self.ending, &edge.frames, frame.clone())?;
         }
         Ok(())
     }
@@ -84,7 +85,8 @@ pub(crate) async fn dial(worker: &Arc<Worker>, live: &Arc<Live>) -> Result<Outbo
         let opened = timeout(worker.deadlines.meet, open(worker, live, to, cargo));
         async move { opened.await.unwrap_or_else(|_| Err(Failure::new(Reason::Link, format!("{} took no link in time", peer::name(to))))) }
     });
-    Ok(Outbound { epoch: live.epoch, edges: try_join_all(edges).await? })
+    let edges = try_join_all(edges).await?;
+    Ok(Outbound { epoch: live.epoch, runtime: worker.runtime.clone(), ending: live.ending.clone(), edges })
 }
 
 async fn open(worker: &Arc<Worker>, live: &Arc<Live>, to: &wire::WorkerAddress, cargo: Cargo) -> Result<Edge, Failure> {

@@ -11,9 +11,9 @@ use std::{
 use engine::Progress;
 use plan::worker::Epoch;
 use proto::worker::{Heartbeat, SessionReply, WorkerAddress, session_reply::Message};
-use tokio::sync::mpsc;
+use tokio::{runtime::Handle, sync::mpsc};
 
-use super::{BEAT, Ending, inbox::Inbox};
+use super::{BEAT, Ending, Stop, inbox::Inbox, send};
 use crate::{
     collective::Interrupt,
     failure::{Failure, Reason},
@@ -114,10 +114,10 @@ impl Live {
         let _ = self.replies.send(SessionReply { message: Some(message) }).await;
     }
 
-    /// Answers a step, from the engine thread; waits while the owner does not read. Tells whether there still is an owner.
-    pub(crate) fn answer(&self, message: Message) -> bool {
+    /// Answers a step, from the engine thread; waits while the owner does not read.
+    pub(crate) fn answer(&self, runtime: &Handle, message: Message) -> Result<(), Stop> {
         self.finished.fetch_add(1, Ordering::Relaxed);
-        self.replies.blocking_send(SessionReply { message: Some(message) }).is_ok()
+        send(runtime, &self.ending, &self.replies, SessionReply { message: Some(message) })
     }
 
     /// The owner spoke.

@@ -13,7 +13,11 @@ use proto::{
     worker::{self as wire, session_reply, session_request::Message},
 };
 use tokio::{
-    sync::{mpsc, oneshot},
+    runtime::Handle,
+    sync::{
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
     time::timeout,
 };
 use tonic::Streaming;
@@ -226,5 +230,46 @@ fn take(live: &Live, message: Option<Message>, closed: &mut bool) -> Result<(), 
     }
 }
 
+/// Sends from the engine thread; waits while the receiver is full, but not beyond the session's end. (The receiver itself may outlive that: a
+/// stopped peer does not even let go of what was meant for it.)
+pub(crate) fn send<T: Send>(runtime: &Handle, ending: &Ending, to: &mpsc::Sender<T>, value: T) -> Result<(), Stop> {
+    match to.try_send(value) {
+        Ok(()) => Ok(()),
+        // Whoever closed it has ended the session.
+        Err(TrySendError::Closed(_)) => Err(Stop::Over),
+        Err(TrySendError::Full(value)) => runtime.block_on(async {
+            tokio::select! {
+                biased;
+                () = ending.over() => Err(Stop::Over),
+                sent = to.send(value) => sent.map_err(|_| Stop::Over),
+            }
+        }),
+    }
+}
+
 /// Time between two heartbeats.
 pub(crate) const BEAT: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_full_receiver_holds_the_sender_until_the_end_of_the_session() {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).build().expect("a runtime");
+        let (ending, (to, from)) = (Ending::default(), mpsc::channel(1));
+        let send = |value| send(runtime.handle(), &ending, &to, value);
+        std::thread::scope(|scope| {
+            let sender = scope.spawn(|| [send(1), send(2)]);
+            while to.capacity() > 0 {
+                std::thread::yield_now();
+            }
+            // The receiver lives, and takes nothing: only the end lets the sender go.
+            assert!(!sender.is_finished());
+            ending.end(None);
+            assert_eq!(sender.join().expect("no panic"), [Ok(()), Err(Stop::Over)]);
+        });
+        drop(from);
+        assert_eq!(send(3), Err(Stop::Over));
+    }
+}
