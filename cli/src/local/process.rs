@@ -36,6 +36,8 @@ pub(crate) struct Program {
     pub(crate) args: Vec<OsString>,
     /// Set beside this process's own environment.
     pub(crate) env: Vec<(&'static str, OsString)>,
+    /// Put a worker's tag before each line of its log.
+    pub(crate) tagged: bool,
 }
 
 /// A running worker process. Dropping it kills the process.
@@ -48,11 +50,12 @@ pub(crate) struct WorkerProcess {
 }
 
 impl WorkerProcess {
-    /// Starts `program`, in a process group of its own, so that Ctrl-C on the terminal reaches this process alone.
+    /// Starts `program`, in a process group of its own, so that Ctrl-C on the terminal reaches this process alone. `tag` tells its log
+    /// lines from those of others.
     ///
     /// # Errors
     /// When the system cannot start it.
-    pub(crate) fn start(program: &Program) -> io::Result<Self> {
+    pub(crate) fn start(program: &Program, tag: &str) -> io::Result<Self> {
         let mut command = Command::new(&program.path);
         command.args(&program.args).envs(program.env.iter().map(|(name, value)| (name, value)));
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0).kill_on_drop(true);
@@ -60,7 +63,8 @@ impl WorkerProcess {
         let (lifeline, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
         let missing = || io::Error::other("a pipe is missing");
         let said = BufReader::new(stdout.ok_or_else(missing)?).lines();
-        let log = tokio::spawn(pass_on(stderr.ok_or_else(missing)?));
+        let tag = if program.tagged { format!("[{tag}] ") } else { String::new() };
+        let log = tokio::spawn(pass_on(stderr.ok_or_else(missing)?, tag));
         Ok(Self { child, lifeline, said, log })
     }
 
@@ -124,10 +128,10 @@ impl WorkerProcess {
 }
 
 /// Copies a worker's log lines to standard error.
-async fn pass_on(log: impl AsyncRead + Unpin) {
+async fn pass_on(log: impl AsyncRead + Unpin, tag: String) {
     let mut lines = BufReader::new(log).split(b'\n');
     while let Ok(Some(line)) = lines.next_segment().await {
-        output::log_line(&line);
+        output::log_line(&[tag.as_bytes(), &line].concat());
     }
 }
 
@@ -148,14 +152,14 @@ mod tests {
 
     /// A shell in place of a worker.
     fn shell(script: &str) -> Program {
-        Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()], env: vec![("SAID", "yes".into())] }
+        Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()], env: vec![("SAID", "yes".into())], tagged: true }
     }
 
     const ADDRESS: &str = "127.0.0.1:4711";
 
     #[tokio::test]
     async fn a_worker_gets_its_specification_and_says_its_address() {
-        let mut worker = WorkerProcess::start(&shell("read spec; test \"$spec$SAID\" = '{}yes' && echo 127.0.0.1:4711; cat")).unwrap();
+        let mut worker = WorkerProcess::start(&shell("read spec; test \"$spec$SAID\" = '{}yes' && echo 127.0.0.1:4711; cat"), "0").unwrap();
         assert_eq!(worker.address("{}").await.unwrap(), Some(ADDRESS.parse().unwrap()));
         // `cat` ends when the pipe does.
         assert!(worker.stop().await.unwrap().success());
@@ -164,7 +168,7 @@ mod tests {
     #[tokio::test]
     async fn a_worker_that_will_not_end_is_killed() {
         use std::os::unix::process::ExitStatusExt;
-        let mut worker = WorkerProcess::start(&shell("read spec; echo 127.0.0.1:4711; kill -STOP $$")).unwrap();
+        let mut worker = WorkerProcess::start(&shell("read spec; echo 127.0.0.1:4711; kill -STOP $$"), "0").unwrap();
         worker.address("{}").await.unwrap();
         assert_eq!(worker.stop().await.unwrap().signal(), Some(9));
     }
@@ -173,7 +177,7 @@ mod tests {
     async fn a_worker_has_a_process_group_of_its_own() {
         // Field 5 of stat is the process group.
         let script = "read spec; read -r _ _ _ _ group rest < /proc/$$/stat; test $group = $$ && echo 127.0.0.1:4711; cat";
-        let mut worker = WorkerProcess::start(&shell(script)).unwrap();
+        let mut worker = WorkerProcess::start(&shell(script), "0").unwrap();
         assert_eq!(worker.address("{}").await.unwrap(), Some(ADDRESS.parse().unwrap()));
         worker.stop().await.unwrap();
     }
@@ -181,7 +185,7 @@ mod tests {
     #[tokio::test]
     async fn what_a_failing_worker_says_is_heard() {
         let script = r#"read spec; echo 127.0.0.1:4711; echo '{"input":true,"message":"a.gguf is damaged"}'; exit 2"#;
-        let mut worker = WorkerProcess::start(&shell(script)).unwrap();
+        let mut worker = WorkerProcess::start(&shell(script), "0").unwrap();
         worker.address("{}").await.unwrap();
         let ending = worker.ended().await.unwrap();
         assert_eq!(ending.fault, Some(Fault { input: true, message: "a.gguf is damaged".into() }));
@@ -190,10 +194,10 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_that_ends_or_chatters_at_the_start_is_no_worker() {
-        let mut worker = WorkerProcess::start(&shell("exit 3")).unwrap();
+        let mut worker = WorkerProcess::start(&shell("exit 3"), "0").unwrap();
         assert_eq!(worker.address("{}").await.unwrap(), None);
         assert_eq!(worker.ended().await.unwrap().status.code(), Some(3));
-        let mut worker = WorkerProcess::start(&shell("read spec; echo hello; cat")).unwrap();
+        let mut worker = WorkerProcess::start(&shell("read spec; echo hello; cat"), "0").unwrap();
         assert!(worker.address("{}").await.is_err());
     }
 }

@@ -89,7 +89,8 @@ impl Serving {
             loading::wait(quiet, &self.planned, &workers.fleet(), token).await;
         }
         let waiting = output::spinner(quiet, "Waiting");
-        for (number, deployment) in self.planned.iter().enumerate() {
+        // What a manifest keeps at no replicas is known by name and refused, and does not hold up the rest.
+        for (number, deployment) in self.planned.iter().enumerate().filter(|(_, deployment)| deployment.replicas > 0) {
             waiting.set_message(format!("for the first token of {}", deployment.served));
             match tokio::time::timeout(PROOF, self.edge.wait_complete(&deployment.served)).await {
                 Ok(true) => {}

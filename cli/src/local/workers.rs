@@ -12,9 +12,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use kernels::Isa;
 use plan::fleet::FleetState;
+use router::replica;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -55,7 +56,14 @@ struct Shared {
     proven: Vec<AtomicBool>,
     alarm: Alarm,
     stop: CancellationToken,
+    /// What calls must carry.
+    token: String,
+    /// Longest that a worker may not answer before it is killed, and so started again.
+    patience: Duration,
 }
+
+/// How long a worker of a running server may be deaf. Streams have left it long before; this is for one that will never come back.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The settings that every worker gets.
 pub(crate) struct Common<'a> {
@@ -81,14 +89,17 @@ impl Workers {
             proven: planned.iter().map(|_| AtomicBool::new(false)).collect(),
             alarm: Alarm::default(),
             stop: CancellationToken::new(),
+            token: common.token.to_owned(),
+            patience: PATIENCE,
         });
         let mut keepers = JoinSet::new();
         for (seat, spec) in fleet::specs(planned, common.threads, common.collective.into()) {
             let spec = serde_json::to_string(&spec).context("failed to write a worker's specification")?;
             let name = format!("worker of {}, stage {} rank {}", planned[seat.deployment].name, seat.stage, seat.rank);
             // Started here and not in its task, so that process ids ascend in the order of the plan.
-            let process = shared.start(&name)?;
-            keepers.spawn(Keeper { shared: shared.clone(), name, seat, spec }.run(process));
+            let keeper = Keeper { shared: shared.clone(), name, seat, spec };
+            let process = keeper.start()?;
+            keepers.spawn(keeper.run(process));
         }
         let workers = Self { shared, keepers };
         let mut fleet = workers.fleet();
@@ -127,13 +138,6 @@ impl Workers {
     }
 }
 
-impl Shared {
-    fn start(&self, name: &str) -> anyhow::Result<WorkerProcess> {
-        let process = WorkerProcess::start(&self.program);
-        process.with_context(|| format!("failed to start the {name} as {}", self.program.path.display()))
-    }
-}
-
 /// What keeps one worker running.
 struct Keeper {
     shared: Arc<Shared>,
@@ -144,6 +148,12 @@ struct Keeper {
 }
 
 impl Keeper {
+    fn start(&self) -> anyhow::Result<WorkerProcess> {
+        let (program, at) = (&self.shared.program, self.seat);
+        let process = WorkerProcess::start(program, &format!("{}.{}.{}.{}", at.deployment, at.replica, at.stage, at.rank));
+        process.with_context(|| format!("failed to start the {} as {}", self.name, program.path.display()))
+    }
+
     /// Runs the worker, again and again, until told to stop or nothing more can be done.
     async fn run(self, first: WorkerProcess) {
         let mut restarts = Restarts::default();
@@ -172,7 +182,7 @@ impl Keeper {
         warn!(stage, rank, pause_ms, why = %why, "worker ended; starting it again");
         tokio::select! {
             () = self.shared.stop.cancelled() => None,
-            () = tokio::time::sleep(pause) => Some(self.shared.start(&self.name).map_err(Failure::from)),
+            () = tokio::time::sleep(pause) => Some(self.start().map_err(Failure::from)),
         }
     }
 
@@ -198,12 +208,28 @@ impl Keeper {
 
     /// Tells a process what to do, publishes where it listens, and waits for its end.
     async fn follow(&self, process: &mut WorkerProcess) -> anyhow::Result<Ending> {
-        if let Some(address) = process.address(&self.spec).await? {
-            let Seat { stage, rank, .. } = self.seat;
-            info!(stage, rank, pid = process.id(), %address, "worker started");
-            self.shared.fleet.send_modify(|state| fleet::seat(state, self.seat, address.to_string()));
+        let Some(address) = process.address(&self.spec).await? else { return Ok(process.ended().await?) };
+        let (Seat { stage, rank, .. }, address) = (self.seat, address.to_string());
+        info!(stage, rank, pid = process.id(), address, "worker started");
+        self.shared.fleet.send_modify(|state| fleet::seat(state, self.seat, address.clone()));
+        tokio::select! {
+            ended = process.ended() => Ok(ended?),
+            () = self.deaf(&address), if self.shared.keep == Keep::Alive => {
+                bail!("it did not answer for {} s and was killed", self.shared.patience.as_secs())
+            }
         }
-        process.ended().await.context("failed to wait for it")
+    }
+
+    /// Completes when the worker at `address` has not answered for too long.
+    async fn deaf(&self, address: &str) {
+        let patience = self.shared.patience;
+        let mut heard = Instant::now();
+        while heard.elapsed() < patience {
+            tokio::time::sleep(patience / 8).await;
+            if replica::loading(address, Some(&self.shared.token)).await.is_ok() {
+                heard = Instant::now();
+            }
+        }
     }
 
     /// An ending as the user's or the machine's fault.
@@ -221,7 +247,8 @@ fn program(common: &Common<'_>) -> Outcome<Program> {
     let path = env::current_exe().context("failed to find this program, which workers are started from")?;
     let mut args = global_args(common.global);
     args.extend(["worker".into(), "--isa".into(), common.isa.name().into()]);
-    Ok(Program { path, args, env: vec![("SKEIN_WORKER_TOKEN", common.token.into())] })
+    let tagged = common.global.log_format == LogFormat::Text;
+    Ok(Program { path, args, env: vec![("SKEIN_WORKER_TOKEN", common.token.into())], tagged })
 }
 
 /// The flags that give a worker this process's logging and cache.
@@ -278,18 +305,20 @@ mod tests {
     }
 
     /// One worker that is a shell script, kept as `keep` says.
-    fn kept(script: &str, keep: Keep) -> Workers {
+    fn kept(script: &str, keep: Keep, patience: Duration) -> Workers {
         let shared = Arc::new(Shared {
-            program: Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()], env: Vec::new() },
+            program: Program { path: "/bin/sh".into(), args: vec!["-c".into(), script.into()], env: Vec::new(), tagged: true },
             keep,
             fleet: watch::Sender::new(one_seat()),
             proven: vec![AtomicBool::new(false)],
             alarm: Alarm::default(),
             stop: CancellationToken::new(),
+            token: String::new(),
+            patience,
         });
         let seat = Seat { deployment: 0, replica: 0, stage: 0, rank: 0 };
-        let process = shared.start("worker").unwrap();
         let keeper = Keeper { shared: shared.clone(), name: "worker".into(), seat, spec: "{}".into() };
+        let process = keeper.start().unwrap();
         let mut keepers = JoinSet::new();
         keepers.spawn(keeper.run(process));
         Workers { shared, keepers }
@@ -302,7 +331,7 @@ mod tests {
         let mark = folder.path().join("dead");
         let mark = mark.display();
         let script = format!("read spec; echo 127.0.0.1:$((10000 + $$ % 50000)); if mkdir {mark} 2>/dev/null; then kill -9 $$; fi; cat");
-        let workers = kept(&script, Keep::Alive);
+        let workers = kept(&script, Keep::Alive, PATIENCE);
         let mut fleet = workers.fleet();
         let first = fleet.wait_for(fleet::complete).await.unwrap().clone();
         let second = fleet.wait_for(|state| state.number > first.number).await.unwrap().clone();
@@ -311,9 +340,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_worker_that_answers_nothing_is_replaced() {
+        // Nobody listens on the port of discard.
+        let workers = kept("read spec; echo 127.0.0.1:9; cat", Keep::Alive, Duration::from_millis(80));
+        workers.prove(0);
+        workers.fleet().wait_for(|state| state.number > 2).await.unwrap();
+        workers.stop().await;
+    }
+
+    #[tokio::test]
     async fn what_a_worker_cannot_use_is_the_users_to_know() {
         let script = r#"read spec; echo 127.0.0.1:4711; echo '{"input":true,"message":"a.gguf is damaged"}'; exit 2"#;
-        let workers = kept(script, Keep::Alive);
+        let workers = kept(script, Keep::Alive, PATIENCE);
         let failure = workers.failed().await;
         assert!(matches!(&failure, Failure::Input(error) if error.to_string() == "a.gguf is damaged"), "{failure}");
         workers.stop().await;
@@ -321,7 +359,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_end_of_a_worker_ends_an_evaluation() {
-        let workers = kept("read spec; echo 127.0.0.1:4711; kill -9 $$", Keep::Once);
+        let workers = kept("read spec; echo 127.0.0.1:4711; kill -9 $$", Keep::Once, PATIENCE);
         let failure = workers.failed().await;
         assert!(matches!(&failure, Failure::Failed(error) if error.to_string().contains("signal 9")), "{failure}");
         workers.stop().await;
