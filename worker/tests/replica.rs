@@ -194,6 +194,36 @@ async fn stages_and_ranks_give_the_bits_of_one_engine() {
     assert!(other != expected);
 }
 
+/// Whoever sends without reading is made to wait, and loses no reply.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn replies_that_are_not_read_hold_up_the_steps() {
+    let plan = plan(2, 1);
+    let workers = start(&plan, CollectiveKind::SharedMemory).await;
+    let replica = connect(&workers, TOKEN);
+    let mut session = timeout(LONG, replica.open()).await.expect("in time").expect("a session");
+    // As many as fit: waiting, under way, answered and not read.
+    let bound = (replica.stages() + 1) + (replica.stages() + 1);
+    let count = 200_usize;
+    let sender = session.steps.clone();
+    let sending = tokio::spawn(async move {
+        for id in 1..=count {
+            sender.send(Step { id: id as u64, ..Step::default() }).await.expect("a session");
+        }
+    });
+    for id in 1..=count {
+        // A reply is read only when nothing more fits, or all the others are there.
+        let most = bound.min(count - id + 1);
+        crate::arbiter::until(|| async {
+            tokio::task::yield_now().await;
+            session.steps.is_closed() || session.replies.len() + session.steps.max_capacity() - session.steps.capacity() >= most
+        })
+        .await;
+        assert!(session.replies.len() <= replica.stages() + 1);
+        assert_eq!(session.replies.recv().await.expect("a reply").expect("a good one").step, id as u64);
+    }
+    sending.await.expect("the sender");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_worker_ends_the_session_and_the_others_keep_their_weights() {
     let plan = plan(2, 2);

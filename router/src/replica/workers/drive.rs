@@ -9,7 +9,7 @@ use proto::{
     worker::{self as wire, Alive, Close, SessionReply, SessionRequest, session_reply, session_request::Message},
 };
 use tokio::{
-    sync::mpsc,
+    sync::mpsc::{self, OwnedPermit},
     task::JoinHandle,
     time::{Instant, MissedTickBehavior, interval, timeout_at},
 };
@@ -30,16 +30,22 @@ const CLOSE: Duration = Duration::from_secs(1);
 /// Ticks after which workers that all wait while a step is due have lost something: 5 s, far above any hop between stages.
 const LOST: u32 = 50;
 
-/// Messages that may wait for one worker: the steps in flight, the hello or close, and some signs of life.
+/// Steps that the slowest worker may be behind the last one sent. The sampler's replies alone do not bound that: it waits for nobody in a step
+/// without tokens.
+fn behind(stages: usize) -> usize {
+    2 * (stages + 1)
+}
+
+/// Messages that may wait for one worker: the steps it is behind, the hello or close, and some signs of life.
 pub(super) fn requests(stages: usize) -> usize {
-    stages + 1 + 8
+    behind(stages) + 8
 }
 
 /// Starts the task of a session.
 pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<()>) {
     let stages = replica.stages;
     let (steps, receive_steps) = mpsc::channel(stages + 1);
-    // Every step in flight, and one error.
+    // Every step in flight, and one error. Each step takes its reply's place along, so a place is always free, and steps wait while replies do.
     let (replies, receive_replies) = mpsc::channel(stages + 2);
     let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies }| (requests, replies)).unzip();
     let sampler = replica.sampler();
@@ -53,13 +59,14 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
     };
     let driver = Driver {
         epoch: opened.epoch,
-        stages,
         sampler,
         workers: requests.into_iter().enumerate().map(watched).collect(),
+        behind: behind(stages),
         flight: VecDeque::new(),
         sent: 0,
         idle: 0,
         replies,
+        places: VecDeque::new(),
     };
     let events = streams.into_iter().enumerate().map(|(worker, stream)| {
         let end = stream::once(std::future::ready(None));
@@ -80,33 +87,39 @@ struct Watched {
     answered: u64,
 }
 
-/// A step in flight.
+/// A step that not every worker has answered.
 struct Due {
     id: u64,
     tokens: usize,
 }
 
+type Reply = Result<StepReply, ReplicaError>;
+type Place = OwnedPermit<Reply>;
+
 struct Driver {
     epoch: Epoch,
-    stages: usize,
     /// Index of the worker whose replies are the session's.
     sampler: usize,
     workers: Vec<Watched>,
+    /// Most steps in flight.
+    behind: usize,
     /// Steps that the slowest worker has not answered.
     flight: VecDeque<Due>,
     /// Number of the last step.
     sent: u64,
     /// Ticks for which steps were due and every worker waited for its input.
     idle: u32,
-    replies: mpsc::Sender<Result<StepReply, ReplicaError>>,
+    replies: mpsc::Sender<Reply>,
+    /// For the replies of steps that the sampler has not answered.
+    places: VecDeque<Place>,
 }
 
 impl Driver {
     async fn run(mut self, mut steps: mpsc::Receiver<Step>, mut events: impl Stream<Item = Event> + Unpin) {
+        let Ok(place) = self.replies.clone().try_reserve_owned() else { return self.close(events).await };
         match self.drive(&mut steps, &mut events).await {
             Ok(()) => self.close(events).await,
-            // Its capacity is that of all steps in flight and this; a scheduler that is gone needs no reason.
-            Err(error) => drop(self.replies.try_send(Err(error))),
+            Err(error) => drop(place.send(Err(error))),
         }
     }
 
@@ -127,8 +140,8 @@ impl Driver {
                     Some((worker, event)) => self.take(worker, event)?,
                     None => return Err(ReplicaError::Closed),
                 },
-                step = steps.recv(), if self.unanswered() <= self.stages => match step {
-                    Some(step) => self.send(&step)?,
+                step = next(steps, self.replies.clone()), if self.flight.len() < self.behind => match step {
+                    Some((step, place)) => self.send(&step, place)?,
                     None => return Ok(()),
                 },
                 _ = ticks.tick() => {
@@ -140,17 +153,13 @@ impl Driver {
         }
     }
 
-    /// Steps that the sampler has not answered.
-    fn unanswered(&self) -> usize {
-        usize::try_from(self.sent - self.workers[self.sampler].answered).unwrap_or(usize::MAX)
-    }
-
-    fn send(&mut self, step: &Step) -> Result<(), ReplicaError> {
+    fn send(&mut self, step: &Step, place: Place) -> Result<(), ReplicaError> {
         if step.id != self.sent + 1 {
             let detail = format!("step {} was to be sent after step {}", step.id, self.sent);
             return Err(ReplicaError::Protocol { worker: "this router".into(), detail });
         }
         self.sent = step.id;
+        self.places.push_back(place);
         self.flight.push_back(Due { id: step.id, tokens: step.tokens() });
         let message = SessionRequest { message: Some(Message::Step(encode_step(self.epoch, step))) };
         for worker in &self.workers {
@@ -195,8 +204,9 @@ impl Driver {
         if worker == self.sampler {
             let outputs = reply.outputs.into_iter().map(decode_output).collect::<Result<_, _>>();
             let outputs = outputs.map_err(|e| watched.remote.protocol(e.to_string()))?;
-            // Its capacity is that of all steps in flight; when it is closed, the session is over.
-            let _ = self.replies.try_send(Ok(StepReply { step: expected, outputs }));
+            if let Some(place) = self.places.pop_front() {
+                place.send(Ok(StepReply { step: expected, outputs }));
+            }
         }
         let all = self.workers.iter().map(|w| w.answered).min().unwrap_or(0);
         while self.flight.front().is_some_and(|d| d.id <= all) {
@@ -241,10 +251,16 @@ impl Driver {
             // Where it is full, the dropped stream ends the session too.
             let _ = worker.requests.try_send(SessionRequest { message: Some(Message::Close(Close {})) });
         }
-        drop((self.workers, self.replies));
+        drop((self.workers, self.replies, self.places));
         let deadline = Instant::now() + CLOSE;
         while let Ok(Some(_)) = timeout_at(deadline, events.next()).await {}
     }
+}
+
+/// The next step, and the place of its reply; nothing when the session is dropped.
+async fn next(steps: &mut mpsc::Receiver<Step>, replies: mpsc::Sender<Reply>) -> Option<(Step, Place)> {
+    let place = replies.reserve_owned().await.ok()?;
+    steps.recv().await.map(|step| (step, place))
 }
 
 fn full_or_closed<T>(error: &mpsc::error::TrySendError<T>) -> &'static str {
