@@ -8,7 +8,7 @@ use protox::prost::Message as _;
 const FILES: [&str; 3] = ["skein/v1/inference.proto", "skein/worker/v1/worker.proto", "skein/fleet/v1/fleet.proto"];
 
 /// Compiles the `.proto` files of the crate at `package`: file name in `src/generated/` → contents. `scratch` is an empty folder.
-pub fn generate(package: &Path, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>, Box<dyn Error>> {
+pub(crate) fn generate(package: &Path, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>, Box<dyn Error>> {
     let descriptors = protox::compile(FILES, [package.join("proto")])?;
     let mut files = BTreeMap::new();
     // Reflection is offered to clients of the inference service alone.

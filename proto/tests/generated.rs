@@ -3,7 +3,6 @@
 use std::{fs, path::Path};
 
 #[path = "../codegen.rs"]
-#[expect(unreachable_pub, reason = "also a module of xtask")]
 mod codegen;
 
 #[test]

@@ -6,7 +6,7 @@ use kernels::Isa;
 use plan::worker::WorkerSpec;
 use source::SourceOptions;
 
-/// Everything [`crate::serve`] needs.
+/// Everything [`crate::serve()`] needs.
 #[derive(Clone)]
 pub struct WorkerOptions {
     /// What this worker owns, and of which replica.

@@ -38,6 +38,8 @@ fn dependencies() -> Result<()> {
         say(&format!("installing cargo-deny {CARGO_DENY} (once; minutes)"));
         run(cargo().args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY, "--root"]).arg(&tools))?;
     }
+    // Packages of other systems too: a build for this one fetched only its own.
+    run(cargo().args(["fetch", "--locked", "--quiet"]))?;
     run(command(deny).args(["--offline", "check", "bans", "licenses", "sources"]))
 }
 

@@ -1,6 +1,6 @@
 //! How the ranks of a stage meet and exchange slices: shared memory, unix sockets or TCP, behind one trait.
 //!
-//! The ranks of an epoch meet with [`join`]; each waits for all others, so that a collective exists on every rank or on none. Each wait of an
+//! The ranks of an epoch meet with [`join()`]; each waits for all others, so that a collective exists on every rank or on none. Each wait of an
 //! exchange has a deadline, and [`Interrupt`] ends a wait from another thread. Peers of another epoch are refused when they meet.
 
 mod address;
