@@ -143,3 +143,23 @@ fn perplexity_is_that_of_llama_cpp() {
     let ratio = got["ppl"].as_f64().expect("a number") / golden["ppl"].as_f64().expect("a number");
     assert!((ratio - 1.0).abs() < 0.01, "perplexity {}, llama.cpp has {}", got["ppl"], golden["ppl"]);
 }
+
+/// What was computed, as bits.
+fn bits(got: &Value) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
+    let raw = |field| floats(got, field).iter().map(|x| x.to_bits()).collect();
+    (raw("last_logits"), raw("nll_per_token"), ids(got, "greedy_ids"))
+}
+
+/// However a prompt is cut into steps, and whatever the number of threads: the same bits.
+#[test]
+fn chunks_and_threads_change_no_bit() {
+    // Longer than a tile of attention, than the fixture's window, and no multiple of any chunk.
+    let long: Vec<u32> = std::iter::once(2).chain((0..149).map(|i| 5 + (i * 37) % 500)).collect();
+    for model in [files::fixture("llama"), files::fixture("gemma3"), files::reference()] {
+        let whole = bits(&logits(&model, &long, 4, &["--threads", "2"]));
+        for more in [["--chunk", "1"], ["--chunk", "7"], ["--chunk", "64"], ["--threads", "1"], ["--threads", "3"]] {
+            assert!(bits(&logits(&model, &long, 4, &more)) == whole, "{} with {}", model.display(), more.join(" "));
+        }
+        assert!(bits(&logits(&model, &long[..149], 4, &["--chunk", "7"])) != whole, "one id fewer went unseen");
+    }
+}
