@@ -1,6 +1,7 @@
 //! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
 
 mod answer;
+mod pool;
 
 use std::{num::NonZeroUsize, path::PathBuf};
 
@@ -11,7 +12,10 @@ use clap::{
 
 use plan::worker::CollectiveKind;
 
-pub(crate) use self::answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs};
+pub(crate) use self::{
+    answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
+    pool::RouterArgs,
+};
 use crate::bench::test::BenchTest;
 
 /// Headings and literals in colour, on a terminal only.
@@ -105,6 +109,9 @@ pub(crate) enum Command {
     /// Run one rank of one stage; started by the other commands.
     #[command(hide = true)]
     Worker(WorkerArgs),
+    /// Run one router of a pool, told its fleet by a control plane; started by the operator.
+    #[command(hide = true)]
+    Router(RouterArgs),
 }
 
 #[derive(Debug, Subcommand)]

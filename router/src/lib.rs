@@ -1,6 +1,7 @@
 //! The router: HTTP and gRPC API, tokenizer, scheduler, token streams. Knows nothing of Kubernetes or of weights.
 
 pub mod api;
+pub mod control;
 pub mod decode;
 pub mod edge;
 pub mod encode;

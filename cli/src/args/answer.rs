@@ -4,6 +4,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroUsize,
     path::PathBuf,
+    str::FromStr,
 };
 
 use clap::{ArgAction, Args};
@@ -136,6 +137,32 @@ pub(crate) struct WorkerArgs {
     /// Token that every call must carry.
     #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,
+    /// Name of the replica, instead of the specification's: replicas of one revision share specifications.
+    #[arg(long, value_name = "NAME", requires = "spec")]
+    pub(crate) replica: Option<String>,
+    /// Compute threads, instead of the specification's; `auto` takes the cores this process may use.
+    #[arg(long, value_name = "N|auto", requires = "spec")]
+    pub(crate) threads: Option<WorkerThreads>,
+}
+
+/// Compute threads of a worker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum WorkerThreads {
+    /// The cores this process may use.
+    Auto,
+    /// This many.
+    Fixed(NonZeroUsize),
+}
+
+impl FromStr for WorkerThreads {
+    type Err = &'static str;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            number => number.parse().map(Self::Fixed).map_err(|_| "expected a number of at least 1, or auto"),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -168,6 +195,23 @@ mod tests {
         let args = run(&["m", "x", "--temperature", "-1", "--seed", "-7", "--stop", "a", "--stop", "b"]);
         assert_eq!((args.sampling.temperature, args.sampling.seed), (Some(-1.0), Some(-7)));
         assert_eq!(args.sampling.stop, ["a", "b"]);
+    }
+
+    #[test]
+    fn a_worker_of_a_cluster_is_told_its_replica_and_threads() {
+        let worker = |args: &[&str]| match Skein::try_parse_from([&["skein", "worker"], args].concat()).map(|s| s.command) {
+            Ok(Command::Worker(args)) => Some(args),
+            _ => None,
+        };
+        let args = worker(&["--spec", "f", "--replica", "a-r1", "--threads", "auto"]).expect("flags of a pod");
+        assert_eq!((args.replica.as_deref(), args.threads), (Some("a-r1"), Some(WorkerThreads::Auto)));
+        let three = Some(WorkerThreads::Fixed(NonZeroUsize::new(3).expect("not 0")));
+        assert_eq!(worker(&["--spec", "f", "--threads", "3"]).expect("a number").threads, three);
+        for wrong in
+            [&["--spec", "f", "--threads", "0"][..], &["--spec", "f", "--threads", "many"], &["--threads", "1"], &["--replica", "a"]]
+        {
+            assert!(worker(wrong).is_none(), "{wrong:?}");
+        }
     }
 
     #[test]

@@ -6,6 +6,7 @@ mod eval_logits;
 mod eval_ppl;
 mod inspect;
 mod plan;
+mod router;
 mod run;
 mod serve;
 mod worker;
@@ -22,6 +23,7 @@ pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
     match args.command {
         Command::Run(args) => run::run(global, args, &stop).await,
         Command::Serve(args) => serve::serve(global, args, &stop).await,
+        Command::Router(args) => router::router(args, &stop).await,
         Command::Worker(args) => worker::worker(global, args, &stop).await,
         Command::Plan(args) => stop.or(plan::plan(global, args)).await,
         Command::Inspect(args) => stop.or(inspect::inspect(global, args)).await,

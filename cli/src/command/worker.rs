@@ -21,9 +21,9 @@ use tracing::{error, info};
 use worker::{WorkerError, WorkerOptions};
 
 use crate::{
-    args::{Global, WorkerArgs},
+    args::{Global, WorkerArgs, WorkerThreads},
     exit::{BadInput, Failure, Outcome},
-    local::restart::Fault,
+    local::{restart::Fault, threads},
     model, output,
     stop::Stop,
 };
@@ -34,10 +34,18 @@ const GRACE: Duration = Duration::from_secs(3);
 /// Runs the command until its lifeline is cut or a signal comes.
 pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Outcome {
     let ending = CancellationToken::new();
-    let spec = match &args.spec {
+    let mut spec = match &args.spec {
         Some(file) => read_spec(file)?,
         None => stop.or(receive_spec(ending.clone())).await?,
     };
+    if let Some(replica) = args.replica {
+        spec.replica = replica;
+    }
+    match args.threads {
+        None => {}
+        Some(WorkerThreads::Auto) => spec.threads = threads::available(),
+        Some(WorkerThreads::Fixed(threads)) => spec.threads = threads.get(),
+    }
     let isa = Isa::named(args.isa.name()).bad_input()?;
     let source = model::source_options(global);
     let options = WorkerOptions::new(spec, args.listen, args.token, isa, source);

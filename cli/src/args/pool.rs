@@ -1,0 +1,34 @@
+//! Flags of `skein router`, which the operator starts in a pod.
+
+use std::{net::SocketAddr, path::PathBuf};
+
+use clap::Args;
+
+/// Flags of `skein router`.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RouterArgs {
+    /// Name of this router in its pool.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: String,
+    /// Control plane that tells the fleet and takes reports, as http://host:port.
+    #[arg(long, value_name = "URL")]
+    pub(crate) fleet: String,
+    /// Address of the HTTP API.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:8080")]
+    pub(crate) http: SocketAddr,
+    /// Address of the gRPC API.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:8081")]
+    pub(crate) grpc: SocketAddr,
+    /// File that keeps the last fleet state.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) state: Option<PathBuf>,
+    /// Seconds that running requests may go on once this router is told to stop.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) drain_seconds: u64,
+    /// Token for calls to the control plane.
+    #[arg(long, env = "SKEIN_FLEET_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) fleet_token: Option<String>,
+    /// Token for calls to workers.
+    #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) worker_token: Option<String>,
+}

@@ -1,0 +1,238 @@
+//! The control plane as a router of a pool sees it: states come down one stream that the router dials, reports go up on it.
+//!
+//! The state taken last is kept on a file, so that a router which starts while the control plane is away serves what was served before.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use plan::fleet::FleetState;
+use proto::{
+    bearer::Bearer,
+    convert::{ConvertError, decode_fleet},
+    fleet::{self as wire, fleet_client::FleetClient},
+};
+use tokio::{
+    sync::watch,
+    time::{interval, sleep},
+};
+use tokio_stream::{StreamExt, wrappers::IntervalStream};
+use tokio_util::sync::CancellationToken;
+use tonic::transport::{Endpoint, Error as TransportError};
+use tracing::{info, warn};
+
+use crate::edge::{DeploymentLoad, Edge};
+
+/// How often load is reported.
+const REPORT: Duration = Duration::from_secs(1);
+/// First and longest pause between attempts to reach the control plane.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(5));
+/// A control plane that does not accept a connection within this time is away.
+const CONNECT: Duration = Duration::from_secs(3);
+/// How often a silent connection is tried out, and how long its other end may take.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
+/// Largest state: a thousand replicas of a thousand workers each, by their addresses.
+const STATE: usize = 64 << 20;
+
+/// Why the control plane cannot be followed.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The address is not one.
+    #[error("{endpoint} is not an address of a control plane")]
+    Endpoint {
+        /// What was given.
+        endpoint: String,
+        /// Why not.
+        source: TransportError,
+    },
+    /// The kept state cannot be read or written.
+    #[error("failed to {action} the kept state {path}")]
+    File {
+        /// What was tried.
+        action: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: io::Error,
+    },
+    /// The kept state is damaged.
+    #[error("{path} is not a fleet state")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Why not.
+        source: serde_json::Error,
+    },
+}
+
+/// Why one stream ended.
+#[derive(Debug, thiserror::Error)]
+enum StreamError {
+    #[error("the control plane cannot be reached")]
+    Connect(#[source] TransportError),
+    #[error("the control plane ended the stream: {0}")]
+    Status(tonic::Status),
+    #[error("the control plane sent a state that is not understood")]
+    State(#[source] ConvertError),
+    #[error("the control plane closed the stream")]
+    Closed,
+    #[error("the state is not kept")]
+    Kept(#[source] ControlError),
+}
+
+/// A router's tie to its control plane.
+#[derive(Clone, Debug)]
+pub struct Control {
+    name: String,
+    endpoint: Endpoint,
+    bearer: Bearer,
+    kept: Option<PathBuf>,
+}
+
+impl Control {
+    /// Follows the control plane at `endpoint` (`http://host:port`) as the router `name`; calls carry `token`. The last state is kept in the
+    /// file `kept`.
+    ///
+    /// # Errors
+    /// When `endpoint` is not an address.
+    pub fn new(name: String, endpoint: &str, token: Option<String>, kept: Option<PathBuf>) -> Result<Self, ControlError> {
+        let parsed = Endpoint::from_shared(endpoint.to_owned())
+            .map_err(|source| ControlError::Endpoint { endpoint: endpoint.to_owned(), source })?;
+        let endpoint = parsed
+            .connect_timeout(CONNECT)
+            .tcp_nodelay(true)
+            .http2_keep_alive_interval(KEEPALIVE.0)
+            .keep_alive_timeout(KEEPALIVE.1)
+            .keep_alive_while_idle(true);
+        Ok(Self { name, endpoint, bearer: Bearer::new(token), kept })
+    }
+
+    /// The state kept by the last process; `None` when there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or holds something else.
+    pub fn restore(&self) -> Result<Option<FleetState>, ControlError> {
+        let Some(path) = &self.kept else { return Ok(None) };
+        let text = match fs::read(path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(ControlError::File { action: "read", path: path.clone(), source }),
+        };
+        serde_json::from_slice(&text).map(Some).map_err(|source| ControlError::Damaged { path: path.clone(), source })
+    }
+
+    /// Puts each state that comes into `fleet`, and reports the load of `edge`, until `stop`. Dials again, with growing pauses, whenever the
+    /// stream ends; the state taken last stays in force meanwhile.
+    pub async fn follow(self, edge: Edge, fleet: watch::Sender<FleetState>, stop: CancellationToken) {
+        let mut pause = BACKOFF.0;
+        loop {
+            let before = taken(&fleet);
+            let ended = tokio::select! {
+                () = stop.cancelled() => return,
+                ended = self.stream(&edge, &fleet) => ended,
+            };
+            // A stream that brought something was a good one.
+            pause = if taken(&fleet) > before { BACKOFF.0 } else { (pause * 2).min(BACKOFF.1) };
+            warn_away(&ended, pause);
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = sleep(pause) => {}
+            }
+        }
+    }
+
+    /// One stream, until it ends.
+    async fn stream(&self, edge: &Edge, fleet: &watch::Sender<FleetState>) -> StreamError {
+        let channel = match self.endpoint.connect().await {
+            Ok(channel) => channel,
+            Err(error) => return StreamError::Connect(error),
+        };
+        let mut client = FleetClient::with_interceptor(channel, self.bearer.clone()).max_decoding_message_size(STATE);
+        let (name, edge, seen) = (self.name.clone(), edge.clone(), fleet.subscribe());
+        let reports = IntervalStream::new(interval(REPORT)).map(move |_| {
+            let (term, number) = number(&seen.borrow());
+            wire::RouterReport { router: name.clone(), term, number, loads: edge.load().iter().map(load).collect() }
+        });
+        let mut states = match client.watch(reports).await {
+            Ok(response) => response.into_inner(),
+            Err(status) => return StreamError::Status(status),
+        };
+        info!("following the control plane");
+        loop {
+            match states.message().await {
+                Ok(Some(state)) => {
+                    let taken = decode_fleet(state).map_err(StreamError::State);
+                    if let Err(error) = match taken {
+                        Ok(state) => self.take(fleet, state).await.map_err(StreamError::Kept),
+                        Err(error) => Err(error),
+                    } {
+                        return error;
+                    }
+                }
+                Ok(None) => return StreamError::Closed,
+                Err(status) => return StreamError::Status(status),
+            }
+        }
+    }
+
+    /// Puts a state in force, then keeps it; one that is not later than what is in force changes nothing.
+    async fn take(&self, fleet: &watch::Sender<FleetState>, state: FleetState) -> Result<(), ControlError> {
+        if number(&state) <= taken(fleet) {
+            info!(term = state.term, number = state.number, "ignored a state that is not later");
+            return Ok(());
+        }
+        let text = serde_json::to_vec(&state).unwrap_or_else(|error| unreachable!("a state is plain data: {error}"));
+        info!(term = state.term, number = state.number, deployments = state.deployments.len(), "took a fleet state");
+        fleet.send_replace(state);
+        let Some(path) = self.kept.clone() else { return Ok(()) };
+        let at = path.clone();
+        let failed = |source| ControlError::File { action: "write", path, source };
+        tokio::task::spawn_blocking(move || keep(&at, &text)).await.map_err(io::Error::other).and_then(|kept| kept).map_err(failed)
+    }
+}
+
+fn warn_away(ended: &StreamError, pause: Duration) {
+    let error: &dyn std::error::Error = ended;
+    warn!(error, pause_ms = pause.as_millis() as u64, "the control plane is away; the last state stays in force");
+}
+
+/// Writes a file whole or not at all.
+fn keep(path: &Path, text: &[u8]) -> io::Result<()> {
+    let temporary = path.with_extension("new");
+    let mut file = File::create(&temporary)?;
+    file.write_all(text)?;
+    file.sync_all()?;
+    fs::rename(&temporary, path)
+}
+
+fn number(state: &FleetState) -> (u64, u64) {
+    (state.term, state.number)
+}
+
+fn taken(fleet: &watch::Sender<FleetState>) -> (u64, u64) {
+    number(&fleet.borrow())
+}
+
+fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
+    let replica = |r: &crate::edge::ReplicaLoad| wire::ReplicaState {
+        name: r.name.clone(),
+        ready: r.ready,
+        last_failure: r.last_failure.clone().unwrap_or_default(),
+    };
+    wire::DeploymentLoad {
+        deployment: load.deployment.clone(),
+        queued: load.queued as u32,
+        running: load.running as u32,
+        kv_used: load.kv_used,
+        ttft_p90_seconds: load.ttft_p90_seconds.unwrap_or_default(),
+        itl_p90_seconds: load.itl_p90_seconds.unwrap_or_default(),
+        tokens_per_second: load.tokens_per_second,
+        replicas: load.replicas.iter().map(replica).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests;
