@@ -76,6 +76,7 @@ pub enum ChatTemplate {
 
 /// How a replica is chosen for a request.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "the names say it")]
 pub enum RoutingPolicy {
     #[default]

@@ -26,6 +26,7 @@ pub(crate) fn run_all() -> Result<()> {
     run(cargo().args(["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"]).env("RUSTDOCFLAGS", "-D warnings"))?;
     say("generated files");
     run(cargo().args(["test", "--quiet", "--package", "proto", "--test", "generated"]))?;
+    run(cargo().args(["test", "--quiet", "--package", "operator", "--lib", "crd"]))?;
     say("dependencies");
     dependencies()
 }

@@ -1,4 +1,4 @@
-//! `cargo xtask codegen`: the committed code in `proto/src/generated/`.
+//! `cargo xtask codegen`: the committed code in `proto/src/generated/`, and `manifests/crd.yaml`.
 
 use anyhow::Result;
 
@@ -42,5 +42,16 @@ pub(crate) fn run() -> Result<()> {
 #[cfg(not(feature = "codegen"))]
 pub(crate) fn run() -> Result<()> {
     use crate::process::{cargo, run};
-    run(cargo().args(["run", "--quiet", "--package", "xtask", "--features", "codegen", "--", "codegen"]))
+    run(cargo().args(["run", "--quiet", "--package", "xtask", "--features", "codegen", "--", "codegen"]))?;
+    definition()
+}
+
+/// Writes the definition of the resource, which the operator makes from the manifest's types.
+#[cfg(not(feature = "codegen"))]
+fn definition() -> Result<()> {
+    use crate::process::{cargo, output};
+    use anyhow::Context;
+    let path = crate::paths::root().join("manifests").join("crd.yaml");
+    let text = output(cargo().args(["run", "--quiet", "--package", "operator", "--", "--print-crd"]))?;
+    std::fs::write(&path, text).with_context(|| format!("failed to write {}", path.display()))
 }

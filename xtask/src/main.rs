@@ -49,7 +49,7 @@ enum Chore {
     },
     /// Format, lints, docs, dependencies, generated files, rules of the tree.
     Check,
-    /// Regenerate the code made from the .proto files.
+    /// Regenerate the code made from the .proto files, and the definition of the resource.
     Codegen,
     /// A one-node Kubernetes cluster on this machine; needs root.
     #[cfg(target_os = "linux")]

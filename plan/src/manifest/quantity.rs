@@ -140,6 +140,42 @@ impl Bytes {
     }
 }
 
+/// What the API server checks of a quantity of bytes.
+#[cfg(feature = "schema")]
+const QUANTITY: &str = r"^[0-9]+(\.[0-9]+)?(Ki|Mi|Gi|Ti|Pi|m|k|M|G|T|P|e3)?$";
+
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for Bytes {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Bytes".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        schemars::json_schema!({ "x-kubernetes-int-or-string": true, "pattern": QUANTITY })
+    }
+}
+
+#[cfg(feature = "schema")]
+impl schemars::JsonSchema for Memory {
+    fn schema_name() -> std::borrow::Cow<'static, str> {
+        "Memory".into()
+    }
+
+    fn inline_schema() -> bool {
+        true
+    }
+
+    /// Fractions are text on a cluster (`"0.5"`, `50%`): a schema there knows no union of integer, float and text.
+    fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+        let pattern = QUANTITY.replace(")?$", "|%)?$");
+        schemars::json_schema!({ "x-kubernetes-int-or-string": true, "pattern": pattern })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::Memory;

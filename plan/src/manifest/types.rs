@@ -40,6 +40,7 @@ pub struct Metadata {
 
 /// Desired state of a deployment.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct DeploymentSpec {
     /// Which model.
@@ -55,6 +56,7 @@ pub struct DeploymentSpec {
     pub parallelism: ParallelismSpec,
     /// Whole copies of the model, 0 to 1000; default 1.
     #[serde(default = "one")]
+    #[cfg_attr(feature = "schema", schemars(range(max = 1000)))]
     pub replicas: u32,
     /// What its workers may use.
     #[serde(default)]
@@ -66,18 +68,23 @@ pub struct DeploymentSpec {
 
 /// Which model, and what it is called.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelSpec {
     /// `hf://`, `http(s)://` or `file:`, at most 2048 characters.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
     /// The `model` of requests; default: the resource's name.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
     pub name: Option<String>,
     /// Other names it answers to, at most 16.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 16), inner(length(min = 1, max = 253)), extend("x-kubernetes-list-type" = "set")))]
     pub aliases: Vec<String>,
     /// `sha256:<hex>` of the single weight file.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^sha256:[a-f0-9]{64}$")))]
     pub digest: Option<String>,
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
@@ -86,6 +93,7 @@ pub struct ModelSpec {
 
 /// Format of the weights.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, clippy::upper_case_acronyms, reason = "named after the formats, as manifests write them")]
 pub enum FormatChoice {
     #[default]
@@ -96,6 +104,7 @@ pub enum FormatChoice {
 
 /// How chats become text.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ChatSpec {
     /// Replaces the model's own template.
@@ -103,11 +112,13 @@ pub struct ChatSpec {
     pub template: Option<TemplateSpec>,
     /// Put before chats without a system message.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 131072)))]
     pub system_prompt: Option<String>,
 }
 
 /// A chat template: exactly one of the fields.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct TemplateSpec {
     /// One of Skein's own.
@@ -115,6 +126,7 @@ pub struct TemplateSpec {
     pub builtin: Option<BuiltinTemplate>,
     /// Jinja source.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 131072)))]
     pub inline: Option<String>,
     /// Jinja source in a `ConfigMap`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,6 +135,7 @@ pub struct TemplateSpec {
 
 /// Skein's own chat templates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "named after the models they come from")]
 pub enum BuiltinTemplate {
     Gemma,
@@ -132,16 +145,20 @@ pub enum BuiltinTemplate {
 
 /// A key of a named object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct KeyRef {
     /// The object.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
     pub name: String,
     /// The key in its data.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
     pub key: String,
 }
 
 /// How the model is computed.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct EngineSpec {
     /// Type the weights are computed in.
@@ -150,12 +167,15 @@ pub struct EngineSpec {
     pub device: DeviceChoice,
     /// Longest sequence; default: the model's context.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 134217728)))]
     pub max_context_tokens: Option<u32>,
     /// Most sequences in a step; default 64.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 65536)))]
     pub max_batch_sequences: Option<u32>,
     /// Most tokens in a step; default 512.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 65536)))]
     pub max_batch_tokens: Option<u32>,
     /// The KV cache.
     pub kv_cache: KvCacheSpec,
@@ -163,6 +183,7 @@ pub struct EngineSpec {
 
 /// Type the weights are computed in.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "there is one yet: as stored")]
 pub enum DTypeChoice {
     #[default]
@@ -171,6 +192,7 @@ pub enum DTypeChoice {
 
 /// What computes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, clippy::upper_case_acronyms, reason = "named after the devices, as manifests write them")]
 pub enum DeviceChoice {
     #[default]
@@ -180,9 +202,11 @@ pub enum DeviceChoice {
 
 /// The KV cache.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct KvCacheSpec {
     /// Tokens per block; 16.
+    #[cfg_attr(feature = "schema", schemars(range(min = 16, max = 16)))]
     pub block_tokens: u32,
     /// Bytes on each worker (a quantity), or a fraction of its memory.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -201,6 +225,7 @@ impl Default for KvCacheSpec {
 
 /// Type of KV entries.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[expect(missing_docs, reason = "named after the types")]
 pub enum KvDTypeChoice {
     #[default]
@@ -211,14 +236,18 @@ pub enum KvDTypeChoice {
 
 /// Over how many workers a replica is spread; at most 1024.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ParallelismSpec {
     /// Pipeline stages, 1 to 256; default 1.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 256)))]
     pub pipeline: u32,
     /// Tensor-parallel ranks of each stage, 1 to 64; default 1.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 64)))]
     pub tensor: u32,
     /// Layers of each stage; default: balanced by bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 256)))]
     pub stages: Option<Vec<StageSpec>>,
 }
 
@@ -230,14 +259,17 @@ impl Default for ParallelismSpec {
 
 /// One stage, given by hand.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(deny_unknown_fields)]
 pub struct StageSpec {
     /// Its layers.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 65536)))]
     pub layers: u32,
 }
 
 /// The worker processes.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct WorkersSpec {
     /// What each worker may use.
@@ -246,6 +278,7 @@ pub struct WorkersSpec {
 
 /// What a worker may use.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct ResourcesSpec {
     /// Upper bounds.
@@ -254,6 +287,7 @@ pub struct ResourcesSpec {
 
 /// Upper bounds of a worker's resources.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct LimitsSpec {
     /// Memory of a worker (a quantity of bytes); the plan must fit into it.
@@ -263,6 +297,7 @@ pub struct LimitsSpec {
 
 /// How requests reach the replicas.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct RouterSpec {
     /// How a replica is chosen; default `PrefixAware`.
@@ -273,11 +308,14 @@ pub struct RouterSpec {
 
 /// Requests that wait for a place.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct QueueSpec {
     /// Most of them; default 1000.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1000000)))]
     pub max_requests: u32,
     /// Longest wait; default 60.
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 86400)))]
     pub timeout_seconds: u32,
 }
 

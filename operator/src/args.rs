@@ -1,0 +1,56 @@
+//! Flags and environment, parsed once; nothing else in this crate reads either.
+
+use std::net::SocketAddr;
+
+use clap::{ArgAction, Parser};
+
+/// Reconciles `ModelDeployment` resources into routers and workers.
+#[derive(Clone, Debug, Parser)]
+#[command(name = "skein-operator", version, max_term_width = 120)]
+pub struct Args {
+    /// Image of routers and workers; its entry point is `skein`.
+    #[arg(long, env = "SKEIN_IMAGE", value_name = "IMAGE")]
+    pub image: String,
+    /// When the image is pulled.
+    #[arg(long, env = "SKEIN_IMAGE_PULL_POLICY", value_name = "POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
+    pub image_pull_policy: String,
+    /// Where routers find this operator, as http://host:port.
+    #[arg(long, env = "SKEIN_FLEET_ADDRESS", value_name = "URL")]
+    pub fleet_address: String,
+    /// Base URL of hf:// sources, for this operator and for workers [default: the public hub].
+    #[arg(long, env = "HF_ENDPOINT", value_name = "URL")]
+    pub hf_endpoint: Option<String>,
+    /// The one namespace to look after [default: all].
+    #[arg(long, env = "SKEIN_WATCH_NAMESPACE", value_name = "NAMESPACE")]
+    pub watch_namespace: Option<String>,
+    /// Namespace of this operator: that of its lease, and the one that routers' networks let it in from.
+    #[arg(long, env = "POD_NAMESPACE", value_name = "NAMESPACE", default_value = "skein-system")]
+    pub namespace: String,
+    /// Name of this process in the lease [default: a random one].
+    #[arg(long, env = "POD_NAME", value_name = "NAME")]
+    pub identity: Option<String>,
+    /// Address that routers dial.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7070")]
+    pub fleet_listen: SocketAddr,
+    /// Address of health and metrics.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:8080")]
+    pub http_listen: SocketAddr,
+    /// CPU that each worker asks for.
+    #[arg(long, env = "SKEIN_WORKER_CPU", value_name = "QUANTITY", default_value = "250m")]
+    pub worker_cpu: String,
+    /// CPU that each router asks for.
+    #[arg(long, env = "SKEIN_ROUTER_CPU", value_name = "QUANTITY", default_value = "100m")]
+    pub router_cpu: String,
+    /// Memory that each router asks for.
+    #[arg(long, env = "SKEIN_ROUTER_MEMORY", value_name = "QUANTITY", default_value = "256Mi")]
+    pub router_memory: String,
+    /// Log filter, such as `info,operator=debug`.
+    #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = "info,kube=warn,tower=warn,hyper=warn")]
+    pub log: String,
+    /// JSON log lines.
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub log_json: bool,
+    /// Print the CustomResourceDefinition and exit.
+    #[arg(long, exclusive = true)]
+    pub print_crd: bool,
+}

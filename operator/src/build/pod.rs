@@ -1,0 +1,45 @@
+//! What all pods have in common: Pod Security `restricted`, no credentials.
+
+use serde_json::{Value, json};
+
+use crate::names;
+
+/// User and group that everything runs as; the image's too.
+const USER: u32 = 65532;
+/// Folder of the worker's specification.
+pub(super) const SPEC: &str = "/etc/skein/spec";
+/// Folder of fetched weights.
+pub(super) const CACHE: &str = "/var/cache/skein";
+
+/// A pod of one container.
+pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> Value {
+    json!({
+        "serviceAccountName": account,
+        "automountServiceAccountToken": false,
+        "enableServiceLinks": false,
+        "terminationGracePeriodSeconds": grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": true,
+            "runAsUser": USER,
+            "runAsGroup": USER,
+            "fsGroup": USER,
+            "seccompProfile": { "type": "RuntimeDefault" },
+        },
+        "containers": [container],
+    })
+}
+
+/// What a container may not do.
+pub(super) fn restricted() -> Value {
+    json!({ "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] } })
+}
+
+/// A volume in a container.
+pub(super) fn volume_mount(name: &str, path: &str, read_only: bool) -> Value {
+    if read_only { json!({ "name": name, "mountPath": path, "readOnly": true }) } else { json!({ "name": name, "mountPath": path }) }
+}
+
+/// A token of the namespace as an environment variable.
+pub(super) fn token(variable: &str, key: &str) -> Value {
+    json!({ "name": variable, "valueFrom": { "secretKeyRef": { "name": names::TOKENS, "key": key } } })
+}

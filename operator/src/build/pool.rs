@@ -1,0 +1,91 @@
+//! The routers of a namespace, which all its deployments share and own together.
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
+use serde_json::{Value, json};
+
+use super::{
+    Object, Settings, owned,
+    pod::{restricted, template, token, volume_mount},
+    router_service,
+};
+use crate::names::{self, FLEET_TOKEN, POOL, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN};
+
+/// Routers of a pool. More than one would need replicas to be shared out among them, which routers cannot do yet.
+const SIZE: u32 = 1;
+/// Folder of the state that a router keeps.
+const STATE: &str = "/var/lib/skein";
+/// Longest that running requests may go on when a router is told to stop, and when it is killed.
+const DRAIN: (u32, u32) = (30, 40);
+
+/// Every object of a pool.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PoolResources {
+    /// The identities of routers and workers, which may do nothing.
+    pub accounts: [Object; 2],
+    /// Metadata of the secret with the tokens; its data is drawn once.
+    pub tokens: Object,
+    /// Where requests go, whatever the model.
+    pub service: Object,
+    /// The routers.
+    pub deployment: Object,
+}
+
+/// What selects the routers of a namespace.
+pub(super) fn selector() -> Value {
+    json!({ "app.kubernetes.io/name": POOL, "app.kubernetes.io/component": "router" })
+}
+
+/// Builds the pool of a namespace whose deployments are `owners`.
+pub fn build_pool(owners: &[OwnerReference], settings: &Settings) -> PoolResources {
+    let labels = || names::labels("router");
+    let account = |name: &str, component: &str| {
+        let rest = json!({ "automountServiceAccountToken": false });
+        owned(("v1", "ServiceAccount"), name.to_owned(), names::labels(component), owners, rest)
+    };
+    PoolResources {
+        accounts: [account(POOL, "router"), account(WORKER_ACCOUNT, "worker")],
+        tokens: owned(("v1", "Secret"), TOKENS.to_owned(), labels(), owners, json!({ "type": "Opaque" })),
+        service: owned(("v1", "Service"), POOL.to_owned(), labels(), owners, json!({ "spec": router_service() })),
+        deployment: owned(("apps/v1", "Deployment"), POOL.to_owned(), labels(), owners, json!({ "spec": routers(settings) })),
+    }
+}
+
+fn routers(settings: &Settings) -> Value {
+    let container = json!({
+        "name": "router",
+        "image": settings.image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["/skein"],
+        "args": [
+            "router", "-v", "--log-format", "json",
+            "--name", "$(POD_NAME)",
+            "--fleet", settings.fleet_address,
+            "--http", format!("0.0.0.0:{}", ROUTER_PORTS.0),
+            "--grpc", format!("0.0.0.0:{}", ROUTER_PORTS.1),
+            "--state", format!("{STATE}/fleet.json"),
+            "--drain-seconds", DRAIN.0.to_string(),
+        ],
+        "env": [
+            { "name": "POD_NAME", "valueFrom": { "fieldRef": { "apiVersion": "v1", "fieldPath": "metadata.name" } } },
+            token("SKEIN_FLEET_TOKEN", FLEET_TOKEN),
+            token("SKEIN_WORKER_TOKEN", WORKER_TOKEN),
+        ],
+        "ports": [
+            { "name": "http", "containerPort": ROUTER_PORTS.0, "protocol": "TCP" },
+            { "name": "grpc", "containerPort": ROUTER_PORTS.1, "protocol": "TCP" },
+        ],
+        // A router answers from its first fleet state on, also for models that are not ready.
+        "readinessProbe": { "httpGet": { "path": "/live", "port": "http" }, "periodSeconds": 2 },
+        "resources": { "requests": { "cpu": settings.router_cpu, "memory": settings.router_memory } },
+        "securityContext": restricted(),
+        "volumeMounts": [volume_mount("state", STATE, false)],
+    });
+    let mut pod = template(POOL, DRAIN.1, container);
+    pod["volumes"] = json!([{ "name": "state", "emptyDir": {} }]);
+    json!({
+        "replicas": SIZE,
+        "selector": { "matchLabels": selector() },
+        "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
+        "template": { "metadata": { "labels": names::labels("router") }, "spec": pod },
+    })
+}

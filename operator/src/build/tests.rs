@@ -1,0 +1,156 @@
+//! What is applied: one golden file, and rules that every object keeps.
+
+use std::{env, fs, path::Path};
+
+use k8s_openapi::api::{
+    apps::v1::{Deployment, StatefulSet},
+    core::v1::{ConfigMap, Secret, Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::{Value, json};
+
+use super::{pool::build_pool, *};
+use crate::validate::tests::{object, spec, valid};
+
+fn settings() -> Settings {
+    Settings {
+        image: "docker.io/local/skein:dev".into(),
+        image_pull_policy: "Never".into(),
+        fleet_address: "http://10.0.0.1:7070".into(),
+        hf_endpoint: Some("http://mirror:8000".into()),
+        worker_cpu: "250m".into(),
+        router_cpu: "100m".into(),
+        router_memory: "256Mi".into(),
+    }
+}
+
+fn built(spec: Value) -> Resources {
+    build(&valid(spec.clone()), &object(spec), &settings()).expect("it can be built")
+}
+
+fn all(resources: &Resources) -> Vec<&Object> {
+    let Resources { config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = resources;
+    config_maps.iter().chain([worker_service, network_policy, disruption_budget, service]).chain(stateful_sets).collect()
+}
+
+/// The same after a trip through the typed object: a field that Kubernetes does not have would be lost.
+fn keeps<K: Serialize + DeserializeOwned>(object: &Object) {
+    let typed: K = serde_json::from_value(object.body.clone()).expect("the fields have their types");
+    assert_eq!(sorted(&serde_json::to_value(typed).expect("plain data")), sorted(&object.body), "{}", object.name);
+}
+
+/// With keys in order, since the order of fields means nothing.
+fn sorted(value: &Value) -> Value {
+    match value {
+        Value::Object(fields) => {
+            let mut entries: Vec<_> = fields.iter().map(|(k, v)| (k.clone(), sorted(v))).collect();
+            entries.sort_by(|a, b| a.0.cmp(&b.0));
+            Value::Object(entries.into_iter().collect())
+        }
+        Value::Array(items) => items.iter().map(sorted).collect(),
+        other => other.clone(),
+    }
+}
+
+#[test]
+fn objects_are_those_of_the_golden_file() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/build/golden.json");
+    let resources = built(spec());
+    let pool = build_pool(&[object(spec()).owner(false)], &settings());
+    let pool = pool.accounts.iter().chain([&pool.tokens, &pool.service, &pool.deployment]).cloned().collect::<Vec<_>>();
+    let mut bodies: Vec<Value> = all(&resources).into_iter().chain(&pool).map(|o| o.body.clone()).collect();
+    // Specifications are the planner's business, and long.
+    for data in bodies.iter_mut().filter_map(|b| b.get_mut("data")?.as_object_mut()) {
+        data.values_mut().for_each(|v| *v = json!("…"));
+    }
+    let text = format!("{:#}\n", Value::Array(bodies));
+    if env::var_os("UPDATE_GOLDEN").is_some() {
+        fs::write(&path, &text).expect("the file can be written");
+    }
+    assert_eq!(fs::read_to_string(&path).unwrap_or_default(), text, "UPDATE_GOLDEN=1 rewrites it");
+}
+
+#[test]
+fn every_field_is_one_that_kubernetes_has() {
+    let resources = built(spec());
+    resources.config_maps.iter().for_each(keeps::<ConfigMap>);
+    resources.stateful_sets.iter().for_each(keeps::<StatefulSet>);
+    keeps::<Service>(&resources.service);
+    keeps::<Service>(&resources.worker_service);
+    keeps::<NetworkPolicy>(&resources.network_policy);
+    keeps::<PodDisruptionBudget>(&resources.disruption_budget);
+    let pool = build_pool(&[object(spec()).owner(false)], &settings());
+    pool.accounts.iter().for_each(keeps::<ServiceAccount>);
+    keeps::<Secret>(&pool.tokens);
+    keeps::<Service>(&pool.service);
+    keeps::<Deployment>(&pool.deployment);
+}
+
+#[test]
+#[should_panic(expected = "no-such-field")]
+fn a_field_that_kubernetes_does_not_have_is_seen() {
+    keeps::<ConfigMap>(&Object {
+        name: "no-such-field".into(),
+        body: json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": {}, "dat": {} }),
+    });
+}
+
+#[test]
+fn replicas_share_specifications_and_nothing_else() {
+    let (one, two) = (built(spec()), {
+        let mut spec = spec();
+        spec["replicas"] = json!(2);
+        built(spec)
+    });
+    assert_eq!(one.config_maps, two.config_maps);
+    assert_eq!((one.stateful_sets.len(), two.stateful_sets.len()), (2, 4));
+    assert_eq!(one.stateful_sets[..], two.stateful_sets[..2]);
+    let selectors: Vec<_> = two.stateful_sets.iter().map(|s| &s.body["spec"]["selector"]).collect();
+    assert!((1..4).all(|i| !selectors[..i].contains(&selectors[i])), "two StatefulSets select the same pods");
+    let mut none = spec();
+    none["replicas"] = json!(0);
+    assert!(built(none).stateful_sets.is_empty());
+}
+
+#[test]
+fn pods_pass_restricted_and_hold_no_credentials() {
+    let resources = built(spec());
+    let pool = build_pool(&[], &settings());
+    let sets = resources.stateful_sets.iter().map(|s| &s.body["spec"]["template"]["spec"]);
+    for pod in sets.chain([&pool.deployment.body["spec"]["template"]["spec"]]) {
+        assert_eq!(pod["automountServiceAccountToken"], false);
+        assert_eq!(pod["securityContext"]["runAsNonRoot"], true);
+        assert_eq!(pod["securityContext"]["seccompProfile"]["type"], "RuntimeDefault");
+        for container in pod["containers"].as_array().expect("containers") {
+            let context = &container["securityContext"];
+            assert_eq!(context["allowPrivilegeEscalation"], false);
+            assert_eq!(context["capabilities"]["drop"], json!(["ALL"]));
+        }
+        for volume in pod["volumes"].as_array().expect("volumes") {
+            assert!(volume.get("hostPath").is_none(), "{volume}");
+        }
+    }
+}
+
+#[test]
+fn many_ranks_are_spread_over_several_config_maps() {
+    let valid = valid(spec());
+    let settings = settings();
+    let build = Build { valid: &valid, owner: object(spec()).owner(true), settings: &settings };
+    let specs = valid.worker_specs();
+    let bytes = serde_json::to_string(&specs[0]).expect("plain data").len();
+    let ranks: Vec<WorkerSpec> = (0..2 * PART / bytes)
+        .map(|rank| {
+            let mut spec = specs[0].clone();
+            spec.shard.rank = rank;
+            spec
+        })
+        .collect();
+    let maps = build.specifications(0, &ranks.iter().collect::<Vec<_>>()).expect("each fits");
+    assert!(maps.len() >= 2, "{}", maps.len());
+    let keys: usize = maps.iter().map(|m| m.body["data"].as_object().expect("data").len()).sum();
+    assert_eq!(keys, ranks.len());
+    assert!(maps.iter().all(|m| m.body.to_string().len() < 1 << 20));
+}

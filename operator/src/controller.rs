@@ -1,0 +1,320 @@
+//! The loop: which deployment is looked at when, and the five steps for one.
+
+use std::{
+    collections::HashMap,
+    convert::Infallible,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use futures_util::StreamExt;
+use k8s_openapi::api::{apps::v1::StatefulSet, core::v1::Pod};
+use kube::{
+    Api, Client, Resource,
+    runtime::{
+        Controller, WatchStreamExt,
+        controller::{Action, Config},
+        events::{Recorder, Reporter},
+        reflector::{self, ObjectRef, Store},
+        watcher,
+    },
+};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use crate::{
+    apply::{self, ApplyError},
+    build::{self, Settings},
+    dereference::{Fetched, dereference},
+    fleet::{Hub, Space},
+    metrics::Metrics,
+    models::{Models, chain},
+    names::{DEPLOYMENT, MANAGER},
+    pool::{PoolReconciler, Pools},
+    resource::{ModelDeployment, Status},
+    status::{self, MODEL_RESOLVED},
+    validate::{Rejection, Until, ValidatedDeployment, validate},
+};
+
+/// Deployments reconciled at once.
+const CONCURRENCY: u16 = 16;
+/// How often a deployment is looked at when nothing happens.
+const IDLE: Duration = Duration::from_secs(300);
+/// How often one is looked at that is not ready: what routers have not said yet.
+const STARTING: Duration = Duration::from_secs(15);
+/// First and longest pause: after a failure of the API server, and of a source.
+const API_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+const SOURCE_BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+/// How often a refusal is looked at again that another object may turn around.
+const ELSEWHERE: Duration = Duration::from_secs(30);
+
+/// What every reconcile needs.
+pub struct Context {
+    client: Client,
+    settings: Settings,
+    models: Models,
+    hub: Arc<Hub>,
+    pools: Arc<Pools>,
+    deployments: Store<ModelDeployment>,
+    recorder: Recorder,
+    metrics: Arc<Metrics>,
+    /// Failures in a row, by unique id.
+    failures: Mutex<HashMap<String, u32>>,
+}
+
+/// What runs the controller.
+pub struct Options {
+    /// For the API server.
+    pub client: Client,
+    /// What objects depend on.
+    pub settings: Settings,
+    /// The one namespace to look after; `None` for all.
+    pub namespace: Option<String>,
+    /// This process, for events.
+    pub identity: String,
+    /// Where routers' reports arrive.
+    pub hub: Arc<Hub>,
+    /// Deployments of which routers say something new.
+    pub woken: mpsc::Receiver<ObjectRef<ModelDeployment>>,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+}
+
+/// Reconciles until `stop`; then ends what is under way.
+pub async fn run(options: Options, stop: CancellationToken) {
+    let Options { client, settings, namespace, identity, hub, woken, metrics } = options;
+    let (deployments, writer) = reflector::store();
+    let pools = Arc::new(Pools::default());
+    let asked = (pools.clone(), hub.clone(), deployments.clone());
+    let events = watcher(api::<ModelDeployment>(&client, namespace.as_deref()), watcher::Config::default()).default_backoff();
+    let objects = events
+        .reflect(writer)
+        .inspect(move |event| {
+            let (pools, hub, store) = &asked;
+            match event {
+                Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => pools.ask(object.namespace()),
+                Ok(watcher::Event::Delete(object)) => {
+                    pools.ask(object.namespace());
+                    hub.space(object.namespace()).refresh(&expected(store, object.namespace()));
+                }
+                Ok(_) => {}
+                Err(error) => warn!(error = chain(error), "the watch of deployments broke; it starts again"),
+            }
+        })
+        .applied_objects();
+    let pool = PoolReconciler {
+        client: client.clone(),
+        settings: settings.clone(),
+        deployments: deployments.clone(),
+        hub: hub.clone(),
+        pools: pools.clone(),
+    };
+    let pool = tokio::spawn(pool.run(stop.clone()));
+    let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity) };
+    let context = Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        models: Models::new(settings.hf_endpoint.clone()),
+        deployments: deployments.clone(),
+        client: client.clone(),
+        failures: Mutex::default(),
+        settings,
+        hub,
+        pools,
+        metrics,
+    };
+    let ours = watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
+    let of_pod = |pod: Pod| {
+        let name = pod.metadata.labels.as_ref().and_then(|l| l.get(DEPLOYMENT)).cloned();
+        name.map(|name| ObjectRef::new(&name).within(pod.metadata.namespace.as_deref().unwrap_or_default()))
+    };
+    Controller::for_stream(objects, deployments)
+        .with_config(Config::default().concurrency(CONCURRENCY).debounce(Duration::from_millis(50)))
+        .owns(api::<StatefulSet>(&client, namespace.as_deref()), ours.clone())
+        .watches(api::<Pod>(&client, namespace.as_deref()), ours, of_pod)
+        .reconcile_on(ReceiverStream::new(woken))
+        .graceful_shutdown_on(stop.clone().cancelled_owned())
+        .run(reconcile, |_, never, _| match *never {}, Arc::new(context))
+        .for_each(|done| async move {
+            match done {
+                Ok((object, action)) => debug!(%object, ?action, "reconciled"),
+                Err(error) => debug!(error = chain(&error), "not reconciled"),
+            }
+        })
+        .await;
+    if let Err(error) = pool.await {
+        warn!(%error, "the reconcile of pools broke");
+    }
+}
+
+fn api<K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>>(client: &Client, namespace: Option<&str>) -> Api<K> {
+    match namespace {
+        Some(namespace) => Api::namespaced(client.clone(), namespace),
+        None => Api::all(client.clone()),
+    }
+}
+
+/// Deployments of a namespace that routers are told of only together.
+fn expected(store: &Store<ModelDeployment>, namespace: &str) -> Vec<String> {
+    let here = |d: &Arc<ModelDeployment>| d.namespace() == namespace && !d.is_deleted();
+    store.state().into_iter().filter(here).map(|d| d.name().to_owned()).collect()
+}
+
+/// How a reconcile ended well.
+struct Done {
+    result: &'static str,
+    again: Action,
+}
+
+/// A reconcile that failed and is tried again.
+#[derive(Debug, thiserror::Error)]
+enum ReconcileError {
+    #[error("the API server did not give what was asked for")]
+    Api(#[from] kube::Error),
+    #[error(transparent)]
+    Apply(#[from] ApplyError),
+}
+
+impl ReconcileError {
+    fn reason(&self) -> &'static str {
+        match self {
+            Self::Api(_) => "ApiUnreachable",
+            Self::Apply(error) => error.reason(),
+        }
+    }
+}
+
+async fn reconcile(object: Arc<ModelDeployment>, context: Arc<Context>) -> Result<Action, Infallible> {
+    let began = Instant::now();
+    let done = steps(&object, &context).await;
+    let (result, action) = match done {
+        Ok(Done { result, again }) => {
+            if result == "Applied" {
+                context.succeeded(&object);
+            }
+            (result, again)
+        }
+        Err(error) => {
+            let pause = context.pause(&object, API_BACKOFF);
+            let (namespace, name) = (object.namespace(), object.name());
+            warn!(namespace, name, error = chain(&error), pause_seconds = pause.as_secs(), "reconcile failed");
+            (error.reason(), Action::requeue(pause))
+        }
+    };
+    context.metrics.reconciled(result, began.elapsed());
+    Ok(action)
+}
+
+/// The five steps.
+async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done, ReconcileError> {
+    if object.is_deleted() {
+        // Owner references take everything along.
+        return Ok(Done { result: "Deleted", again: Action::await_change() });
+    }
+    let space = context.hub.space(object.namespace());
+    let others = context.deployments.state();
+    if object.condition(MODEL_RESOLVED).is_none() {
+        context.say(object, &status::resolving(object)).await?;
+    }
+    let fetched = dereference(&context.client, &context.models, &space, &others, object).await?;
+    let valid = match validate(object, &fetched) {
+        Ok(valid) => valid,
+        Err(rejection) => return context.reject(object, &space, &fetched, &rejection).await,
+    };
+    let built = match build::build(&valid, object, &context.settings) {
+        Ok(built) => built,
+        Err(error) => {
+            let rejection =
+                Rejection { condition: status::ACCEPTED, reason: "PlanInfeasible", message: error.to_string(), until: Until::Changed };
+            return context.reject(object, &space, &fetched, &rejection).await;
+        }
+    };
+    // The plan stands in status before any pod exists.
+    if object.status.as_ref().is_none_or(|s| s.current_revision.as_ref() != Some(&valid.revision)) {
+        context.say(object, &status::planned(object, &valid)).await?;
+    }
+    context.pools.ask(object.namespace());
+    let existing = built.stateful_sets.len();
+    let applied = apply::apply(&context.client, object.namespace(), built, &fetched.standing).await;
+    if let Err(error) = &applied {
+        let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
+        context.say(object, &status::failed(object, &valid, reason, &chain(error))).await?;
+    }
+    applied?;
+    context.settle(object, &space, &valid, &fetched);
+    let status = status::applied(object, &valid, &fetched.standing, existing);
+    let ready = status.ready_replicas == valid.replicas();
+    context.say(object, &status).await?;
+    Ok(Done { result: "Applied", again: Action::requeue(if ready { IDLE } else { STARTING }) })
+}
+
+impl Context {
+    /// Refuses a deployment: says why, and when it is looked at again.
+    async fn reject(
+        &self,
+        object: &ModelDeployment,
+        space: &Space,
+        fetched: &Fetched,
+        rejection: &Rejection,
+    ) -> Result<Done, ReconcileError> {
+        // While a source is away, what runs goes on: routers must not be told that it is gone.
+        let waits = rejection.until == Until::Source && !fetched.standing.stateful_sets.is_empty();
+        if !space.knows(object.name()) && !waits {
+            space.settle(object.name(), None, &expected(&self.deployments, object.namespace()));
+        }
+        self.pools.ask(object.namespace());
+        self.say(object, &status::rejected(object, rejection)).await?;
+        let again = match rejection.until {
+            Until::Changed => Action::await_change(),
+            Until::Elsewhere => Action::requeue(ELSEWHERE),
+            Until::Source => Action::requeue(self.pause(object, SOURCE_BACKOFF)),
+        };
+        Ok(Done { result: rejection.reason, again })
+    }
+
+    /// Tells routers where the workers are. One whose address is not known now keeps the last one: it may be on its way back.
+    fn settle(&self, object: &ModelDeployment, space: &Space, valid: &ValidatedDeployment, fetched: &Fetched) {
+        let last = space.told(object.name());
+        let address = |replica: u32, stage: usize, rank: usize| {
+            let known = fetched.standing.address(&status::pod_name(valid, replica, stage, rank));
+            let name = valid.replica_name(replica);
+            let before = || {
+                let replica = last.as_ref()?.replicas.iter().find(|r| r.name == name)?;
+                replica.workers.get(stage)?.get(rank).cloned()
+            };
+            known.or_else(before).unwrap_or_default()
+        };
+        space.settle(object.name(), Some(valid.fleet(address)), &expected(&self.deployments, object.namespace()));
+    }
+
+    /// Writes a status that is news, and its events.
+    async fn say(&self, object: &ModelDeployment, status: &Status) -> Result<(), ReconcileError> {
+        if !status::update_status(&self.client, object, status).await? {
+            return Ok(());
+        }
+        self.metrics.status_written();
+        let reference = object.object_ref(&());
+        for event in status::news(object.status.as_ref(), status) {
+            info!(namespace = object.namespace(), name = object.name(), reason = event.reason, note = event.note, "event");
+            // The status says the same: an event that is lost is no reason to start again.
+            if let Err(error) = self.recorder.publish(&event, &reference).await {
+                warn!(error = chain(&error), "an event was not written");
+            }
+        }
+        Ok(())
+    }
+
+    /// The next pause of a deployment that failed again.
+    fn pause(&self, object: &ModelDeployment, (first, longest): (Duration, Duration)) -> Duration {
+        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = failures.entry(object.uid().to_owned()).or_default();
+        let pause = first.saturating_mul(1 << (*count).min(16)).min(longest);
+        *count += 1;
+        pause
+    }
+
+    fn succeeded(&self, object: &ModelDeployment) {
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(object.uid());
+    }
+}

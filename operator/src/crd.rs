@@ -1,0 +1,289 @@
+//! The CustomResourceDefinition, made from the manifest's own types.
+
+use std::fmt::Write;
+
+use plan::manifest::{DeploymentSpec, KIND};
+use schemars::{JsonSchema, generate::SchemaSettings};
+use serde_json::{Map, Value, json};
+
+use crate::resource::{GROUP, PLURAL, Status, VERSION};
+
+/// Rules between fields, in CEL: path below the object, rule, message.
+const RULES: [(&str, &str, &str); 9] = [
+    ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
+    ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
+    ("", "self.metadata.name != 'skein-router'", "metadata.name skein-router is that of the namespace's router pool"),
+    (
+        "spec.model",
+        "self.uri.startsWith('hf://') || self.uri.startsWith('http://') || self.uri.startsWith('https://') || self.uri.startsWith('file:')",
+        "uri must begin with hf://, http://, https:// or file:",
+    ),
+    ("spec.model", "!has(self.aliases) || !has(self.name) || !(self.name in self.aliases)", "aliases must not hold name"),
+    (
+        "spec.chat.template",
+        "(has(self.builtin) ? 1 : 0) + (has(self.inline) ? 1 : 0) + (has(self.configMapKeyRef) ? 1 : 0) == 1",
+        "exactly one of builtin, inline and configMapKeyRef must be set",
+    ),
+    ("spec.parallelism", "self.pipeline * self.tensor <= 1024", "pipeline × tensor must be at most 1024"),
+    (
+        "spec.parallelism",
+        "!has(self.stages) || self.stages.size() == self.pipeline",
+        "stages must have one entry for each of the pipeline's stages",
+    ),
+    ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
+];
+
+/// Columns of `kubectl get`: name, type, path, priority.
+const COLUMNS: [(&str, &str, &str, u8); 11] = [
+    ("Ready", "string", ".status.conditions[?(@.type==\"Ready\")].status", 0),
+    ("Reason", "string", ".status.conditions[?(@.type==\"Ready\")].reason", 0),
+    ("Model", "string", ".spec.model.uri", 1),
+    ("PP", "integer", ".spec.parallelism.pipeline", 0),
+    ("TP", "integer", ".spec.parallelism.tensor", 0),
+    ("Desired", "integer", ".status.desiredReplicas", 0),
+    ("Up", "integer", ".status.readyReplicas", 0),
+    ("Updated", "integer", ".status.updatedReplicas", 1),
+    ("Revision", "string", ".status.currentRevision", 1),
+    ("URL", "string", ".status.url", 1),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+];
+
+/// The definition.
+pub fn definition() -> Value {
+    let mut schema = json!({
+        "type": "object",
+        "description": "A model, deployed: replicas of worker processes, and routers in front of them.",
+        "required": ["spec"],
+        "properties": { "spec": schema_of::<DeploymentSpec>(), "status": schema_of::<Status>() },
+    });
+    for (path, rule, message) in RULES {
+        let keys = path.split('.').filter(|key| !key.is_empty());
+        let place = keys.fold(&mut schema, |node, key| &mut node["properties"][key]);
+        let rules = place.as_object_mut().map(|node| node.entry("x-kubernetes-validations").or_insert_with(|| json!([])));
+        if let Some(Value::Array(rules)) = rules {
+            rules.push(json!({ "rule": rule, "message": message }));
+        }
+    }
+    let column = |(name, kind, path, priority): (&str, &str, &str, u8)| json!({ "name": name, "type": kind, "jsonPath": path, "priority": priority });
+    json!({
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": { "name": format!("{PLURAL}.{GROUP}"), "labels": { "app.kubernetes.io/part-of": "skein" } },
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": KIND, "listKind": format!("{KIND}List"), "plural": PLURAL, "singular": "modeldeployment",
+                "shortNames": ["mdep", "modeldep"], "categories": ["inference"],
+            },
+            "versions": [{
+                "name": VERSION,
+                "served": true,
+                "storage": true,
+                "additionalPrinterColumns": COLUMNS.map(column),
+                "schema": { "openAPIV3Schema": schema },
+                "subresources": {
+                    "status": {},
+                    "scale": {
+                        "specReplicasPath": ".spec.replicas",
+                        "statusReplicasPath": ".status.replicas",
+                        "labelSelectorPath": ".status.selector",
+                    },
+                },
+            }],
+        },
+    })
+}
+
+fn schema_of<T: JsonSchema>() -> Value {
+    let settings = SchemaSettings::openapi3().with(|s| {
+        s.inline_subschemas = true;
+        s.meta_schema = None;
+    });
+    let mut schema = settings.into_generator().into_root_schema_for::<T>().to_value();
+    structure(&mut schema);
+    schema
+}
+
+/// Keywords that mean nothing to the API server, or that it refuses.
+const DROPPED: [&str; 6] = ["$schema", "title", "nullable", "examples", "const", "deprecated"];
+
+/// Turns a JSON schema into a structural one: one type at each node, no unions with null, unknown fields pruned rather than refused.
+fn structure(schema: &mut Value) {
+    let Value::Object(node) = schema else { return };
+    for union in ["anyOf", "oneOf", "allOf"] {
+        if let Some(Value::Array(variants)) = node.remove(union) {
+            join(node, variants);
+        }
+    }
+    if let Some(Value::Array(types)) = node.get("type") {
+        let kind = types.iter().find(|t| *t != "null").cloned().unwrap_or(Value::Null);
+        node.insert("type".into(), kind);
+    }
+    if let Some(Value::Array(values)) = node.get_mut("enum") {
+        values.retain(|value| !value.is_null());
+    }
+    DROPPED.iter().for_each(|key| {
+        node.remove(*key);
+    });
+    if node.get("default").is_some_and(Value::is_null) {
+        node.remove("default");
+    }
+    if node.get("additionalProperties").is_some_and(Value::is_boolean) {
+        node.remove("additionalProperties");
+    }
+    match node.get("format").and_then(Value::as_str) {
+        Some("uint32" | "uint16" | "uint8") => drop(node.insert("format".into(), "int64".into())),
+        Some("uint64" | "uint") => drop(node.insert("format".into(), "int64".into())),
+        _ => {}
+    }
+    if let Some(Value::String(text)) = node.get_mut("description") {
+        *text = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    }
+    if let Some(Value::Object(properties)) = node.get_mut("properties") {
+        properties.values_mut().for_each(structure);
+    }
+    for key in ["items", "additionalProperties"] {
+        node.get_mut(key).map(structure);
+    }
+}
+
+/// Merges the variants of a union: `T or null` becomes `T`, a list of constants becomes an enumeration.
+fn join(node: &mut Map<String, Value>, variants: Vec<Value>) {
+    let is_null = |v: &Value| v["type"] == "null" || v["enum"] == json!([null]) || v["const"].is_null() && v.get("const").is_some();
+    let variants: Vec<Value> = variants.into_iter().filter(|v| !is_null(v)).collect();
+    let constants: Vec<Value> = variants
+        .iter()
+        .flat_map(|v| v.get("const").map(std::slice::from_ref).or(v["enum"].as_array().map(Vec::as_slice)).unwrap_or_default())
+        .cloned()
+        .collect();
+    if variants.len() > 1 && !constants.is_empty() {
+        node.insert("type".into(), "string".into());
+        node.insert("enum".into(), constants.into());
+        return;
+    }
+    for variant in variants {
+        if let Value::Object(fields) = variant {
+            for (key, value) in fields {
+                node.entry(key).or_insert(value);
+            }
+        }
+    }
+}
+
+/// The definition as the file in `manifests/`.
+pub fn yaml() -> String {
+    let mut text = String::from("# Generated from the types of the manifest (crate plan) by `cargo xtask codegen`.\n");
+    write_map(&mut text, &definition(), 0);
+    text
+}
+
+/// Writes the fields of an object, one a line, at `depth`.
+fn write_map(text: &mut String, value: &Value, depth: usize) {
+    for (key, value) in value.as_object().into_iter().flatten() {
+        let _ = write!(text, "{:1$}{key}:", "", depth * 2);
+        write_value(text, value, depth);
+    }
+}
+
+/// Writes what follows a key or a dash.
+fn write_value(text: &mut String, value: &Value, depth: usize) {
+    match value {
+        Value::Object(fields) if !fields.is_empty() => {
+            text.push('\n');
+            write_map(text, value, depth + 1);
+        }
+        Value::Array(items) if items.iter().any(Value::is_object) => {
+            text.push('\n');
+            for item in items {
+                // The first field stands on the dash's line, the others below it.
+                let mut fields = String::new();
+                write_map(&mut fields, item, depth + 1);
+                let start = (depth + 1) * 2;
+                let _ = write!(text, "{:1$}- ", "", depth * 2);
+                text.push_str(&fields[start.min(fields.len())..]);
+            }
+        }
+        // JSON is YAML.
+        scalar => {
+            let _ = writeln!(text, " {scalar}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use super::*;
+
+    /// Every schema node below `schema`, with its path.
+    fn nodes<'a>(path: &str, schema: &'a Value, found: &mut Vec<(String, &'a Value)>) {
+        found.push((path.to_owned(), schema));
+        for (name, child) in schema["properties"].as_object().into_iter().flatten() {
+            nodes(&format!("{path}.{name}"), child, found);
+        }
+        if let Some(items) = schema.get("items") {
+            nodes(&format!("{path}[]"), items, found);
+        }
+    }
+
+    #[test]
+    fn the_committed_definition_is_what_the_types_give() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/crd.yaml");
+        let text = yaml();
+        if std::env::var_os("UPDATE_GOLDEN").is_some() {
+            fs::write(&path, &text).expect("the file can be written");
+        }
+        let committed = fs::read_to_string(&path).unwrap_or_default();
+        assert_eq!(committed, text, "manifests/crd.yaml is stale: run cargo xtask codegen");
+        assert!(text.len() < 200 << 10, "the definition has {} bytes", text.len());
+    }
+
+    #[test]
+    fn every_node_is_structural_and_every_field_is_explained() {
+        let definition = definition();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        let mut found = Vec::new();
+        nodes("", schema, &mut found);
+        assert!(found.len() > 60, "{}", found.len());
+        for (path, node) in &found {
+            let typed = node["type"].is_string() || node["x-kubernetes-int-or-string"] == true;
+            assert!(typed, "{path} has no type: {node}");
+            for key in ["anyOf", "oneOf", "allOf", "$ref", "nullable", "const", "$defs", "definitions"] {
+                assert!(node.get(key).is_none(), "{path} has {key}: {node}");
+            }
+            if !path.is_empty() && !path.ends_with("[]") {
+                assert!(node["description"].as_str().is_some_and(|d| !d.is_empty()), "{path} is not explained");
+            }
+        }
+    }
+
+    #[test]
+    fn every_rule_stands_at_its_field() {
+        let definition = definition();
+        let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
+        for (path, rule, _) in RULES {
+            let place = path.split('.').filter(|k| !k.is_empty()).fold(schema, |node, key| &node["properties"][key]);
+            assert!(place["type"] == "object", "{path} is not a field");
+            assert!(place["x-kubernetes-validations"].as_array().is_some_and(|rules| rules.iter().any(|r| r["rule"] == rule)), "{path}");
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_of_the_parser() {
+        let definition = definition();
+        let spec = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]["properties"];
+        assert_eq!(spec["replicas"]["default"], 1);
+        assert_eq!(spec["parallelism"]["properties"]["pipeline"]["default"], 1);
+        assert_eq!(spec["router"]["properties"]["policy"]["default"], "PrefixAware");
+        assert_eq!(spec["router"]["properties"]["policy"]["enum"], json!(["PrefixAware", "LeastLoad", "RoundRobin", "Random"]));
+        assert_eq!(spec["engine"]["properties"]["kvCache"]["default"]["blockTokens"], 16);
+    }
+
+    #[test]
+    fn yaml_holds_what_json_does() {
+        let parsed: Value = serde_yaml::from_str(&yaml()).expect("it is YAML");
+        assert_eq!(parsed, definition());
+    }
+}

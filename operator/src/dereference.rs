@@ -1,0 +1,155 @@
+//! First step: reads what a deployment refers to, and what stands in the cluster for it. Writes nothing.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use k8s_openapi::api::{
+    apps::v1::StatefulSet,
+    core::v1::{ConfigMap, Pod},
+};
+use kube::{
+    Api, Client,
+    api::{ListParams, ObjectList},
+};
+use plan::model::ModelHeader;
+
+use crate::{
+    fleet::{Load, Space},
+    models::{Models, Unresolved},
+    names,
+    resource::ModelDeployment,
+};
+
+/// Everything a reconcile knows beside the resource itself.
+#[derive(Debug)]
+pub struct Fetched {
+    /// The header of the model; `None` where the spec names no remote source.
+    pub header: Option<Result<Arc<ModelHeader>, Unresolved>>,
+    /// The ConfigMap that the chat template is in, by name, where one is named and exists.
+    pub template: Option<(String, BTreeMap<String, String>)>,
+    /// An older deployment of the namespace that has one of the model's names: the name, and whose it is.
+    pub taken: Option<(String, String)>,
+    /// What stands in the cluster.
+    pub standing: Standing,
+}
+
+/// A deployment's objects as they are.
+#[derive(Debug, Default)]
+pub struct Standing {
+    /// Its StatefulSets.
+    pub stateful_sets: Vec<StatefulSet>,
+    /// Names of its ConfigMaps.
+    pub config_maps: Vec<String>,
+    /// Its workers.
+    pub pods: Vec<Pod>,
+    /// What routers say of its replicas.
+    pub load: Load,
+}
+
+impl Standing {
+    /// The pod of this name, unless it is on its way out.
+    pub fn pod(&self, name: &str) -> Option<&Pod> {
+        self.pods.iter().find(|p| p.metadata.name.as_deref() == Some(name) && p.metadata.deletion_timestamp.is_none())
+    }
+
+    /// Where the worker in the pod of this name listens, once that is known.
+    pub fn address(&self, pod: &str) -> Option<String> {
+        let ip = self.pod(pod)?.status.as_ref()?.pod_ip.as_deref()?;
+        ip.parse().ok().map(names::worker_address)
+    }
+}
+
+/// Reads everything.
+///
+/// # Errors
+/// When the API server does not answer. That a model or a ConfigMap is not there is no error here.
+pub async fn dereference(
+    client: &Client,
+    models: &Models,
+    space: &Space,
+    others: &[Arc<ModelDeployment>],
+    object: &ModelDeployment,
+) -> Result<Fetched, kube::Error> {
+    let (namespace, name) = (object.namespace(), object.name());
+    let uri = object.spec["model"]["uri"].as_str().filter(|uri| is_remote(uri));
+    let header = async {
+        match uri {
+            Some(uri) => Some(models.header(uri).await),
+            None => None,
+        }
+    };
+    let template = async {
+        match object.spec["chat"]["template"]["configMapKeyRef"]["name"].as_str() {
+            Some(map) => Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(map).await,
+            None => Ok(None),
+        }
+    };
+    let ours = ListParams::default().labels(&format!("{}={name},app.kubernetes.io/managed-by={}", names::DEPLOYMENT, names::MANAGER));
+    let (sets, maps, pods) = (
+        Api::<StatefulSet>::namespaced(client.clone(), namespace),
+        Api::<ConfigMap>::namespaced(client.clone(), namespace),
+        Api::<Pod>::namespaced(client.clone(), namespace),
+    );
+    let standing = async {
+        let (sets, maps, pods): (ObjectList<StatefulSet>, _, ObjectList<Pod>) =
+            tokio::try_join!(sets.list(&ours), maps.list_metadata(&ours), pods.list(&ours))?;
+        Ok::<_, kube::Error>(Standing {
+            stateful_sets: sets.items,
+            config_maps: maps.items.into_iter().filter_map(|m| m.metadata.name).collect(),
+            pods: pods.items,
+            load: space.load(name),
+        })
+    };
+    let (header, template, standing) = tokio::join!(header, template, standing);
+    Ok(Fetched {
+        header,
+        template: template?.and_then(|map| Some((map.metadata.name?, map.data.unwrap_or_default()))),
+        taken: taken(object, others),
+        standing: standing?,
+    })
+}
+
+/// Whether the operator may read a source itself. Paths are those of a node, and never opened here.
+fn is_remote(uri: &str) -> bool {
+    ["hf://", "http://", "https://"].iter().any(|scheme| uri.starts_with(scheme))
+}
+
+/// The first name of `object` that an older deployment of its namespace has.
+pub fn taken(object: &ModelDeployment, others: &[Arc<ModelDeployment>]) -> Option<(String, String)> {
+    let age = |d: &ModelDeployment| (d.metadata.creation_timestamp.as_ref().map(|t| t.0), d.uid().to_owned());
+    let rivals = others.iter().filter(|other| {
+        other.namespace() == object.namespace() && other.uid() != object.uid() && !other.is_deleted() && age(other) < age(object)
+    });
+    let names = object.model_names();
+    let clash = |other: &Arc<ModelDeployment>| {
+        let name = other.model_names().into_iter().find(|name| names.contains(name))?;
+        Some((name.to_owned(), other.name().to_owned()))
+    };
+    rivals.into_iter().find_map(clash)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn object(name: &str, created: &str, model: serde_json::Value) -> Arc<ModelDeployment> {
+        let metadata = json!({ "name": name, "namespace": "n", "uid": name, "creationTimestamp": created });
+        Arc::new(serde_json::from_value(json!({ "metadata": metadata, "spec": { "model": model } })).expect("an object"))
+    }
+
+    #[test]
+    fn the_younger_of_two_claims_loses() {
+        let old = object("old", "2026-01-01T00:00:00Z", json!({ "name": "m" }));
+        let young = object("young", "2026-01-02T00:00:00Z", json!({ "aliases": ["m"] }));
+        let all = [old.clone(), young.clone(), object("other", "2026-01-01T00:00:00Z", json!({}))];
+        assert_eq!(taken(&young, &all), Some(("m".into(), "old".into())));
+        assert_eq!(taken(&old, &all), None);
+    }
+
+    #[test]
+    fn paths_are_not_for_the_operator_to_open() {
+        assert!(is_remote("hf://a/b") && is_remote("https://a/b"));
+        assert!(!is_remote("file:/etc/passwd") && !is_remote("/etc/passwd"));
+    }
+}

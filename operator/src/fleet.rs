@@ -1,0 +1,210 @@
+//! The fleet of each namespace as routers are told it, and what they report.
+//!
+//! A state is pushed only once every deployment of the namespace that has replicas is known: a process that has just started must not tell
+//! routers to drop what it has not looked at yet.
+
+mod service;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use kube::runtime::reflector::ObjectRef;
+use plan::fleet::{FleetDeployment, FleetState};
+use proto::{bearer::Bearer, fleet as wire};
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tonic::Request;
+use tracing::info;
+
+pub use self::service::{FleetService, Leader};
+use crate::resource::ModelDeployment;
+
+/// A router that has not reported for this long counts as gone.
+const SILENCE: Duration = Duration::from_secs(5);
+
+/// All namespaces.
+#[derive(Debug)]
+pub struct Hub {
+    term: u64,
+    spaces: Mutex<HashMap<String, Arc<Space>>>,
+    wake: mpsc::Sender<ObjectRef<ModelDeployment>>,
+}
+
+/// One namespace.
+#[derive(Debug)]
+pub struct Space {
+    namespace: String,
+    term: u64,
+    inner: Mutex<Inner>,
+    /// What routers are told; `None` until it is whole.
+    state: watch::Sender<Option<FleetState>>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    /// What routers must carry; `None` until the pool was reconciled, and then nobody gets in.
+    token: Option<String>,
+    /// Deployments that are known: what routers are told of each, if anything.
+    known: BTreeMap<String, Option<FleetDeployment>>,
+    routers: HashMap<String, Router>,
+}
+
+/// A router that is connected.
+#[derive(Debug)]
+struct Router {
+    stream: u64,
+    seen: Instant,
+    /// By deployment and replica.
+    replicas: HashMap<String, HashMap<String, Said>>,
+}
+
+/// What a router says of a replica.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Said {
+    /// A token came out of its last stage.
+    pub ready: bool,
+    /// What went wrong last.
+    pub last_failure: Option<String>,
+}
+
+/// What the routers of a namespace say of a deployment.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Load {
+    /// Routers that report.
+    pub routers: usize,
+    /// By replica: ready where any router says so.
+    pub replicas: HashMap<String, Said>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Hub {
+    /// States carry `term`. Deployments of which routers say something new are sent to `wake`.
+    pub fn new(term: u64, wake: mpsc::Sender<ObjectRef<ModelDeployment>>) -> Self {
+        Self { term, spaces: Mutex::default(), wake }
+    }
+
+    /// The namespace `name`.
+    pub fn space(&self, name: &str) -> Arc<Space> {
+        let space = || Space { namespace: name.to_owned(), term: self.term, inner: Mutex::default(), state: watch::Sender::new(None) };
+        lock(&self.spaces).entry(name.to_owned()).or_insert_with(|| Arc::new(space())).clone()
+    }
+
+    /// The namespace whose token a call carries.
+    fn admit<T>(&self, request: &Request<T>) -> Option<Arc<Space>> {
+        let carries = |space: &&Arc<Space>| {
+            let token = lock(&space.inner).token.clone();
+            token.is_some_and(|token| Bearer::new(Some(token)).check(request).is_ok())
+        };
+        lock(&self.spaces).values().find(carries).cloned()
+    }
+
+    /// Routers connected, in all namespaces.
+    pub fn routers(&self) -> usize {
+        lock(&self.spaces).values().map(|space| lock(&space.inner).routers.len()).sum()
+    }
+
+    /// Has deployments reconciled.
+    async fn wake(&self, namespace: &str, deployments: Vec<String>) {
+        for name in deployments {
+            // Closed when the controller has stopped: nothing is reconciled any more.
+            if self.wake.send(ObjectRef::new(&name).within(namespace)).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl Space {
+    /// Lets routers in that carry `token`.
+    pub fn let_in(&self, token: String) {
+        lock(&self.inner).token = Some(token);
+    }
+
+    /// Whether this process knows what routers are to be told of a deployment.
+    pub fn knows(&self, deployment: &str) -> bool {
+        lock(&self.inner).known.contains_key(deployment)
+    }
+
+    /// What routers are told of a deployment.
+    pub fn told(&self, deployment: &str) -> Option<FleetDeployment> {
+        lock(&self.inner).known.get(deployment).cloned().flatten()
+    }
+
+    /// Sets what routers are told of a deployment, `None` for nothing. `expected` are the deployments of the namespace that must be known
+    /// before routers are told anything.
+    pub fn settle(&self, deployment: &str, entry: Option<FleetDeployment>, expected: &[String]) {
+        lock(&self.inner).known.insert(deployment.to_owned(), entry);
+        self.refresh(expected);
+    }
+
+    /// Forgets deployments that are not among `expected`, and tells routers if that is news.
+    pub fn refresh(&self, expected: &[String]) {
+        let mut inner = lock(&self.inner);
+        inner.known.retain(|name, _| expected.contains(name));
+        if inner.known.len() < expected.len() {
+            return;
+        }
+        let deployments: Vec<FleetDeployment> = inner.known.values().flatten().cloned().collect();
+        self.state.send_if_modified(|state| {
+            let number = match state {
+                Some(state) if state.deployments == deployments => return false,
+                Some(state) => state.number + 1,
+                None => 1,
+            };
+            info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
+            *state = Some(FleetState { term: self.term, number, deployments });
+            true
+        });
+    }
+
+    /// What routers say of a deployment.
+    pub fn load(&self, deployment: &str) -> Load {
+        let inner = lock(&self.inner);
+        let mut load = Load::default();
+        for router in inner.routers.values().filter(|r| r.seen.elapsed() < SILENCE) {
+            load.routers += 1;
+            for (name, said) in router.replicas.get(deployment).into_iter().flatten() {
+                let known = load.replicas.entry(name.clone()).or_default();
+                known.ready |= said.ready;
+                known.last_failure = known.last_failure.take().or_else(|| said.last_failure.clone());
+            }
+        }
+        load
+    }
+
+    /// Takes a router's report; the deployments of which it says something new.
+    fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
+        let mut inner = lock(&self.inner);
+        let said = |r: wire::ReplicaState| (r.name, Said { ready: r.ready, last_failure: Some(r.last_failure).filter(|f| !f.is_empty()) });
+        let loads = report.loads.into_iter().map(|load| (load.deployment, load.replicas.into_iter().map(said).collect()));
+        let new = Router { stream, seen: Instant::now(), replicas: loads.collect() };
+        let changed = match inner.routers.get(&report.router) {
+            Some(old) if old.seen.elapsed() < SILENCE => {
+                let differs = |name: &&String| old.replicas.get(*name) != new.replicas.get(*name);
+                let names: BTreeSet<&String> = old.replicas.keys().chain(new.replicas.keys()).filter(differs).collect();
+                names.into_iter().cloned().collect()
+            }
+            _ => inner.known.keys().cloned().collect(),
+        };
+        inner.routers.insert(report.router, new);
+        changed
+    }
+
+    /// Notes that a router's stream has ended; the deployments concerned, unless it has come back on another.
+    fn leave(&self, stream: u64) -> Vec<String> {
+        let mut inner = lock(&self.inner);
+        let before = inner.routers.len();
+        inner.routers.retain(|_, router| router.stream != stream);
+        if inner.routers.len() == before { Vec::new() } else { inner.known.keys().cloned().collect() }
+    }
+}

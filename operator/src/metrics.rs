@@ -1,0 +1,70 @@
+//! What the operator counts of itself.
+
+use std::time::Duration;
+
+use prometheus_client::{
+    encoding::{EncodeLabelSet, text::encode},
+    metrics::{counter::Counter, family::Family, gauge::Gauge, histogram::Histogram},
+    registry::Registry,
+};
+
+/// How a reconcile ended.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Result {
+    /// `applied`, or the reason of a refusal or failure: a closed list.
+    result: &'static str,
+}
+
+/// The operator's metrics.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    reconciles: Family<Result, Counter>,
+    seconds: Histogram,
+    status_writes: Counter,
+    routers: Gauge,
+    leading: Gauge,
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let mut registry = Registry::with_prefix("skein_operator");
+        let (reconciles, status_writes, routers, leading) = (Family::default(), Counter::default(), Gauge::default(), Gauge::default());
+        let seconds = Histogram::new([0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0]);
+        registry.register("reconciles", "Reconciles of deployments, by how they ended", reconciles.clone());
+        registry.register("reconcile_seconds", "Time of a reconcile", seconds.clone());
+        registry.register("status_writes", "Statuses written", status_writes.clone());
+        registry.register("routers", "Routers connected", routers.clone());
+        registry.register("leading", "1 while this process leads", leading.clone());
+        Self { registry, reconciles, seconds, status_writes, routers, leading }
+    }
+}
+
+impl Metrics {
+    /// Counts a reconcile.
+    pub fn reconciled(&self, result: &'static str, took: Duration) {
+        self.reconciles.get_or_create(&Result { result }).inc();
+        self.seconds.observe(took.as_secs_f64());
+    }
+
+    /// Counts a status that was written.
+    pub fn status_written(&self) {
+        self.status_writes.inc();
+    }
+
+    /// Notes that this process leads.
+    pub fn lead(&self) {
+        self.leading.set(1);
+    }
+
+    /// Everything as text, with the number of `routers` connected.
+    ///
+    /// # Errors
+    /// Never in practice: text is written to memory.
+    pub fn text(&self, routers: usize) -> std::result::Result<String, std::fmt::Error> {
+        self.routers.set(routers as i64);
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}

@@ -1,0 +1,280 @@
+//! The resource as the API server holds it. Its spec stays JSON here, and is parsed by `plan` when it is reconciled.
+
+use std::borrow::Cow;
+
+use k8s_openapi::{
+    NamespaceResourceScope,
+    apimachinery::pkg::apis::meta::v1::{ObjectMeta, OwnerReference},
+    jiff::Timestamp,
+};
+use kube::Resource;
+use plan::manifest::{API_VERSION, KIND};
+use schemars::JsonSchema;
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::Value;
+
+/// Group of the resource.
+pub const GROUP: &str = "skein.dev";
+/// Version of the resource.
+pub const VERSION: &str = "v1alpha1";
+/// Plural name of the resource.
+pub const PLURAL: &str = "modeldeployments";
+
+/// One `ModelDeployment`.
+#[derive(Clone, Debug, Deserialize)]
+pub struct ModelDeployment {
+    /// Name, namespace, generation.
+    pub metadata: ObjectMeta,
+    /// Desired state, as `plan` parses it.
+    #[serde(default)]
+    pub spec: Value,
+    /// What became of it. A status of another version that cannot be read counts as none: it is computed anew.
+    #[serde(default, deserialize_with = "readable")]
+    pub status: Option<Status>,
+}
+
+fn readable<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Status>, D::Error> {
+    Ok(serde_json::from_value(Value::deserialize(from)?).ok())
+}
+
+impl Resource for ModelDeployment {
+    type DynamicType = ();
+    type Scope = NamespaceResourceScope;
+
+    fn kind((): &()) -> Cow<'_, str> {
+        KIND.into()
+    }
+
+    fn group((): &()) -> Cow<'_, str> {
+        GROUP.into()
+    }
+
+    fn version((): &()) -> Cow<'_, str> {
+        VERSION.into()
+    }
+
+    fn plural((): &()) -> Cow<'_, str> {
+        PLURAL.into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+impl ModelDeployment {
+    /// Its name.
+    pub fn name(&self) -> &str {
+        self.metadata.name.as_deref().unwrap_or_default()
+    }
+
+    /// Its namespace.
+    pub fn namespace(&self) -> &str {
+        self.metadata.namespace.as_deref().unwrap_or_default()
+    }
+
+    /// Its unique id.
+    pub fn uid(&self) -> &str {
+        self.metadata.uid.as_deref().unwrap_or_default()
+    }
+
+    /// Generation of its spec.
+    pub fn generation(&self) -> i64 {
+        self.metadata.generation.unwrap_or_default()
+    }
+
+    /// Whether it is on its way out.
+    pub fn is_deleted(&self) -> bool {
+        self.metadata.deletion_timestamp.is_some()
+    }
+
+    /// Every name that requests can call it by, as far as the spec can be read.
+    pub fn model_names(&self) -> Vec<&str> {
+        let model = &self.spec["model"];
+        let aliases = model["aliases"].as_array().into_iter().flatten().filter_map(Value::as_str);
+        std::iter::once(model["name"].as_str().unwrap_or(self.name())).chain(aliases).collect()
+    }
+
+    /// A reference that makes an object this one's, alone or with others.
+    pub fn owner(&self, controller: bool) -> OwnerReference {
+        OwnerReference {
+            api_version: API_VERSION.to_owned(),
+            kind: KIND.to_owned(),
+            name: self.name().to_owned(),
+            uid: self.uid().to_owned(),
+            controller: controller.then_some(true),
+            block_owner_deletion: None,
+        }
+    }
+
+    /// Its condition of type `kind`.
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.status.as_ref()?.conditions.iter().find(|c| c.kind == kind)
+    }
+}
+
+/// What became of a deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Status {
+    /// Generation of the spec that this status is about.
+    pub observed_generation: i64,
+    /// Replicas wanted, whoever decides it.
+    pub desired_replicas: u32,
+    /// Replicas that exist, ready or not.
+    pub replicas: u32,
+    /// Replicas from which a token came out of the last stage.
+    pub ready_replicas: u32,
+    /// Replicas of the present revision.
+    pub updated_replicas: u32,
+    /// Ready replicas that take requests.
+    pub available_replicas: u32,
+    /// Selects one pod of each replica, for autoscalers.
+    pub selector: String,
+    /// Revision that replicas run.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub current_revision: Option<String>,
+    /// The model, from its header.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<ModelStatus>,
+    /// How a replica is laid out over workers; written before any pod exists.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub plan: Option<PlanStatus>,
+    /// The first 64 replicas.
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub replica_states: Vec<ReplicaStatus>,
+    /// Where requests go, inside the cluster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// Every address, by protocol.
+    #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub addresses: Vec<Address>,
+    /// Accepted, ModelResolved, Scheduled, ReplicasReady, RouterReady, Available, Ready.
+    #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
+    pub conditions: Vec<Condition>,
+}
+
+/// The model, from its header.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ModelStatus {
+    /// GGUF or Safetensors.
+    pub format: String,
+    /// Family of the model.
+    pub architecture: String,
+    /// Layers.
+    pub layers: u32,
+    /// Numbers in its tensors.
+    pub parameters: u64,
+    /// Bytes of its weight files.
+    pub size_bytes: u64,
+    /// Context it was trained for.
+    pub context_tokens: u64,
+    /// Digest that its weights are pinned to.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub digest: Option<String>,
+}
+
+/// How a replica is laid out over workers.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PlanStatus {
+    /// Its stages.
+    #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["index"]))]
+    pub stages: Vec<StageStatus>,
+    /// Whether every worker fits into its memory.
+    pub fits: bool,
+    /// Why, with numbers.
+    pub message: String,
+}
+
+/// One stage of the plan.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct StageStatus {
+    /// Number of the stage, from 0.
+    pub index: u32,
+    /// Its first layer.
+    pub first_layer: u32,
+    /// Its last layer.
+    pub last_layer: u32,
+    /// Workers of the stage.
+    pub ranks: u32,
+    /// Bytes of weights on the fullest of its workers.
+    pub weight_bytes: u64,
+    /// Bytes of KV cache on the fullest of its workers.
+    pub kv_bytes: u64,
+}
+
+/// One replica.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ReplicaStatus {
+    /// Unique name.
+    pub name: String,
+    /// Revision it runs.
+    pub revision: String,
+    /// Pending, Starting or Ready.
+    pub phase: ReplicaPhase,
+    /// Workers that run.
+    pub ready_workers: u32,
+    /// Workers of the replica.
+    pub workers: u32,
+    /// What went wrong last, as routers saw it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<String>,
+}
+
+/// How far a replica is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[expect(missing_docs, reason = "ReplicaStatus says it")]
+pub enum ReplicaPhase {
+    #[default]
+    Pending,
+    Starting,
+    Ready,
+}
+
+/// One address of the deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Address {
+    /// http or grpc.
+    pub name: String,
+    /// The address.
+    pub url: String,
+}
+
+/// One condition, as everywhere in Kubernetes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Condition {
+    /// Which condition.
+    #[serde(rename = "type")]
+    #[schemars(length(max = 316))]
+    pub kind: String,
+    /// True, False or Unknown.
+    #[schemars(length(max = 16))]
+    pub status: String,
+    /// Generation of the spec that it is about.
+    pub observed_generation: i64,
+    /// When its status changed last.
+    #[schemars(extend("format" = "date-time"))]
+    pub last_transition_time: String,
+    /// Why, from a closed list.
+    #[schemars(length(max = 1024))]
+    pub reason: String,
+    /// Why, for people, and what to do next.
+    #[schemars(length(max = 32768))]
+    pub message: String,
+}
+
+/// The present time as conditions write it.
+pub fn now() -> String {
+    let seconds = Timestamp::now().as_second();
+    Timestamp::from_second(seconds).map(|t| t.to_string()).unwrap_or_default()
+}

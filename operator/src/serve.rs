@@ -1,0 +1,149 @@
+//! The process: serves health, metrics and the fleet, and reconciles once it leads.
+
+use std::{
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::{Context, bail};
+use axum::{Router, extract::State, http::StatusCode, routing::get};
+use kube::Client;
+use proto::fleet::fleet_server::FleetServer;
+use tokio::{net::TcpListener, sync::mpsc};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::transport::{Server, server::TcpIncoming};
+use tracing::{info, warn};
+
+use crate::{
+    args::Args,
+    build::Settings,
+    controller::{self, Options},
+    fleet::{FleetService, Hub, Leader},
+    lease::Election,
+    metrics::Metrics,
+    models::chain,
+};
+
+/// Largest report of a router: a thousand deployments of a thousand replicas.
+const REPORT: usize = 64 << 20;
+/// How often a router's connection is tried out, and how long its other end may take.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
+
+/// What HTTP handlers see.
+#[derive(Clone)]
+struct Health {
+    metrics: Arc<Metrics>,
+    leader: Leader,
+    /// Another API call would be answered.
+    reached: Arc<AtomicBool>,
+}
+
+/// Runs the operator until `stop`, or until it loses its lease.
+///
+/// # Errors
+/// When an address cannot be listened on, the API server cannot be found, or the lease is lost.
+pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
+    // Bound before anything else, so that a probe finds a process that starts.
+    let http = TcpListener::bind(args.http_listen).await.with_context(|| format!("failed to listen on {}", args.http_listen))?;
+    let fleet = TcpListener::bind(args.fleet_listen).await.with_context(|| format!("failed to listen on {}", args.fleet_listen))?;
+    let (leader, tasks, metrics) = (Arc::new(OnceLock::new()), TaskTracker::new(), Arc::new(Metrics::default()));
+    let reached = Arc::new(AtomicBool::new(false));
+    let health = Health { metrics: metrics.clone(), leader: leader.clone(), reached: reached.clone() };
+    let web = tokio::spawn(axum::serve(http, routes(health)).with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
+    let service = FleetService::new(leader.clone(), tasks.clone(), stop.clone());
+    let routers = Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .add_service(FleetServer::new(service).max_decoding_message_size(REPORT))
+        .serve_with_incoming_shutdown(TcpIncoming::from(fleet).with_nodelay(Some(true)), stop.clone().cancelled_owned());
+    let routers = tokio::spawn(routers);
+
+    let client = Client::try_default().await.context("failed to find the API server")?;
+    let version = client.apiserver_version().await.context("failed to reach the API server")?;
+    info!(version = version.git_version, "API server reached");
+    reached.store(true, Ordering::Relaxed);
+    let outcome = lead(&args, client, (&leader, &metrics), &stop).await;
+    stop.cancel();
+    tasks.close();
+    tasks.wait().await;
+    routers.await.context("the fleet's server broke")?.context("the fleet's server failed")?;
+    web.await.context("the HTTP server broke")?.context("the HTTP server failed")?;
+    outcome
+}
+
+/// Waits for the lease, and reconciles for as long as it is held.
+async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Metrics>), stop: &CancellationToken) -> anyhow::Result<()> {
+    let identity = args.identity.clone().unwrap_or_else(|| format!("{}-{}", args.namespace, std::process::id()));
+    let election = Election::new(client.clone(), &args.namespace, identity.clone());
+    let term = tokio::select! {
+        () = stop.cancelled() => return Ok(()),
+        term = election.win() => term,
+    };
+    // As many as deployments may change with one report; more wait in their routers' streams.
+    let (wake, woken) = mpsc::channel(1024);
+    let hub = Arc::new(Hub::new(term, wake));
+    let options = Options {
+        client,
+        settings: settings(args),
+        namespace: args.watch_namespace.clone(),
+        identity,
+        hub: hub.clone(),
+        woken,
+        metrics: metrics.clone(),
+    };
+    if leader.set(hub).is_err() {
+        bail!("this process leads already");
+    }
+    metrics.lead();
+    let ending = stop.child_token();
+    let reconciling = controller::run(options, ending.clone());
+    tokio::pin!(reconciling);
+    let held = tokio::select! {
+        () = &mut reconciling => true,
+        () = election.keep() => false,
+    };
+    if !held {
+        // Another may write now: what is under way here is dropped, and this process starts anew.
+        bail!("the lease is lost");
+    }
+    if let Err(error) = election.release().await {
+        warn!(error = chain(&error), "the lease is not given back; the next operator waits for it to run out");
+    }
+    Ok(())
+}
+
+fn settings(args: &Args) -> Settings {
+    Settings {
+        image: args.image.clone(),
+        image_pull_policy: args.image_pull_policy.clone(),
+        fleet_address: args.fleet_address.clone(),
+        hf_endpoint: args.hf_endpoint.clone(),
+        worker_cpu: args.worker_cpu.clone(),
+        router_cpu: args.router_cpu.clone(),
+        router_memory: args.router_memory.clone(),
+    }
+}
+
+fn routes(health: Health) -> Router {
+    Router::new().route("/live", get(|| async { "live" })).route("/ready", get(ready)).route("/metrics", get(text)).with_state(health)
+}
+
+/// 200 once the API server was reached. One that waits for the lease is ready too: it would take over.
+async fn ready(State(health): State<Health>) -> (StatusCode, &'static str) {
+    match (health.reached.load(Ordering::Relaxed), health.leader.get().is_some()) {
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "the API server is not reached yet"),
+        (true, false) => (StatusCode::OK, "waiting for the lease"),
+        (true, true) => (StatusCode::OK, "leading"),
+    }
+}
+
+async fn text(State(health): State<Health>) -> (StatusCode, String) {
+    let routers = health.leader.get().map_or(0, |hub| hub.routers());
+    match health.metrics.text(routers) {
+        Ok(text) => (StatusCode::OK, text),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}

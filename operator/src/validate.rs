@@ -1,0 +1,195 @@
+//! Second step: a deployment and what was read for it become a plan, or a refusal with a reason. Pure.
+
+use std::sync::Arc;
+
+use plan::{
+    fleet::{FleetDeployment, FleetReplica},
+    manifest::{API_VERSION, KIND, Manifest},
+    model::ModelHeader,
+    planner::{self, Capacity, Origin},
+    shard::ExecutionPlan,
+    worker::{CollectiveKind, WorkerSpec},
+};
+use serde_json::json;
+
+use crate::{
+    dereference::Fetched,
+    models::Unresolved,
+    names,
+    resource::ModelDeployment,
+    status::{ACCEPTED, MODEL_RESOLVED},
+};
+
+/// A deployment that can be built.
+#[derive(Clone, Debug)]
+pub struct ValidatedDeployment {
+    /// Its name.
+    pub name: String,
+    /// Its namespace.
+    pub namespace: String,
+    /// Its unique id.
+    pub uid: String,
+    /// Its spec, parsed, with the chat template it names.
+    pub manifest: Manifest,
+    /// Its model.
+    pub header: Arc<ModelHeader>,
+    /// How a replica is laid out.
+    pub plan: ExecutionPlan,
+    /// What decides the bits of its replicas.
+    pub numerics: String,
+    /// What decides its workers: another revision means other workers.
+    pub revision: String,
+}
+
+/// Why a deployment is not built.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rejection {
+    /// The condition that says so.
+    pub condition: &'static str,
+    /// Why, from the condition's closed list.
+    pub reason: &'static str,
+    /// Why, for people, and what to do next.
+    pub message: String,
+    /// What may change it.
+    pub until: Until,
+}
+
+/// What may turn a refusal around.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Until {
+    /// Another spec alone; nothing is tried before.
+    Changed,
+    /// Another object of the namespace; looked at again now and then.
+    Elsewhere,
+    /// The source; tried again with growing pauses.
+    Source,
+}
+
+impl ValidatedDeployment {
+    /// Replicas asked for.
+    pub fn replicas(&self) -> u32 {
+        self.manifest.spec().replicas
+    }
+
+    /// Name of a replica.
+    pub fn replica_name(&self, replica: u32) -> String {
+        names::replica(&self.name, &self.uid, &self.revision, replica)
+    }
+
+    /// What each worker is told, stage by stage and rank by rank; replicas share it.
+    pub fn worker_specs(&self) -> Vec<WorkerSpec> {
+        let model = &self.manifest.spec().model;
+        let origin = Origin { replica: &self.name, uri: &model.uri, digest: model.digest.as_deref() };
+        planner::worker_specs(&self.plan, &origin, 1, CollectiveKind::Tcp)
+    }
+
+    /// What routers are told; `address` finds a worker by replica, stage and rank, and is empty where it is not known yet.
+    pub fn fleet(&self, address: impl Fn(u32, usize, usize) -> String) -> FleetDeployment {
+        let replica = |number: u32| FleetReplica {
+            name: self.replica_name(number),
+            revision: self.revision.clone(),
+            numerics: self.numerics.clone(),
+            weight: 1,
+            draining: false,
+            workers: (0..self.plan.stages.len())
+                .map(|stage| (0..self.plan.stages[stage].shards.len()).map(|rank| address(number, stage, rank)).collect())
+                .collect(),
+        };
+        FleetDeployment {
+            name: self.name.clone(),
+            model: self.manifest.model_name().to_owned(),
+            aliases: self.manifest.spec().model.aliases.clone(),
+            limits: planner::limits(&self.plan, self.manifest.spec().engine.kv_cache.prefix_caching),
+            serving: self.manifest.serving(),
+            replicas: (0..self.replicas()).map(replica).collect(),
+        }
+    }
+}
+
+/// Checks a deployment and plans it.
+///
+/// # Errors
+/// The first thing that is wrong with it.
+pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<ValidatedDeployment, Rejection> {
+    let manifest = parse(object, fetched)?;
+    let model = &manifest.spec().model;
+    if let Some((name, whose)) = &fetched.taken {
+        let message =
+            format!("model name {name} is that of the older deployment {whose}; choose another in spec.model.name or spec.model.aliases");
+        return Err(refuse(ACCEPTED, "NameTaken", message, Until::Elsewhere));
+    }
+    let header = match &fetched.header {
+        Some(Ok(header)) => header.clone(),
+        Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
+        None => {
+            let message = format!(
+                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, http:// or https://",
+                model.uri
+            );
+            return Err(refuse(ACCEPTED, "HostPathForbidden", message, Until::Changed));
+        }
+    };
+    // A worker may take what its limit says; where there is none, the scheduler finds a node for what the plan needs.
+    let plan = manifest
+        .plan(&header, &Capacity { memory_bytes: None })
+        .map_err(|error| refuse(ACCEPTED, "PlanInfeasible", format!("{error}; change spec.parallelism or spec.engine"), Until::Changed))?;
+    if !plan.fits {
+        let message = format!("{}; raise spec.workers.resources.limits.memory, or spread the model over more workers", plan.message);
+        return Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed));
+    }
+    let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype);
+    let laid_out = serde_json::to_string(&plan).unwrap_or_else(|error| unreachable!("a plan is plain data: {error}"));
+    let revision = names::digest(&[&model.uri, model.digest.as_deref().unwrap_or_default(), &numerics, &laid_out], 10);
+    Ok(ValidatedDeployment {
+        name: object.name().to_owned(),
+        namespace: object.namespace().to_owned(),
+        uid: object.uid().to_owned(),
+        manifest,
+        header,
+        plan,
+        numerics,
+        revision,
+    })
+}
+
+/// The spec through the parser of manifests, which knows rules, ranges and paths. JSON is YAML.
+fn parse(object: &ModelDeployment, fetched: &Fetched) -> Result<Manifest, Rejection> {
+    let metadata = json!({ "name": object.name(), "namespace": object.namespace() });
+    let mut text = json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": object.spec }).to_string();
+    if let Some((name, data)) = &fetched.template {
+        let metadata = json!({ "name": name, "namespace": object.namespace() });
+        let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data });
+        text = format!("{text}\n---\n{map}");
+    }
+    let invalid = |path: &str, message: &str| {
+        // A ConfigMap may come; nothing else but the spec can make an invalid spec valid.
+        let until = if path.ends_with("configMapKeyRef") { Until::Elsewhere } else { Until::Changed };
+        refuse(ACCEPTED, "InvalidSpec", format!("{path}: {}", message.replace("is not in the file", "does not exist")), until)
+    };
+    let manifest = Manifest::parse(object.name(), &text).map_err(|e| invalid(&e.path, &e.message))?;
+    if object.name() == names::POOL {
+        return Err(invalid("metadata.name", "this is the name of the namespace's router pool, expected another"));
+    }
+    Ok(manifest)
+}
+
+fn refuse(condition: &'static str, reason: &'static str, message: String, until: Until) -> Rejection {
+    Rejection { condition, reason, message, until }
+}
+
+/// What a source's failure means.
+fn unresolvable(unresolved: &Unresolved) -> Rejection {
+    let (condition, reason, next, until) = match unresolved.reason {
+        "InvalidSpec" => (ACCEPTED, "InvalidSpec", "correct spec.model.uri", Until::Changed),
+        "NotFound" => (MODEL_RESOLVED, "NotFound", "check spec.model.uri; it is looked for again", Until::Source),
+        "Unauthorized" => (MODEL_RESOLVED, "Unauthorized", "make the model public to this cluster; it is tried again", Until::Source),
+        "DigestMismatch" => (MODEL_RESOLVED, "DigestMismatch", "correct spec.model.digest", Until::Source),
+        "SourceUnreachable" | "DownloadFailed" => (MODEL_RESOLVED, "SourceUnreachable", "it is tried again", Until::Source),
+        // What is left are the reasons of headers: there are bytes, and they are no model that can be run.
+        _ => (ACCEPTED, "UnsupportedArchitecture", "deploy a model of a supported architecture and type", Until::Source),
+    };
+    refuse(condition, reason, format!("{}; {next}", unresolved.message), until)
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

@@ -1,0 +1,126 @@
+//! Deployments and what becomes of them, on the header of a test model.
+
+use std::{path::Path, sync::Arc};
+
+use plan::model::ModelHeader;
+use serde_json::{Value, json};
+use source::{Source, SourceOptions};
+
+use super::*;
+use crate::dereference::Standing;
+
+/// A deployment with this spec.
+pub(crate) fn object(spec: Value) -> ModelDeployment {
+    let metadata = json!({ "name": "llama", "namespace": "models", "uid": "0b0c", "generation": 3 });
+    serde_json::from_value(json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec })).expect("an object")
+}
+
+/// The least spec, on two stages of two ranks.
+pub(crate) fn spec() -> Value {
+    json!({ "model": { "uri": "hf://org/llama" }, "parallelism": { "pipeline": 2, "tensor": 2 } })
+}
+
+/// The header of the committed llama.
+pub(crate) fn header() -> Arc<ModelHeader> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
+    let source = Source::open(&path.display().to_string(), SourceOptions::default()).expect("the fixture");
+    Arc::new(source.header().expect("its header"))
+}
+
+/// Everything read, and nothing standing.
+pub(crate) fn fetched() -> Fetched {
+    Fetched { header: Some(Ok(header())), template: None, taken: None, standing: Standing::default() }
+}
+
+pub(crate) fn valid(spec: Value) -> ValidatedDeployment {
+    validate(&object(spec), &fetched()).expect("a valid deployment")
+}
+
+fn refusal(spec: Value, fetched: &Fetched) -> Rejection {
+    validate(&object(spec), fetched).expect_err("a refusal")
+}
+
+#[test]
+fn a_plan_and_a_revision() {
+    let one = valid(spec());
+    assert_eq!((one.plan.stages.len(), one.plan.stages[0].shards.len(), one.replicas()), (2, 2, 1));
+    assert_eq!(one.worker_specs().len(), 4);
+    // Serving settings are the routers'; they make no new workers.
+    let mut served = spec();
+    served["router"] = json!({ "policy": "Random" });
+    served["replicas"] = json!(3);
+    assert_eq!(valid(served).revision, one.revision);
+    let mut wider = spec();
+    wider["parallelism"]["tensor"] = json!(1);
+    assert_ne!(valid(wider).revision, one.revision);
+    assert_eq!(valid(spec()).replica_name(0), one.replica_name(0));
+}
+
+#[test]
+fn routers_are_told_what_the_plan_says() {
+    let fleet = valid(spec()).fleet(|replica, stage, rank| format!("{replica}.{stage}.{rank}"));
+    assert_eq!((fleet.name.as_str(), fleet.model.as_str()), ("llama", "llama"));
+    assert_eq!(fleet.replicas[0].workers, [["0.0.0", "0.0.1"], ["0.1.0", "0.1.1"]]);
+    assert_eq!(fleet.limits.kv, valid(spec()).plan.kv);
+}
+
+#[test]
+fn refusals_name_the_field_and_the_next_step() {
+    let mut wrong = spec();
+    wrong["parallelism"]["pipeline"] = json!(0);
+    let r = refusal(wrong, &fetched());
+    assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "InvalidSpec", Until::Changed));
+    assert!(r.message.starts_with("spec.parallelism.pipeline: "), "{}", r.message);
+
+    let mut unknown = spec();
+    unknown["modle"] = json!(1);
+    assert!(refusal(unknown, &fetched()).message.contains("modle"));
+
+    let mut deep = spec();
+    deep["parallelism"]["pipeline"] = json!(200);
+    let r = refusal(deep, &fetched());
+    assert_eq!(r.reason, "PlanInfeasible");
+    assert!(r.message.contains("200 pipeline stages"), "{}", r.message);
+
+    let mut small = spec();
+    small["workers"] = json!({ "resources": { "limits": { "memory": "1Ki" } } });
+    assert_eq!(refusal(small, &fetched()).reason, "PlanInfeasible");
+
+    let local = json!({ "model": { "uri": "file:/models/a" } });
+    assert_eq!(refusal(local, &Fetched { header: None, ..fetched() }).reason, "HostPathForbidden");
+
+    let taken = Fetched { taken: Some(("llama".into(), "older".into())), ..fetched() };
+    let r = refusal(spec(), &taken);
+    assert_eq!((r.reason, r.until), ("NameTaken", Until::Elsewhere));
+    assert!(r.message.contains("older"), "{}", r.message);
+}
+
+#[test]
+fn sources_that_fail_are_tried_again() {
+    for (from, condition, reason, until) in [
+        ("NotFound", MODEL_RESOLVED, "NotFound", Until::Source),
+        ("Unauthorized", MODEL_RESOLVED, "Unauthorized", Until::Source),
+        ("SourceUnreachable", MODEL_RESOLVED, "SourceUnreachable", Until::Source),
+        ("DownloadFailed", MODEL_RESOLVED, "SourceUnreachable", Until::Source),
+        ("InvalidSpec", ACCEPTED, "InvalidSpec", Until::Changed),
+        ("architecture_unsupported", ACCEPTED, "UnsupportedArchitecture", Until::Source),
+    ] {
+        let unresolved = Unresolved { reason: from, message: "what happened".into() };
+        let r = refusal(spec(), &Fetched { header: Some(Err(unresolved)), ..fetched() });
+        assert_eq!((r.condition, r.reason, r.until), (condition, reason, until), "{from}");
+        assert!(r.message.starts_with("what happened; "), "{}", r.message);
+    }
+}
+
+#[test]
+fn a_template_comes_from_its_config_map() {
+    let mut spec = spec();
+    spec["chat"] = json!({ "template": { "configMapKeyRef": { "name": "chat", "key": "t" } } });
+    let r = refusal(spec.clone(), &fetched());
+    assert_eq!((r.reason, r.until), ("InvalidSpec", Until::Elsewhere));
+    assert!(r.message.contains("ConfigMap chat does not exist"), "{}", r.message);
+    let text = "{{ messages }}\n---\n'\"\u{1F9A2}\u{7}";
+    let there = Fetched { template: Some(("chat".into(), [("t".to_owned(), text.to_owned())].into())), ..fetched() };
+    let valid = validate(&object(spec), &there).expect("a template");
+    assert_eq!(valid.manifest.serving().chat_template, Some(plan::fleet::ChatTemplate::Inline(text.into())));
+}
