@@ -5,7 +5,7 @@ use std::thread;
 use anyhow::{Result, anyhow};
 
 use crate::{
-    demo, model,
+    model,
     process::{cargo, run, say},
     python,
 };
@@ -17,8 +17,8 @@ use crate::{
 pub(crate) fn all(filter: Option<&str>) -> Result<()> {
     let fetching = thread::spawn(|| model::ensure().and_then(|_| python::clients()));
     say("building the workspace");
-    // The end-to-end tests start the program itself, which a build of tests alone does not leave.
-    let built = demo::build().and_then(|()| run(cargo().args(["test", "--workspace", "--no-run"])));
+    // The end-to-end tests start the program itself: the tests of its own package make cargo build it, once, with everybody's features.
+    let built = run(cargo().args(["test", "--workspace", "--no-run"]));
     let python = fetching.join().map_err(|_| anyhow!("the thread that prepares the model and the Python clients panicked"))??;
     built?;
     say("running all tests");
