@@ -50,11 +50,13 @@ const COLUMNS: [(&str, &str, &str, u8); 11] = [
 
 /// The definition.
 pub fn definition() -> Value {
+    let mut status = schema_of::<Status>();
+    drop_defaults(&mut status);
     let mut schema = json!({
         "type": "object",
         "description": "A model, deployed: replicas of worker processes, and routers in front of them.",
         "required": ["spec"],
-        "properties": { "spec": schema_of::<DeploymentSpec>(), "status": schema_of::<Status>() },
+        "properties": { "spec": schema_of::<DeploymentSpec>(), "status": status },
     });
     for (path, rule, message) in RULES {
         let keys = path.split('.').filter(|key| !key.is_empty());
@@ -146,6 +148,19 @@ fn structure(schema: &mut Value) {
     for key in ["items", "additionalProperties"] {
         node.get_mut(key).map(structure);
     }
+}
+
+/// A status is what the operator wrote, and nothing is filled into it; what tells the entries of a list apart must be there.
+fn drop_defaults(schema: &mut Value) {
+    let Value::Object(node) = schema else { return };
+    node.remove("default");
+    if let Some(keys) = node.get("x-kubernetes-list-map-keys").cloned() {
+        node["items"]["required"] = keys;
+    }
+    if let Some(Value::Object(properties)) = node.get_mut("properties") {
+        properties.values_mut().for_each(drop_defaults);
+    }
+    node.get_mut("items").map(drop_defaults);
 }
 
 /// Merges the variants of a union: `T or null` becomes `T`, a list of constants becomes an enumeration.
@@ -279,6 +294,12 @@ mod tests {
         assert_eq!(spec["router"]["properties"]["policy"]["default"], "PrefixAware");
         assert_eq!(spec["router"]["properties"]["policy"]["enum"], json!(["PrefixAware", "LeastLoad", "RoundRobin", "Random"]));
         assert_eq!(spec["engine"]["properties"]["kvCache"]["default"]["blockTokens"], 16);
+        let mut found = Vec::new();
+        nodes("", &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"], &mut found);
+        assert!(found.len() > 30 && found.iter().all(|(_, node)| node.get("default").is_none()), "a status has no defaults");
+        for (path, node) in found.iter().filter(|(_, node)| node["x-kubernetes-list-type"] == "map") {
+            assert_eq!(node["items"]["required"], node["x-kubernetes-list-map-keys"], "{path}: the API server wants keys to be there");
+        }
     }
 
     #[test]
