@@ -36,7 +36,7 @@ pub struct Args {
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:8080")]
     pub http_listen: SocketAddr,
     /// CPU that each worker asks for.
-    #[arg(long, env = "SKEIN_WORKER_CPU", value_name = "QUANTITY", default_value = "250m")]
+    #[arg(long, env = "SKEIN_WORKER_CPU", value_name = "QUANTITY", default_value = "100m")]
     pub worker_cpu: String,
     /// CPU that each router asks for.
     #[arg(long, env = "SKEIN_ROUTER_CPU", value_name = "QUANTITY", default_value = "100m")]

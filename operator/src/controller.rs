@@ -50,6 +50,9 @@ const SOURCE_BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::
 /// How often a refusal is looked at again that another object may turn around.
 const ELSEWHERE: Duration = Duration::from_secs(30);
 
+/// How long routers may take to find an operator that has just begun to lead.
+const RETURN: Duration = Duration::from_secs(15);
+
 /// What every reconcile needs.
 pub struct Context {
     client: Client,
@@ -208,6 +211,8 @@ async fn reconcile(object: Arc<ModelDeployment>, context: Arc<Context>) -> Resul
 
 /// The five steps.
 async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done, ReconcileError> {
+    // As it will be read again once what is said of it is written.
+    let object = &mut ModelDeployment::clone(object);
     if object.is_deleted() {
         // Owner references take everything along.
         return Ok(Done { result: "Deleted", again: Action::await_change() });
@@ -215,7 +220,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     let space = context.hub.space(object.namespace());
     let others = context.deployments.state();
     if object.condition(MODEL_RESOLVED).is_none() {
-        context.say(object, &status::resolving(object)).await?;
+        context.say(object, status::resolving(object)).await?;
     }
     let fetched = dereference(&context.client, &context.models, &space, &others, object).await?;
     let valid = match validate(object, &fetched) {
@@ -232,20 +237,25 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     };
     // The plan stands in status before any pod exists.
     if object.status.as_ref().is_none_or(|s| s.current_revision.as_ref() != Some(&valid.revision)) {
-        context.say(object, &status::planned(object, &valid)).await?;
+        context.say(object, status::planned(object, &valid)).await?;
     }
     context.pools.ask(object.namespace());
     let existing = built.stateful_sets.len();
     let applied = apply::apply(&context.client, object.namespace(), built, &fetched.standing).await;
     if let Err(error) = &applied {
         let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
-        context.say(object, &status::failed(object, &valid, reason, &chain(error))).await?;
+        context.say(object, status::failed(object, &valid, reason, &chain(error))).await?;
     }
     applied?;
     context.settle(object, &space, &valid, &fetched);
+    let was_ready = object.condition(status::READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
+    if was_ready && fetched.standing.load.routers == 0 && context.hub.age() < RETURN {
+        // Routers are on their way back to an operator that has just started; until then nothing is known to be worse.
+        return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
+    }
     let status = status::applied(object, &valid, &fetched.standing, existing);
     let ready = status.ready_replicas == valid.replicas();
-    context.say(object, &status).await?;
+    context.say(object, status).await?;
     Ok(Done { result: "Applied", again: Action::requeue(if ready { IDLE } else { STARTING }) })
 }
 
@@ -253,7 +263,7 @@ impl Context {
     /// Refuses a deployment: says why, and when it is looked at again.
     async fn reject(
         &self,
-        object: &ModelDeployment,
+        object: &mut ModelDeployment,
         space: &Space,
         fetched: &Fetched,
         rejection: &Rejection,
@@ -264,7 +274,7 @@ impl Context {
             space.settle(object.name(), None, &expected(&self.deployments, object.namespace()));
         }
         self.pools.ask(object.namespace());
-        self.say(object, &status::rejected(object, rejection)).await?;
+        self.say(object, status::rejected(object, rejection)).await?;
         let again = match rejection.until {
             Until::Changed => Action::await_change(),
             Until::Elsewhere => Action::requeue(ELSEWHERE),
@@ -289,13 +299,15 @@ impl Context {
     }
 
     /// Writes a status that is news, and its events.
-    async fn say(&self, object: &ModelDeployment, status: &Status) -> Result<(), ReconcileError> {
-        if !status::update_status(&self.client, object, status).await? {
+    async fn say(&self, object: &mut ModelDeployment, status: Status) -> Result<(), ReconcileError> {
+        if !status::update_status(&self.client, object, &status).await? {
             return Ok(());
         }
         self.metrics.status_written();
         let reference = object.object_ref(&());
-        for event in status::news(object.status.as_ref(), status) {
+        let news = status::news(object.status.as_ref(), &status);
+        object.status = Some(status);
+        for event in news {
             info!(namespace = object.namespace(), name = object.name(), reason = event.reason, note = event.note, "event");
             // The status says the same: an event that is lost is no reason to start again.
             if let Err(error) = self.recorder.publish(&event, &reference).await {

@@ -33,6 +33,7 @@ const SILENCE: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub struct Hub {
     term: u64,
+    began: Instant,
     spaces: Mutex<HashMap<String, Arc<Space>>>,
     wake: mpsc::Sender<ObjectRef<ModelDeployment>>,
 }
@@ -90,7 +91,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Hub {
     /// States carry `term`. Deployments of which routers say something new are sent to `wake`.
     pub fn new(term: u64, wake: mpsc::Sender<ObjectRef<ModelDeployment>>) -> Self {
-        Self { term, spaces: Mutex::default(), wake }
+        Self { term, began: Instant::now(), spaces: Mutex::default(), wake }
+    }
+
+    /// How long this process has led.
+    pub fn age(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// The namespace `name`.

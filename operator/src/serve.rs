@@ -12,7 +12,7 @@ use anyhow::{Context, bail};
 use axum::{Router, extract::State, http::StatusCode, routing::get};
 use kube::Client;
 use proto::fleet::fleet_server::FleetServer;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{net::TcpListener, sync::mpsc, time::sleep};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::transport::{Server, server::TcpIncoming};
 use tracing::{info, warn};
@@ -31,6 +31,9 @@ use crate::{
 const REPORT: usize = 64 << 20;
 /// How often a router's connection is tried out, and how long its other end may take.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
+
+/// How long reconciles may go on once this process is told to stop.
+const GRACE: Duration = Duration::from_secs(10);
 
 /// What HTTP handlers see.
 #[derive(Clone)]
@@ -101,8 +104,14 @@ async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Met
     let ending = stop.child_token();
     let reconciling = controller::run(options, ending.clone());
     tokio::pin!(reconciling);
+    // A reconcile under way may end; one that waits for an API server that is away does not.
+    let ended = async {
+        stop.cancelled().await;
+        sleep(GRACE).await;
+    };
     let held = tokio::select! {
         () = &mut reconciling => true,
+        () = ended => true,
         () = election.keep() => false,
     };
     if !held {

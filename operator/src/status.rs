@@ -65,7 +65,6 @@ pub fn rejected(object: &ModelDeployment, rejection: &Rejection) -> Status {
 /// Status of a deployment that is planned, and of which nothing was built yet.
 pub fn planned(object: &ModelDeployment, valid: &ValidatedDeployment) -> Status {
     let mut status = begin(object);
-    status.desired_replicas = valid.replicas();
     status.current_revision = Some(valid.revision.clone());
     status.model = Some(model(valid));
     status.plan = Some(plan(&valid.plan));
@@ -122,6 +121,7 @@ fn begin(object: &ModelDeployment) -> Status {
     let mut status = object.status.clone().unwrap_or_default();
     status.observed_generation = object.generation();
     status.selector = names::scale_selector(object.name());
+    status.desired_replicas = object.spec["replicas"].as_u64().unwrap_or(1) as u32;
     status
 }
 
