@@ -274,6 +274,27 @@ async fn waiting_ends_at_the_deadline() {
     assert_eq!(world.edge.load()[0].replicas[0].last_failure.as_deref(), Some("worker simulated is gone: it is down"));
 }
 
+/// How long a replica that had `fault` for a while takes to serve once that is over.
+async fn ready_after(fault: Fault) -> Duration {
+    let world = world(state(&[replica("r0")]));
+    world.edge.wait_replica("r0").await;
+    let made = world.connector.get("r0").expect("made");
+    made.set_fault(fault);
+    tokio::time::sleep(Duration::from_secs(20)).await;
+    assert!(!world.edge.ready("small"));
+    made.set_fault(Fault::None);
+    let ended = tokio::time::Instant::now();
+    world.edge.wait_replica("r0").await;
+    ended.elapsed()
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_serves_as_soon_as_it_has_loaded() {
+    assert!(ready_after(Fault::Loading).await < Duration::from_millis(150));
+    // Control: one that is down is asked less and less often.
+    assert!(ready_after(Fault::Down).await > Duration::from_millis(300));
+}
+
 #[tokio::test(start_paused = true)]
 async fn prefix_aware_routing_goes_where_the_prefix_is() {
     let world = world(state(&[replica("r0"), replica("r1"), replica("r2")]));

@@ -26,7 +26,7 @@ use crate::{
     scheduler::{BlockHash, Counters, EventKind, PrefixChange, Scheduler, SchedulerOptions, Submission},
 };
 
-/// First and longest pause between attempts to open a session.
+/// First and longest pause between attempts to open a session. It grows with what fails, not while workers load: they are asked again at the first.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Ticket of the one-token sequence that proves a session.
 const PROBE: u64 = 0;
@@ -236,6 +236,9 @@ impl Drive {
             };
             let Some(error) = error else { return };
             self.note(&error);
+            if matches!(error, ReplicaError::Loading { .. }) {
+                pause = BACKOFF.0;
+            }
             tokio::select! {
                 () = self.stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => pause = (pause * 2).min(BACKOFF.1),

@@ -86,6 +86,8 @@ pub enum Fault {
     LoseAtStep(u64),
     /// The session is broken and none can be opened.
     Down,
+    /// The session is broken and none can be opened: its workers load their weights again.
+    Loading,
 }
 
 /// A replica that runs a [`SimulatedEngine`] in tokio's time.
@@ -131,8 +133,10 @@ impl Replica for SimulatedReplica {
                 // It ends when its session is dropped, which the caller did.
                 let _ = last.await;
             }
-            if *self.fault.borrow() == Fault::Down {
-                return Err(lost("it is down"));
+            match *self.fault.borrow() {
+                Fault::Down => return Err(lost("it is down")),
+                Fault::Loading => return Err(ReplicaError::Loading { worker: "simulated".to_owned(), percent: 50 }),
+                Fault::None | Fault::LoseAtStep(_) => {}
             }
             let (steps, inbox) = mpsc::channel(self.stages + 1);
             let (outbox, replies) = mpsc::channel(self.stages + 2);
@@ -188,7 +192,7 @@ impl Run {
             let next = due.front().map_or_else(Instant::now, |(at, _)| *at);
             tokio::select! {
                 biased;
-                is_down = async { down.wait_for(|f| *f == Fault::Down).await.is_ok() } => {
+                is_down = async { down.wait_for(|f| matches!(f, Fault::Down | Fault::Loading)).await.is_ok() } => {
                     return is_down.then(|| lost("it went down"));
                 }
                 () = tokio::time::sleep_until(next), if !due.is_empty() => {
