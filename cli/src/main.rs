@@ -13,12 +13,15 @@ mod output;
 mod stop;
 mod talk;
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context;
 use clap::Parser;
 
 use crate::{args::Skein, exit::Outcome, stop::Stop};
+
+/// How long abandoned tasks may take to be dropped.
+const ENDING: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
     let args = Skein::parse();
@@ -36,7 +39,8 @@ fn start(args: Skein) -> Outcome {
     logging::start(&args.global)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("failed to start the async runtime")?;
     let outcome = runtime.block_on(async { command::dispatch(args, Stop::listen()?).await });
-    // What still runs at this point was abandoned by a signal or an error; the process ends without it.
-    runtime.shutdown_background();
+    // What still runs at this point was abandoned by a signal or an error. Dropping it kills the workers it started; what blocks, such as a
+    // read of the terminal, is not waited for.
+    runtime.shutdown_timeout(ENDING);
     outcome
 }

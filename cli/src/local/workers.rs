@@ -62,8 +62,11 @@ struct Shared {
     patience: Duration,
 }
 
-/// How long a worker of a running server may be deaf. Streams have left it long before; this is for one that will never come back.
-const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a worker of a running server may be deaf. Streams have left it by then, to another replica or to wait for this one: where there is no
+/// other, this is how long they wait before the worker is replaced.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Questions in a row that a deaf worker leaves unanswered, at the least: a runner that was stopped itself must ask again before it judges.
+const UNANSWERED: u32 = 2;
 
 /// The settings that every worker gets.
 pub(crate) struct Common<'a> {
@@ -223,11 +226,13 @@ impl Keeper {
     /// Completes when the worker at `address` has not answered for too long.
     async fn deaf(&self, address: &str) {
         let patience = self.shared.patience;
-        let mut heard = Instant::now();
-        while heard.elapsed() < patience {
+        let (mut heard, mut unanswered) = (Instant::now(), 0);
+        while unanswered < UNANSWERED || heard.elapsed() < patience {
             tokio::time::sleep(patience / 8).await;
             if replica::loading(address, Some(&self.shared.token)).await.is_ok() {
-                heard = Instant::now();
+                (heard, unanswered) = (Instant::now(), 0);
+            } else {
+                unanswered += 1;
             }
         }
     }

@@ -1,6 +1,6 @@
 //! The local runner: clean stop, and nothing left behind when it is killed.
 
-use std::time::Duration;
+use std::{process::Command, time::Duration};
 
 use e2e::{
     client, files,
@@ -32,6 +32,21 @@ fn an_interrupt_stops_everything() {
     assert_eq!(workers.len(), 2);
     drop(server);
     assert!(gone(&workers).is_some());
+}
+
+/// What is interrupted in the middle of a computation leaves no worker behind either.
+#[test]
+fn an_interrupted_measurement_leaves_nothing_behind() {
+    let model = files::fixture("llama");
+    let args = ["bench", "engine", "--tp", "2", "--tests", "tg128", "--repetitions", "100000"];
+    let mut bench = program::start(Command::new(program::skein()).args(args).arg(&model));
+    let pid = Pid(bench.id());
+    let workers = wait::until(Duration::from_secs(60), "two workers", || Some(pid.children()).filter(|all| all.len() == 2));
+    // One that is stopped cannot see that its runner is gone.
+    workers[1].signal("STOP");
+    pid.signal("INT");
+    assert_eq!(bench.wait().expect("it ends").code(), Some(130));
+    wait::until(Duration::from_secs(10), "the end of the workers", || gone(&workers));
 }
 
 /// A worker that dies is started again, and the replica answers once more.
