@@ -12,7 +12,6 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::serve::ListenerExt;
 use futures_util::{FutureExt, StreamExt, stream};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -23,7 +22,7 @@ use super::answer::Answer;
 use super::error::ApiError;
 use super::request::{Dialect, Request};
 use super::run::Run;
-use super::{ServeError, Shared, models, stopped, websocket};
+use super::{Shared, connections, models, websocket};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How long an event stream may be silent before a comment keeps it alive.
@@ -35,16 +34,9 @@ const OVERRUN: usize = 64 << 20;
 #[derive(Clone)]
 pub(super) struct RequestId(pub(super) Arc<str>);
 
-pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<(), ServeError> {
-    let stopping = shared.stopping.clone();
-    let app = routes(shared);
-    // A token is a small packet that nothing follows for a while: it must not wait for one.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            debug!(%error, "small packets are delayed on a connection");
-        }
-    });
-    axum::serve(listener, app).with_graceful_shutdown(stopped(stopping)).await.map_err(ServeError::Http)
+pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
+    let (stopping, patience) = (shared.stopping.clone(), shared.options.patience);
+    connections::serve(listener, routes(shared), patience, stopping).await;
 }
 
 fn routes(shared: Arc<Shared>) -> axum::Router {
@@ -154,6 +146,11 @@ async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, Api
             format!("the body has {got}, expected application/json"),
         )
     })?;
+    let plain = |v: &HeaderValue| v.as_bytes().eq_ignore_ascii_case(b"identity");
+    if let Some(coding) = request.headers().get_all(header::CONTENT_ENCODING).iter().find(|v| !plain(v)) {
+        let message = format!("the body has content encoding {coding:?}, expected none: bodies are not decompressed");
+        return Err(ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_content_encoding", message));
+    }
     let limit = shared.options.body_bytes;
     let too_large = || {
         let message = format!("the body is larger than the limit of {limit} bytes");
@@ -166,7 +163,12 @@ async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, Api
     }
     let mut parts = request.into_body().into_data_stream();
     let (mut body, mut taken) = (Vec::new(), 0);
-    while let Some(part) = parts.next().await {
+    let patience = shared.options.patience;
+    let stalled = |_| {
+        let message = format!("nothing more of the body came for {} s", patience.as_secs_f32());
+        ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_stalled", message)
+    };
+    while let Some(part) = tokio::time::timeout(patience, parts.next()).await.map_err(stalled)? {
         let part = part.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"))?;
         taken += part.len();
         if taken <= limit {

@@ -1,6 +1,7 @@
 //! The client's side: OpenAI-compatible HTTP with server-sent events and WebSocket, gRPC, health and metrics.
 
 mod answer;
+mod connections;
 mod direct;
 mod error;
 mod fields;
@@ -16,7 +17,6 @@ mod tests;
 mod websocket;
 
 use std::future::Future;
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,22 +35,21 @@ pub struct ApiOptions {
     pub body_bytes: usize,
     /// Longest a request may take, from its head to its last token.
     pub deadline: Duration,
+    /// Longest a client may take to send a request's head, and then between two parts of its body.
+    pub patience: Duration,
     /// Longest that running requests may go on once the server is told to stop.
     pub drain: Duration,
 }
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self { body_bytes: 8 << 20, deadline: Duration::from_secs(600), drain: Duration::from_secs(30) }
+        Self { body_bytes: 8 << 20, deadline: Duration::from_secs(600), patience: Duration::from_secs(30), drain: Duration::from_secs(30) }
     }
 }
 
 /// Why serving ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The HTTP listener failed.
-    #[error("the HTTP server failed")]
-    Http(#[source] io::Error),
     /// The gRPC listener failed.
     #[error("the gRPC server failed")]
     Grpc(#[source] tonic::transport::Error),
@@ -99,7 +98,7 @@ pub async fn serve(
     let (stop, stopping) = watch::channel(false);
     let drain = options.drain;
     let shared = Arc::new(Shared::new(edge, options, stopping));
-    let servers = async { tokio::try_join!(http::serve(Arc::clone(&shared), http), grpc::serve(Arc::clone(&shared), grpc)).map(|_| ()) };
+    let servers = async { tokio::join!(http::serve(Arc::clone(&shared), http), grpc::serve(Arc::clone(&shared), grpc)).1 };
     let mut servers = std::pin::pin!(servers);
     let mut shutdown = std::pin::pin!(shutdown);
     tokio::select! {

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::http::StatusCode;
 use axum::response::Response;
 use tokio::time::Instant;
@@ -43,6 +43,7 @@ async fn converse(shared: Arc<Shared>, mut socket: WebSocket) {
                 message = socket.recv() => match message {
                     Some(Ok(Message::Text(text))) => text,
                     Some(Ok(Message::Ping(_) | Message::Pong(_))) => continue,
+                    Some(Ok(Message::Binary(_))) => return refuse_binary(&mut socket).await,
                     _ => return,
                 },
                 () = stopped(shared.stopping.clone()) => return,
@@ -62,6 +63,15 @@ async fn converse(shared: Arc<Shared>, mut socket: WebSocket) {
         if answer(&mut socket, &mut run.0, &run.1, &mut waiting).await.is_err() {
             return;
         }
+    }
+}
+
+/// Closes the connection with the code for data of a kind that is not taken (RFC 6455, section 7.4.1).
+async fn refuse_binary(socket: &mut WebSocket) {
+    let close = CloseFrame { code: close_code::UNSUPPORTED, reason: "requests are text frames".into() };
+    if socket.send(Message::Close(Some(close))).await.is_ok() {
+        // The client's own close frame ends the connection; whatever comes instead ends it too.
+        let _ = socket.recv().await;
     }
 }
 
@@ -107,6 +117,10 @@ async fn answer(
             message = socket.recv() => match message {
                 Some(Ok(Message::Text(text))) if waiting.len() < MOST_WAITING => waiting.push_back(text),
                 Some(Ok(Message::Ping(_) | Message::Pong(_))) => {}
+                Some(Ok(Message::Binary(_))) => {
+                    refuse_binary(socket).await;
+                    return Err(gone());
+                }
                 _ => return Err(gone()),
             },
         }

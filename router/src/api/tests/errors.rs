@@ -139,6 +139,11 @@ async fn what_is_no_request_is_refused_with_an_error_object() {
     let error = send(typed("text/plain"), "{}").await.error(415);
     assert!(error["message"].as_str().is_some_and(|m| m.contains("text/plain")));
     send(typed("application/json; charset=utf-8"), "{}").await.error(400);
+    let coded = |coding: &str| head("/v1/completions", 2).replace("host: skein", &format!("host: skein\r\ncontent-encoding: {coding}"));
+    let error = send(coded("gzip"), "{}").await.error(415);
+    assert_eq!(error["code"], "unsupported_content_encoding");
+    assert!(error["message"].as_str().is_some_and(|m| m.contains("gzip")));
+    send(coded("identity"), "{}").await.error(400);
 }
 
 #[tokio::test]
@@ -162,6 +167,31 @@ async fn bodies_up_to_the_limit_are_taken_and_larger_ones_refused() {
     send(chunked, format!("{:x}\r\n{}\r\n0\r\n\r\n", limit + 1, padded(limit + 1))).await.error(413);
     let asking = head("/v1/completions", 3 << 20).replace("host: skein", "host: skein\r\nexpect: 100-continue");
     send(asking, String::new()).await.error(413);
+}
+
+#[tokio::test]
+async fn clients_that_stop_sending_are_let_go() {
+    let options = ApiOptions { patience: Duration::from_millis(300), ..ApiOptions::default() };
+    let world = World::with(Setup { options, cost: SLOW, ..Setup::default() }).await;
+    let silent = async |sent: &str| {
+        let mut stream = TcpStream::connect(world.http).await.expect("a server");
+        stream.write_all(sent.as_bytes()).await.expect("it reads");
+        let mut bytes = Vec::new();
+        let closed = tokio::time::timeout(Duration::from_secs(10), stream.read_to_end(&mut bytes)).await;
+        // A reset says that bytes were left unread.
+        let _ = closed.expect("the server closes the connection");
+        bytes
+    };
+    for head in ["", "PRI * HT", "POST /v1/compl"] {
+        assert!(!silent(head).await.starts_with(b"HTTP/1.1 2"), "after {head:?}");
+    }
+    let started = head("/v1/completions", 100) + "{";
+    let error = Reply::parse(&silent(&started).await).error(408);
+    assert_eq!(error["code"], "body_stalled");
+    // Control: an answer may take longer than that.
+    let begun = tokio::time::Instant::now();
+    world.complete(json!({"max_tokens": 60, "ignore_eos": true})).await;
+    assert!(begun.elapsed() > Duration::from_millis(300), "the answer took {:?}", begun.elapsed());
 }
 
 #[tokio::test]

@@ -186,4 +186,9 @@ async fn a_websocket_takes_request_after_request() {
         assert_eq!(error["error"]["param"], "prompt", "the connection stays open after a refusal");
     }
     world.get("/v1/stream").await.error(400);
+    // A binary frame is refused by the code for it, and the connection closed.
+    stream.write_all(&[0x82, 0x81, 0, 0, 0, 0, 7]).await.expect("it reads");
+    let mut close = [0; 4];
+    stream.read_exact(&mut close).await.expect("a frame");
+    assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1003));
 }
