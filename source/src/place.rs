@@ -19,11 +19,13 @@ pub(crate) enum Place {
 
 impl Place {
     pub(crate) fn local(path: &Path) -> Result<Self, SourceError> {
-        let file = File::open(path).map_err(|e| SourceError::file("open", path, e))?;
-        let meta = file.metadata().map_err(|e| SourceError::file("stat", path, e))?;
-        if !meta.is_file() {
+        // Looked at first: opening a pipe would wait for its other end.
+        let kind = std::fs::metadata(path).map_err(|e| SourceError::file("open", path, e))?;
+        if !kind.is_file() {
             return Err(SourceError::File { action: "open", path: path.to_owned(), source: io::Error::other("it is not a file") });
         }
+        let file = File::open(path).map_err(|e| SourceError::file("open", path, e))?;
+        let meta = file.metadata().map_err(|e| SourceError::file("stat", path, e))?;
         Ok(Self::Local { file, path: path.to_owned(), bytes: meta.len() })
     }
 

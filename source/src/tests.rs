@@ -198,6 +198,15 @@ fn whole(source: &Source) -> Vec<u8> {
 }
 
 #[test]
+fn a_pipe_is_no_model_and_is_not_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let pipe = folder.path().join("model.gguf");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let error = crate::place::Place::local(&pipe).unwrap_err();
+    assert!(std::error::Error::source(&error).is_some_and(|s| s.to_string() == "it is not a file"), "{error}");
+}
+
+#[test]
 fn local_gguf_file_and_folder() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");

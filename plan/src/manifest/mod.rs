@@ -122,7 +122,30 @@ impl Manifest {
             let chat_template = chat_template(&deployment, &maps).map_err(|p| document.fail(&p.path, p.message))?;
             Ok(Self { deployment, chat_template })
         };
-        deployments.into_iter().map(one).collect::<Result<_, tree::Problem>>().map_err(|e| e.in_file(file))
+        let all: Vec<Self> = deployments.iter().map(|d| one(d)).collect::<Result<_, tree::Problem>>().map_err(|e| e.in_file(file))?;
+        for (i, (manifest, document)) in all.iter().zip(&deployments).enumerate() {
+            if let Some((path, message)) = all[..i].iter().find_map(|earlier| manifest.clash(earlier)) {
+                return Err(document.fail(path, message).in_file(file));
+            }
+        }
+        Ok(all)
+    }
+
+    /// The field and the words for a name that `earlier`, of the same namespace, has too.
+    fn clash(&self, earlier: &Self) -> Option<(&'static str, String)> {
+        if self.deployment.metadata.namespace != earlier.deployment.metadata.namespace {
+            return None;
+        }
+        if self.name() == earlier.name() {
+            return Some(("metadata.name", format!("{KIND} {} stands in the file twice", self.name())));
+        }
+        let taken = |name: &str| name == earlier.model_name() || earlier.spec().model.aliases.iter().any(|alias| alias == name);
+        let words = |name: &str| format!("the model name {name} is taken by {} in the same file", earlier.name());
+        if taken(self.model_name()) {
+            return Some(("spec.model.name", words(self.model_name())));
+        }
+        let alias = self.spec().model.aliases.iter().find(|alias| taken(alias));
+        alias.map(|alias| ("spec.model.aliases", words(alias)))
     }
 
     /// Parses a YAML file that holds one `ModelDeployment`.

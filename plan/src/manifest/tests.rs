@@ -138,8 +138,30 @@ fn errors_of_whole_documents() {
         assert!(parts.iter().all(|p| got.contains(p)), "{to:?} says {got:?}, expected {parts:?}");
     }
     assert!(error("").contains("expected a document of kind ModelDeployment"));
-    assert!(error(&format!("{LEAST}---\n{LEAST}")).contains("expected one ModelDeployment, got 2"));
-    assert_eq!(Manifest::parse_all("m.yaml", &format!("{LEAST}---\n{LEAST}")).unwrap().len(), 2);
+    let other = LEAST.replace("name: tiny", "name: other");
+    assert!(error(&format!("{LEAST}---\n{other}")).contains("expected one ModelDeployment, got 2"));
+    assert_eq!(Manifest::parse_all("m.yaml", &format!("{LEAST}---\n{other}")).unwrap().len(), 2);
+}
+
+#[test]
+fn two_deployments_of_one_name_are_refused() {
+    let parse = |second: &str| Manifest::parse_all("m.yaml", &format!("{LEAST}---\n{second}")).map(|all| all.len());
+    let refused = |second: &str| parse(second).unwrap_err().to_string();
+    let got = refused(LEAST);
+    assert!(got.contains("metadata.name: ModelDeployment tiny stands in the file twice") && got.starts_with("m.yaml:12:9:"), "{got}");
+    let other = LEAST.replace("name: tiny", "name: other");
+    let got = refused(&format!("{other}    name: tiny\n"));
+    assert!(got.contains("spec.model.name: the model name tiny is taken by tiny"), "{got}");
+    let got = refused(&format!("{other}    aliases: [a, tiny]\n"));
+    assert!(got.contains("spec.model.aliases: the model name tiny is taken"), "{got}");
+    assert_eq!(parse(&format!("{other}    aliases: [a, b]\n")).unwrap(), 2);
+    assert_eq!(parse(&LEAST.replace("name: tiny", "name: tiny\n  namespace: elsewhere")).unwrap(), 2);
+}
+
+#[test]
+fn a_key_that_stands_twice_is_refused_in_plain_words() {
+    let got = error(&format!("{LEAST}kind: ModelDeployment\n"));
+    assert!(got.contains("duplicate mapping key: kind") && !got.contains("Policy"), "{got}");
 }
 
 #[test]

@@ -146,7 +146,9 @@ pub(super) fn parse(yaml: &str) -> Result<Vec<Item>, Problem> {
             let at = error.location().map(|l| At { line: l.line().max(1), column: l.column().max(1) });
             let text = error.without_snippet().to_string();
             // The position is said once, in front.
-            let text = text.split(" at line ").next().unwrap_or(&text).to_owned();
+            let text = text.split(" at line ").next().unwrap_or(&text);
+            // Advice to programs that parse YAML is not for people who write it.
+            let text = text.split(", set DuplicateKeyPolicy").next().unwrap_or(text).to_owned();
             Err(Problem { at, path: String::new(), message: text })
         }
     }
