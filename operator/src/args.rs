@@ -9,13 +9,13 @@ use clap::{ArgAction, Parser};
 #[command(name = "skein-operator", version, max_term_width = 120)]
 pub struct Args {
     /// Image of routers and workers; its entry point is `skein`.
-    #[arg(long, env = "SKEIN_IMAGE", value_name = "IMAGE")]
+    #[arg(long, env = "SKEIN_IMAGE", value_name = "IMAGE", default_value_if("print_crd", "true", ""))]
     pub image: String,
     /// When the image is pulled.
     #[arg(long, env = "SKEIN_IMAGE_PULL_POLICY", value_name = "POLICY", default_value = "IfNotPresent", value_parser = ["Always", "IfNotPresent", "Never"])]
     pub image_pull_policy: String,
     /// Where routers find this operator, as http://host:port.
-    #[arg(long, env = "SKEIN_FLEET_ADDRESS", value_name = "URL")]
+    #[arg(long, env = "SKEIN_FLEET_ADDRESS", value_name = "URL", default_value_if("print_crd", "true", ""))]
     pub fleet_address: String,
     /// Base URL of hf:// sources, for this operator and for workers [default: the public hub].
     #[arg(long, env = "HF_ENDPOINT", value_name = "URL")]

@@ -168,7 +168,7 @@ impl Space {
                 None => 1,
             };
             info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
-            *state = Some(FleetState { term: self.term, number, deployments });
+            *state = Some(FleetState { term: self.term, number, deployments, routers: Vec::new() });
             true
         });
     }

@@ -85,12 +85,14 @@ impl ValidatedDeployment {
 
     /// What routers are told; `address` finds a worker by replica, stage and rank, and is empty where it is not known yet.
     pub fn fleet(&self, address: impl Fn(u32, usize, usize) -> String) -> FleetDeployment {
+        let limits = planner::limits(&self.plan, self.manifest.spec().engine.kv_cache.prefix_caching);
         let replica = |number: u32| FleetReplica {
             name: self.replica_name(number),
             revision: self.revision.clone(),
             numerics: self.numerics.clone(),
             weight: 1,
             draining: false,
+            limits: limits.clone(),
             workers: (0..self.plan.stages.len())
                 .map(|stage| (0..self.plan.stages[stage].shards.len()).map(|rank| address(number, stage, rank)).collect())
                 .collect(),
@@ -99,9 +101,9 @@ impl ValidatedDeployment {
             name: self.name.clone(),
             model: self.manifest.model_name().to_owned(),
             aliases: self.manifest.spec().model.aliases.clone(),
-            limits: planner::limits(&self.plan, self.manifest.spec().engine.kv_cache.prefix_caching),
-            serving: self.manifest.serving(),
             replicas: (0..self.replicas()).map(replica).collect(),
+            limits,
+            serving: self.manifest.serving(),
         }
     }
 }

@@ -12,6 +12,17 @@ pub struct FleetState {
     pub number: u64,
     /// Deployments served in this namespace.
     pub deployments: Vec<FleetDeployment>,
+    /// Every router of the pool; empty where there is no other.
+    pub routers: Vec<FleetRouter>,
+}
+
+/// One router of a pool.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetRouter {
+    /// Unique name.
+    pub name: String,
+    /// Where other routers reach it: `host:port`.
+    pub address: String,
 }
 
 /// One deployment.
@@ -23,7 +34,7 @@ pub struct FleetDeployment {
     pub model: String,
     /// Other names it answers to.
     pub aliases: Vec<String>,
-    /// What a router may send to its replicas.
+    /// What requests are checked against: the limits of the newest revision.
     pub limits: ReplicaLimits,
     /// Chat and queue settings.
     pub serving: ServingSettings,
@@ -59,6 +70,17 @@ pub struct ServingSettings {
     pub queue_requests: usize,
     /// Longest wait in seconds.
     pub queue_seconds: u64,
+    /// What happens to requests while there is no replica; `None` refuses them, since nothing would wake one.
+    pub hold: Option<HoldSettings>,
+}
+
+/// Requests that wait for the first replica of a deployment that is scaled to zero.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HoldSettings {
+    /// Most requests held.
+    pub requests: usize,
+    /// Longest that one is held, in seconds.
+    pub seconds: u64,
 }
 
 /// Where a chat template comes from.
@@ -99,6 +121,8 @@ pub struct FleetReplica {
     pub weight: u32,
     /// No new requests; running ones move away.
     pub draining: bool,
+    /// What it can hold. Revisions differ.
+    pub limits: ReplicaLimits,
     /// `workers[stage][rank]`: address `host:port`.
     pub workers: Vec<Vec<String>>,
 }

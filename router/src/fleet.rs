@@ -212,18 +212,17 @@ impl Supervisor {
             .map(|spec| {
                 let old = before.deployment(&spec.name);
                 let lasting = old.map_or_else(|| Arc::new(Lasting::new()), |d| d.lasting.clone());
-                let limits = &spec.limits;
                 let member = |replica: &FleetReplica| {
                     let same = |m: &&Arc<Member>| {
                         let at = FleetReplica { weight: m.spec.weight, draining: m.spec.draining, ..replica.clone() };
                         at == m.spec
                     };
-                    let found = old.filter(|d| d.spec.limits == *limits).and_then(|d| d.members.iter().find(same));
+                    let found = old.and_then(|d| d.members.iter().find(same));
                     let member = match found {
                         Some(m) => {
                             Member { spec: replica.clone(), owner: m.owner.clone(), replica: m.replica.clone(), stop: m.stop.clone() }
                         }
-                        None => self.start(replica, &spec),
+                        None => self.start(replica),
                     };
                     kept.push(Arc::as_ptr(&member.owner));
                     Arc::new(member)
@@ -240,15 +239,15 @@ impl Supervisor {
         self.view.send_replace(Arc::new(View { deployments }));
     }
 
-    fn start(&mut self, replica: &FleetReplica, deployment: &FleetDeployment) -> Member {
+    fn start(&mut self, replica: &FleetReplica) -> Member {
         let (owner, stop) = (Arc::new(Owner::new()), self.stop.child_token());
-        let driver = self.connector.replica(replica, &deployment.limits);
+        let driver = self.connector.replica(replica);
         let view = self.view.clone();
         let drive = Drive {
             name: replica.name.clone(),
             owner: owner.clone(),
             replica: driver.clone(),
-            limits: deployment.limits.clone(),
+            limits: replica.limits.clone(),
             revision: Member::revision(replica),
             stop: stop.clone(),
             changed: Box::new(move || view.send_modify(|_| ())),

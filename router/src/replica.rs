@@ -14,7 +14,7 @@ use std::{future::Future, pin::Pin, sync::Arc};
 pub use loading::{Loading, loading};
 use plan::{
     card::ModelCard,
-    fleet::{FleetReplica, ReplicaLimits},
+    fleet::FleetReplica,
     step::{Output, Step},
 };
 use tokio::sync::mpsc;
@@ -136,5 +136,5 @@ impl ReplicaError {
 /// Makes the [`Replica`] for each replica that appears in the fleet.
 pub trait Connector: Send + Sync + 'static {
     /// Called once for each replica of a fleet state and again when its workers change. Does not dial.
-    fn replica(&self, replica: &FleetReplica, limits: &ReplicaLimits) -> Arc<dyn Replica>;
+    fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica>;
 }

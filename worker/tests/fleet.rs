@@ -153,6 +153,7 @@ pub(crate) fn fleet(workers: &[Running]) -> FleetReplica {
         numerics: String::new(),
         weight: 1,
         draining: false,
+        limits: planner::limits(&plan(1, 1), false),
         workers: stages,
     }
 }

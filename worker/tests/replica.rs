@@ -5,7 +5,6 @@ use std::sync::Arc;
 use engine::{Engine, EngineOptions, NoMasks, StageOutput, WeightReader, collective::Solo};
 use kernels::Isa;
 use plan::{
-    planner,
     shard::{BLOCK_TOKENS, ExecutionPlan},
     step::{Begin, Input, Output, OutputValue, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
     worker::CollectiveKind,
@@ -135,8 +134,7 @@ fn solo(steps: &[Step]) -> Vec<Vec<Output>> {
 }
 
 pub(crate) fn connect(workers: &[Running], token: &str) -> Arc<dyn Replica> {
-    let limits = planner::limits(&plan(1, 1), false);
-    WorkersConnector::new(Some(token.to_owned())).replica(&fleet(workers), &limits)
+    WorkersConnector::new(Some(token.to_owned())).replica(&fleet(workers))
 }
 
 /// What a replica makes of the steps, all sent as soon as it takes them.

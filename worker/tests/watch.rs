@@ -97,9 +97,10 @@ async fn ends(part: Part) -> (ReplicaError, Duration) {
         numerics: String::new(),
         weight: 1,
         draining: false,
+        limits: planner::limits(&plan(1, 1), false),
         workers: vec![vec![address]],
     };
-    let replica = WorkersConnector::new(None).replica(&fleet, &planner::limits(&plan(1, 1), false));
+    let replica = WorkersConnector::new(None).replica(&fleet);
     let begun = Instant::now();
     let ended = match timeout(LONG, replica.open()).await.expect("in time") {
         Err(error) => error,

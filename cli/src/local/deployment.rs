@@ -141,6 +141,7 @@ pub(crate) fn serving() -> ServingSettings {
         policy: RoutingPolicy::default(),
         queue_requests: QUEUE_REQUESTS,
         queue_seconds: QUEUE_SECONDS,
+        hold: None,
     }
 }
 

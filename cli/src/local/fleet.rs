@@ -45,26 +45,28 @@ pub(crate) fn summary(planned: &Planned) -> String {
 
 /// The fleet before any worker has said where it listens: every address is empty.
 pub(crate) fn state(planned: &[Planned]) -> FleetState {
-    FleetState { term: 1, number: 1, deployments: planned.iter().map(deployment).collect() }
+    FleetState { term: 1, number: 1, deployments: planned.iter().map(deployment).collect(), routers: Vec::new() }
 }
 
 fn deployment(planned: &Planned) -> FleetDeployment {
     let addresses: Vec<Vec<String>> = planned.plan.stages.iter().map(|stage| vec![String::new(); stage.shards.len()]).collect();
+    let limits = planner::limits(&planned.plan, planned.prefix_caching);
     let replica = |number: usize| FleetReplica {
         name: replica_name(planned, number),
         revision: planned.numerics.clone(),
         numerics: planned.numerics.clone(),
         weight: 1,
         draining: false,
+        limits: limits.clone(),
         workers: addresses.clone(),
     };
     FleetDeployment {
         name: planned.name.clone(),
         model: planned.served.clone(),
         aliases: planned.aliases.clone(),
-        limits: planner::limits(&planned.plan, planned.prefix_caching),
-        serving: planned.serving.clone(),
         replicas: (0..planned.replicas).map(replica).collect(),
+        limits,
+        serving: planned.serving.clone(),
     }
 }
 
@@ -115,29 +117,31 @@ mod tests {
     use super::*;
 
     fn fleet() -> FleetState {
+        let limits = plan::fleet::ReplicaLimits {
+            kv: plan::shard::KvGeometry { dtype: plan::shard::KvDType::F32, groups: Vec::new() },
+            max_context: 1,
+            max_batch_sequences: 1,
+            max_batch_tokens: 1,
+            prefix_caching: true,
+        };
         let replica = |name: &str| FleetReplica {
             name: name.into(),
             revision: String::new(),
             numerics: String::new(),
             weight: 1,
             draining: false,
+            limits: limits.clone(),
             workers: vec![vec![String::new(); 2]; 2],
         };
         let deployment = FleetDeployment {
             name: "a".into(),
             model: "a".into(),
             aliases: Vec::new(),
-            limits: plan::fleet::ReplicaLimits {
-                kv: plan::shard::KvGeometry { dtype: plan::shard::KvDType::F32, groups: Vec::new() },
-                max_context: 1,
-                max_batch_sequences: 1,
-                max_batch_tokens: 1,
-                prefix_caching: true,
-            },
-            serving: crate::local::deployment::serving(),
             replicas: vec![replica("a-0"), replica("a-1")],
+            limits,
+            serving: crate::local::deployment::serving(),
         };
-        FleetState { term: 1, number: 1, deployments: vec![deployment] }
+        FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }
     }
 
     #[test]

@@ -10,7 +10,7 @@ use anyhow::Context;
 use engine::{Engine, NoMasks, StageOutput, Timings};
 use plan::{
     card::ModelCard,
-    fleet::{FleetReplica, ReplicaLimits},
+    fleet::FleetReplica,
     step::{Input, Output, OutputValue, SequenceId, Step, TokenId},
 };
 use router::replica::{BoxFuture, Connector, Replica, ReplicaError, Session, StepReply};
@@ -86,7 +86,7 @@ impl Replica for InProcess {
 pub(crate) struct OneReplica(pub(crate) Arc<dyn Replica>);
 
 impl Connector for OneReplica {
-    fn replica(&self, _replica: &FleetReplica, _limits: &ReplicaLimits) -> Arc<dyn Replica> {
+    fn replica(&self, _replica: &FleetReplica) -> Arc<dyn Replica> {
         self.0.clone()
     }
 }

@@ -119,10 +119,9 @@ impl Loaded {
             () = loading::wait(global.quiet, &planned, &fleet, &token) => {}
         }
         let [planned] = planned;
-        let limits = planner::limits(&planned.plan, false);
         let state = fleet.borrow().clone();
         let member = state.deployments.first().and_then(|deployment| deployment.replicas.first()).context("the fleet has no replica")?;
-        let replica = WorkersConnector::new(Some(token)).replica(member, &limits);
+        let replica = WorkersConnector::new(Some(token)).replica(member);
         // Workers may have been given more threads than were asked for: each has at least one.
         let threads = threads::share(threads, fleet::workers(&planned.plan)).iter().sum();
         Ok(Self { replica, plan: planned.plan, threads, isa, here: None, workers: Some(workers) })

@@ -300,13 +300,20 @@ mod tests {
     /// One deployment of one worker.
     fn one_seat() -> FleetState {
         let workers = vec![vec![String::new()]];
-        let replica =
-            FleetReplica { name: "a-0".into(), revision: String::new(), numerics: String::new(), weight: 1, draining: false, workers };
         let kv = KvGeometry { dtype: KvDType::F32, groups: Vec::new() };
         let limits = ReplicaLimits { kv, max_context: 1, max_batch_sequences: 1, max_batch_tokens: 1, prefix_caching: true };
+        let replica = FleetReplica {
+            name: "a-0".into(),
+            revision: String::new(),
+            numerics: String::new(),
+            weight: 1,
+            draining: false,
+            limits: limits.clone(),
+            workers,
+        };
         let (model, serving) = ("a".to_owned(), deployment::serving());
         let deployment = FleetDeployment { name: "a".into(), model, aliases: Vec::new(), limits, serving, replicas: vec![replica] };
-        FleetState { term: 1, number: 1, deployments: vec![deployment] }
+        FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }
     }
 
     /// One worker that is a shell script, kept as `keep` says.

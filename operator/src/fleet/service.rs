@@ -48,7 +48,7 @@ impl Fleet for FleetService {
         let space = hub.admit(&request).ok_or_else(|| Status::unauthenticated("the call carries no namespace's token"))?;
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
         let states = WatchStream::new(space.state.subscribe());
-        let states = states.filter_map(|state| async move { state.map(|state| Ok(encode_fleet(&state, &[]))) });
+        let states = states.filter_map(|state| async move { state.map(|state| Ok(encode_fleet(&state))) });
         let mut reports = request.into_inner();
         let stop = self.stop.clone();
         info!(namespace = space.namespace, stream, "a router follows");

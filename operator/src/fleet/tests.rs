@@ -21,7 +21,7 @@ fn names(all: &[&str]) -> Vec<String> {
 }
 
 fn report(router: &str, ready: bool) -> RouterReport {
-    let replica = ReplicaState { name: "r".into(), ready, last_failure: String::new() };
+    let replica = ReplicaState { name: "r".into(), ready, ..ReplicaState::default() };
     let load = DeploymentLoad { deployment: "llama".into(), replicas: vec![replica], ..DeploymentLoad::default() };
     RouterReport { router: router.into(), term: 7, number: 1, loads: vec![load] }
 }

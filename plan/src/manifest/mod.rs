@@ -237,6 +237,7 @@ impl Manifest {
             policy: router.policy,
             queue_requests: router.queue.max_requests as usize,
             queue_seconds: router.queue.timeout_seconds.into(),
+            hold: None,
         }
     }
 }

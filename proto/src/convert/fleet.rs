@@ -1,24 +1,26 @@
 //! The fleet as it is pushed to routers.
 
 use plan::{
-    fleet::{ChatTemplate, FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings},
+    fleet::{
+        ChatTemplate, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy, ServingSettings,
+    },
     shard::{KvDType, KvGeometry, KvGroup},
 };
 
 use super::ConvertError;
 use crate::fleet as wire;
 
-/// A state as it crosses the wire. `routers` is the pool, (name, address) each.
-pub fn encode_fleet(state: &FleetState, routers: &[(String, String)]) -> wire::FleetState {
+/// A state as it crosses the wire.
+pub fn encode_fleet(state: &FleetState) -> wire::FleetState {
     wire::FleetState {
         term: state.term,
         number: state.number,
         deployments: state.deployments.iter().map(encode_deployment).collect(),
-        routers: routers.iter().map(|(name, address)| wire::Router { name: name.clone(), address: address.clone() }).collect(),
+        routers: state.routers.iter().map(|r| wire::Router { name: r.name.clone(), address: r.address.clone() }).collect(),
     }
 }
 
-/// A state from the wire, without the pool's routers.
+/// A state from the wire.
 ///
 /// # Errors
 /// If a field is missing or holds a value of a later version.
@@ -27,13 +29,52 @@ pub fn decode_fleet(state: wire::FleetState) -> Result<FleetState, ConvertError>
         let name = d.name.clone();
         decode_deployment(d).map_err(|e| e.within(format_args!("deployments[{name}]")))
     });
-    Ok(FleetState { term: state.term, number: state.number, deployments: deployments.collect::<Result<_, _>>()? })
+    Ok(FleetState {
+        term: state.term,
+        number: state.number,
+        deployments: deployments.collect::<Result<_, _>>()?,
+        routers: state.routers.into_iter().map(|r| FleetRouter { name: r.name, address: r.address }).collect(),
+    })
+}
+
+fn encode_limits(limits: &ReplicaLimits) -> wire::Limits {
+    let group =
+        |g: &KvGroup| wire::KvGroup { window: g.window, layers: g.layers.iter().map(|&l| l as u32).collect(), blocks: g.blocks as u32 };
+    wire::Limits {
+        kv_dtype: match limits.kv.dtype {
+            KvDType::F32 => "f32".to_owned(),
+            KvDType::F16 => "f16".to_owned(),
+        },
+        kv_groups: limits.kv.groups.iter().map(group).collect(),
+        max_context: limits.max_context as u32,
+        max_batch_sequences: limits.max_batch_sequences as u32,
+        max_batch_tokens: limits.max_batch_tokens as u32,
+        prefix_caching: limits.prefix_caching,
+    }
+}
+
+fn decode_limits(limits: Option<wire::Limits>) -> Result<ReplicaLimits, ConvertError> {
+    let limits = limits.ok_or_else(|| ConvertError::missing("limits"))?;
+    let dtype = match limits.kv_dtype.as_str() {
+        "f32" => KvDType::F32,
+        "f16" => KvDType::F16,
+        other => return Err(ConvertError::value("limits.kv_dtype", other, "f32 or f16")),
+    };
+    let group = |g: wire::KvGroup| KvGroup {
+        window: g.window,
+        layers: g.layers.into_iter().map(|l| l as usize).collect(),
+        blocks: g.blocks as usize,
+    };
+    Ok(ReplicaLimits {
+        kv: KvGeometry { dtype, groups: limits.kv_groups.into_iter().map(group).collect() },
+        max_context: limits.max_context as usize,
+        max_batch_sequences: limits.max_batch_sequences as usize,
+        max_batch_tokens: limits.max_batch_tokens as usize,
+        prefix_caching: limits.prefix_caching,
+    })
 }
 
 fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
-    let kv = &d.limits.kv;
-    let group =
-        |g: &KvGroup| wire::KvGroup { window: g.window, layers: g.layers.iter().map(|&l| l as u32).collect(), blocks: g.blocks as u32 };
     let template = |t: &ChatTemplate| match t {
         ChatTemplate::Gemma => wire::serving::ChatTemplate::Builtin("gemma".to_owned()),
         ChatTemplate::ChatML => wire::serving::ChatTemplate::Builtin("chatml".to_owned()),
@@ -53,41 +94,28 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
         weight: r.weight,
         draining: r.draining,
         stages: r.workers.iter().map(|ranks| wire::StageWorkers { ranks: ranks.clone() }).collect(),
+        limits: Some(encode_limits(&r.limits)),
     };
     wire::Deployment {
         name: d.name.clone(),
         model: d.model.clone(),
         aliases: d.aliases.clone(),
-        limits: Some(wire::Limits {
-            kv_dtype: match kv.dtype {
-                KvDType::F32 => "f32".to_owned(),
-                KvDType::F16 => "f16".to_owned(),
-            },
-            kv_groups: kv.groups.iter().map(group).collect(),
-            max_context: d.limits.max_context as u32,
-            max_batch_sequences: d.limits.max_batch_sequences as u32,
-            max_batch_tokens: d.limits.max_batch_tokens as u32,
-            prefix_caching: d.limits.prefix_caching,
-        }),
+        limits: Some(encode_limits(&d.limits)),
         serving: Some(wire::Serving {
             chat_template: d.serving.chat_template.as_ref().map(template),
             system_prompt: d.serving.system_prompt.clone(),
             policy: policy.to_owned(),
             queue_requests: d.serving.queue_requests as u32,
             queue_seconds: d.serving.queue_seconds,
+            hold: d.serving.hold.map(|h| wire::Hold { requests: h.requests as u32, seconds: h.seconds }),
         }),
         replicas: d.replicas.iter().map(replica).collect(),
     }
 }
 
 fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertError> {
-    let limits = d.limits.ok_or_else(|| ConvertError::missing("limits"))?;
+    let limits = decode_limits(d.limits)?;
     let serving = d.serving.ok_or_else(|| ConvertError::missing("serving"))?;
-    let dtype = match limits.kv_dtype.as_str() {
-        "f32" => KvDType::F32,
-        "f16" => KvDType::F16,
-        other => return Err(ConvertError::value("limits.kv_dtype", other, "f32 or f16")),
-    };
     let chat_template = match serving.chat_template {
         None => None,
         Some(wire::serving::ChatTemplate::Inline(source)) => Some(ChatTemplate::Inline(source)),
@@ -105,37 +133,32 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
         "random" => RoutingPolicy::Random,
         other => return Err(ConvertError::value("serving.policy", other, "prefix-aware, least-load, round-robin or random")),
     };
-    let group = |g: wire::KvGroup| KvGroup {
-        window: g.window,
-        layers: g.layers.into_iter().map(|l| l as usize).collect(),
-        blocks: g.blocks as usize,
-    };
-    let replica = |r: wire::Replica| FleetReplica {
-        name: r.name,
-        revision: r.revision,
-        numerics: r.numerics,
-        weight: r.weight,
-        draining: r.draining,
-        workers: r.stages.into_iter().map(|s| s.ranks).collect(),
+    let replica = |r: wire::Replica| {
+        let name = r.name.clone();
+        let limits = decode_limits(r.limits).map_err(|e| e.within(format_args!("replicas[{name}]")))?;
+        Ok(FleetReplica {
+            name: r.name,
+            revision: r.revision,
+            numerics: r.numerics,
+            weight: r.weight,
+            draining: r.draining,
+            limits,
+            workers: r.stages.into_iter().map(|s| s.ranks).collect(),
+        })
     };
     Ok(FleetDeployment {
         name: d.name,
         model: d.model,
         aliases: d.aliases,
-        limits: ReplicaLimits {
-            kv: KvGeometry { dtype, groups: limits.kv_groups.into_iter().map(group).collect() },
-            max_context: limits.max_context as usize,
-            max_batch_sequences: limits.max_batch_sequences as usize,
-            max_batch_tokens: limits.max_batch_tokens as usize,
-            prefix_caching: limits.prefix_caching,
-        },
+        limits,
         serving: ServingSettings {
             chat_template,
             system_prompt: serving.system_prompt,
             policy,
             queue_requests: serving.queue_requests as usize,
             queue_seconds: serving.queue_seconds,
+            hold: serving.hold.map(|h| HoldSettings { requests: h.requests as usize, seconds: h.seconds }),
         },
-        replicas: d.replicas.into_iter().map(replica).collect(),
+        replicas: d.replicas.into_iter().map(replica).collect::<Result<_, ConvertError>>()?,
     })
 }

@@ -1,7 +1,9 @@
 //! What is sent is what arrives; what means nothing is refused by field.
 
 use plan::{
-    fleet::{ChatTemplate, FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings},
+    fleet::{
+        ChatTemplate, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy, ServingSettings,
+    },
     shard::{KvDType, KvGeometry, KvGroup},
     step::{Begin, BlockCopy, Input, Logprobs, Mask, Output, OutputValue, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
     worker::Epoch,
@@ -206,29 +208,39 @@ fn outputs_that_mean_nothing_are_refused_by_field() {
 
 fn fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dtype: KvDType) -> FleetState {
     let groups = vec![KvGroup { window: None, layers: vec![3], blocks: 9 }, KvGroup { window: Some(8), layers: vec![0, 1, 2], blocks: 5 }];
+    let limits = |max_batch_tokens| ReplicaLimits {
+        kv: KvGeometry { dtype, groups: groups.clone() },
+        max_context: 512,
+        max_batch_sequences: 64,
+        max_batch_tokens,
+        prefix_caching: true,
+    };
     let replica = FleetReplica {
         name: "r0".into(),
         revision: "1".into(),
         numerics: "n".into(),
         weight: 3,
         draining: true,
+        limits: limits(256),
         workers: vec![vec!["a:1".into(), "b:2".into()], vec!["c:3".into()]],
     };
     let deployment = FleetDeployment {
         name: "d".into(),
         model: "m".into(),
         aliases: vec!["x".into(), "y".into()],
-        limits: ReplicaLimits {
-            kv: KvGeometry { dtype, groups },
-            max_context: 512,
-            max_batch_sequences: 64,
-            max_batch_tokens: 128,
-            prefix_caching: true,
+        limits: limits(128),
+        serving: ServingSettings {
+            chat_template,
+            system_prompt: Some("s".into()),
+            policy,
+            queue_requests: 7,
+            queue_seconds: 8,
+            hold: Some(HoldSettings { requests: 9, seconds: 10 }),
         },
-        serving: ServingSettings { chat_template, system_prompt: Some("s".into()), policy, queue_requests: 7, queue_seconds: 8 },
         replicas: vec![replica],
     };
-    FleetState { term: 1, number: 2, deployments: vec![deployment] }
+    let routers = vec![FleetRouter { name: "router".into(), address: "h:1".into() }];
+    FleetState { term: 1, number: 2, deployments: vec![deployment], routers }
 }
 
 #[test]
@@ -240,9 +252,7 @@ fn fleets_arrive_as_they_were_sent() {
         for policy in policies {
             for dtype in [KvDType::F32, KvDType::F16] {
                 let state = fleet(template.clone(), policy, dtype);
-                let message = sent(&encode_fleet(&state, &[("router".into(), "h:1".into())]));
-                assert_eq!((message.routers[0].name.as_str(), message.routers[0].address.as_str()), ("router", "h:1"));
-                assert_eq!(decode_fleet(message), Ok(state));
+                assert_eq!(decode_fleet(sent(&encode_fleet(&state))), Ok(state));
             }
         }
     }
@@ -251,11 +261,12 @@ fn fleets_arrive_as_they_were_sent() {
 #[test]
 fn fleets_of_a_later_version_are_refused_by_deployment_and_field() {
     let refused = |change: &dyn Fn(&mut fleet_wire::Deployment)| {
-        let mut message = encode_fleet(&fleet(None, RoutingPolicy::Random, KvDType::F16), &[]);
+        let mut message = encode_fleet(&fleet(None, RoutingPolicy::Random, KvDType::F16));
         change(&mut message.deployments[0]);
         decode_fleet(message).expect_err("a refusal").to_string()
     };
     assert_eq!(refused(&|d| d.limits = None), "deployments[d].limits is missing");
+    assert_eq!(refused(&|d| d.replicas[0].limits = None), "deployments[d].replicas[r0].limits is missing");
     assert_eq!(refused(&|d| d.serving = None), "deployments[d].serving is missing");
     assert_eq!(
         refused(&|d| d.limits.as_mut().expect("limits").kv_dtype = "q8".into()),

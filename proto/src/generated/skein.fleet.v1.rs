@@ -16,6 +16,7 @@ pub struct FleetState {
 pub struct Router {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
+    /// HOST:PORT where other routers reach it.
     #[prost(string, tag = "2")]
     pub address: ::prost::alloc::string::String,
 }
@@ -27,6 +28,7 @@ pub struct Deployment {
     pub model: ::prost::alloc::string::String,
     #[prost(string, repeated, tag = "3")]
     pub aliases: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+    /// Of the newest revision: what requests are checked against.
     #[prost(message, optional, tag = "4")]
     pub limits: ::core::option::Option<Limits>,
     #[prost(message, optional, tag = "5")]
@@ -68,6 +70,9 @@ pub struct Serving {
     pub queue_requests: u32,
     #[prost(uint64, tag = "6")]
     pub queue_seconds: u64,
+    /// While there is no replica; without it requests are refused then.
+    #[prost(message, optional, tag = "7")]
+    pub hold: ::core::option::Option<Hold>,
     #[prost(oneof = "serving::ChatTemplate", tags = "1, 2")]
     pub chat_template: ::core::option::Option<serving::ChatTemplate>,
 }
@@ -80,6 +85,13 @@ pub mod serving {
         #[prost(string, tag = "2")]
         Inline(::prost::alloc::string::String),
     }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Hold {
+    #[prost(uint32, tag = "1")]
+    pub requests: u32,
+    #[prost(uint64, tag = "2")]
+    pub seconds: u64,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Replica {
@@ -95,6 +107,8 @@ pub struct Replica {
     pub draining: bool,
     #[prost(message, repeated, tag = "6")]
     pub stages: ::prost::alloc::vec::Vec<StageWorkers>,
+    #[prost(message, optional, tag = "7")]
+    pub limits: ::core::option::Option<Limits>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageWorkers {
@@ -131,6 +145,9 @@ pub struct DeploymentLoad {
     pub tokens_per_second: f32,
     #[prost(message, repeated, tag = "8")]
     pub replicas: ::prost::alloc::vec::Vec<ReplicaState>,
+    /// Requests that wait because there is no replica at all.
+    #[prost(uint32, tag = "9")]
+    pub held: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct ReplicaState {
@@ -141,6 +158,12 @@ pub struct ReplicaState {
     pub ready: bool,
     #[prost(string, tag = "3")]
     pub last_failure: ::prost::alloc::string::String,
+    /// This router drives it.
+    #[prost(bool, tag = "4")]
+    pub drives: bool,
+    /// Sequences of this router's clients that are on it or queued for it.
+    #[prost(uint32, tag = "5")]
+    pub sequences: u32,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerAnnouncement {

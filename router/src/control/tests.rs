@@ -45,7 +45,7 @@ impl fleet_server::Fleet for Plane {
                 }
             }
         });
-        let states = WatchStream::new(self.states.clone()).map(|state| Ok(encode_fleet(&state, &[])));
+        let states = WatchStream::new(self.states.clone()).map(|state| Ok(encode_fleet(&state)));
         Ok(Response::new(Box::pin(states)))
     }
 
@@ -62,8 +62,14 @@ fn state(number: u64) -> FleetState {
         max_batch_tokens: 1,
         prefix_caching: true,
     };
-    let serving =
-        ServingSettings { chat_template: None, system_prompt: None, policy: RoutingPolicy::default(), queue_requests: 1, queue_seconds: 1 };
+    let serving = ServingSettings {
+        chat_template: None,
+        system_prompt: None,
+        policy: RoutingPolicy::default(),
+        queue_requests: 1,
+        queue_seconds: 1,
+        hold: None,
+    };
     // Nobody listens on the port of discard.
     let replica = FleetReplica {
         name: "a-r0".into(),
@@ -71,10 +77,11 @@ fn state(number: u64) -> FleetState {
         numerics: "n".into(),
         weight: 1,
         draining: false,
+        limits: limits.clone(),
         workers: vec![vec!["127.0.0.1:9".into()]],
     };
     let deployment = FleetDeployment { name: "a".into(), model: "a".into(), aliases: Vec::new(), limits, serving, replicas: vec![replica] };
-    FleetState { term: 7, number, deployments: vec![deployment] }
+    FleetState { term: 7, number, deployments: vec![deployment], routers: Vec::new() }
 }
 
 /// Serves `states` until `stop`; the address and the reports.

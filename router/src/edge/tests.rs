@@ -22,6 +22,17 @@ struct World {
     connector: Arc<SimulatedConnector>,
 }
 
+fn limits() -> ReplicaLimits {
+    let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
+    ReplicaLimits {
+        kv: KvGeometry { dtype: KvDType::F32, groups: vec![group(None, 400), group(Some(64), 200)] },
+        max_context: 600,
+        max_batch_sequences: 16,
+        max_batch_tokens: 128,
+        prefix_caching: true,
+    }
+}
+
 fn replica(name: &str) -> FleetReplica {
     FleetReplica {
         name: name.to_owned(),
@@ -29,33 +40,28 @@ fn replica(name: &str) -> FleetReplica {
         numerics: "n".to_owned(),
         weight: 1,
         draining: false,
+        limits: limits(),
         workers: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
     }
 }
 
 fn state(replicas: &[FleetReplica]) -> FleetState {
-    let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
     let deployment = FleetDeployment {
         name: "tiny".to_owned(),
         model: "tiny-model".to_owned(),
         aliases: vec!["small".to_owned()],
-        limits: ReplicaLimits {
-            kv: KvGeometry { dtype: KvDType::F32, groups: vec![group(None, 400), group(Some(64), 200)] },
-            max_context: 600,
-            max_batch_sequences: 16,
-            max_batch_tokens: 128,
-            prefix_caching: true,
-        },
+        limits: limits(),
         serving: ServingSettings {
             chat_template: None,
             system_prompt: None,
             policy: RoutingPolicy::PrefixAware,
             queue_requests: 64,
             queue_seconds: 30,
+            hold: None,
         },
         replicas: replicas.to_vec(),
     };
-    FleetState { term: 1, number: 1, deployments: vec![deployment] }
+    FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }
 }
 
 fn world(state: FleetState) -> World {
@@ -322,7 +328,7 @@ async fn prefix_aware_routing_goes_where_the_prefix_is() {
 async fn an_older_state_is_ignored_and_stopping_ends_streams() {
     let world = world(state(&[replica("r0")]));
     world.edge.wait_replica("r0").await;
-    world.fleet.send_replace(FleetState { term: 0, number: 9, deployments: Vec::new() });
+    world.fleet.send_replace(FleetState { term: 0, number: 9, ..FleetState::default() });
     tokio::task::yield_now().await;
     let mut stream = world.edge.submit("small", Generation { end_ids: Arc::new([]), ..generation(1, 5, 500) }).expect("still there");
     next_tokens(&mut stream, 2).await;

@@ -15,10 +15,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use plan::{
-    card::ModelCard,
-    fleet::{FleetReplica, ReplicaLimits},
-};
+use plan::{card::ModelCard, fleet::FleetReplica};
 use proto::{bearer::Bearer, worker::WorkerAddress};
 use tokio::{task::JoinHandle, time::timeout};
 
@@ -46,8 +43,8 @@ impl WorkersConnector {
 }
 
 impl Connector for WorkersConnector {
-    fn replica(&self, replica: &FleetReplica, limits: &ReplicaLimits) -> Arc<dyn Replica> {
-        let layers = limits.kv.groups.iter().map(|g| g.layers.len()).sum();
+    fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica> {
+        let layers = replica.limits.kv.groups.iter().map(|g| g.layers.len()).sum();
         Arc::new(Workers::new(replica, layers, &self.bearer, &self.router))
     }
 }

@@ -105,38 +105,41 @@ impl World {
 
     /// A world whose replicas may not be ready yet.
     async fn start(setup: Setup) -> Self {
+        let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
+        let limits = ReplicaLimits {
+            kv: KvGeometry { dtype: KvDType::F32, groups: vec![group(None, 900), group(Some(64), 600)] },
+            max_context: CONTEXT,
+            max_batch_sequences: 64,
+            max_batch_tokens: 128,
+            prefix_caching: true,
+        };
         let replica = |i: usize| FleetReplica {
             name: format!("r{i}"),
             revision: "1".to_owned(),
             numerics: "n".to_owned(),
             weight: 1,
             draining: false,
+            limits: limits.clone(),
             workers: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
         };
-        let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
         let deployment = FleetDeployment {
             name: "tiny-deployment".to_owned(),
             model: "tiny".to_owned(),
             aliases: vec!["org/small".to_owned()],
-            limits: ReplicaLimits {
-                kv: KvGeometry { dtype: KvDType::F32, groups: vec![group(None, 900), group(Some(64), 600)] },
-                max_context: CONTEXT,
-                max_batch_sequences: 64,
-                max_batch_tokens: 128,
-                prefix_caching: true,
-            },
+            replicas: (0..setup.replicas).map(replica).collect(),
+            limits,
             serving: ServingSettings {
                 chat_template: None,
                 system_prompt: setup.system_prompt,
                 policy: RoutingPolicy::PrefixAware,
                 queue_requests: setup.queue_requests,
                 queue_seconds: setup.queue_seconds,
+                hold: None,
             },
-            replicas: (0..setup.replicas).map(replica).collect(),
         };
         let tokenizer = Tokenizer::from_card(&setup.card).expect("a tokenizer");
         let connector = Arc::new(SimulatedConnector::new(MODEL, 2, setup.cost, Arc::new(setup.card)));
-        let (fleet, receiver) = watch::channel(FleetState { term: 1, number: 1, deployments: vec![deployment] });
+        let (fleet, receiver) = watch::channel(FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() });
         let options = EdgeOptions { connector: connector.clone(), resume: Duration::from_secs(10), deadline: None };
         let edge = Edge::start(receiver, options);
         let listen = || TcpListener::bind("127.0.0.1:0");

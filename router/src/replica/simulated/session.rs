@@ -11,7 +11,7 @@ use std::{
 
 use plan::{
     card::ModelCard,
-    fleet::{FleetReplica, ReplicaLimits},
+    fleet::FleetReplica,
     shard::KvGeometry,
     step::{Input, Step},
 };
@@ -243,8 +243,8 @@ impl SimulatedConnector {
 }
 
 impl Connector for SimulatedConnector {
-    fn replica(&self, replica: &FleetReplica, limits: &ReplicaLimits) -> Arc<dyn Replica> {
-        let made = SimulatedReplica::new(self.model, limits.kv.clone(), self.stages, self.cost, self.card.clone());
+    fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica> {
+        let made = SimulatedReplica::new(self.model, replica.limits.kv.clone(), self.stages, self.cost, self.card.clone());
         let made = Arc::new(made);
         self.replicas.lock().unwrap_or_else(PoisonError::into_inner).insert(replica.name.clone(), made.clone());
         made
