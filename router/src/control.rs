@@ -221,8 +221,8 @@ fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
         name: r.name.clone(),
         ready: r.ready,
         last_failure: r.last_failure.clone().unwrap_or_default(),
-        drives: true,
-        sequences: (r.queued + r.running) as u32,
+        drives: r.drives,
+        sequences: r.sequences as u32,
     };
     wire::DeploymentLoad {
         deployment: load.deployment.clone(),
@@ -233,7 +233,7 @@ fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
         itl_p90_seconds: load.itl_p90_seconds.unwrap_or_default(),
         tokens_per_second: load.tokens_per_second,
         replicas: load.replicas.iter().map(replica).collect(),
-        held: 0,
+        held: load.held as u32,
     }
 }
 

@@ -3,6 +3,7 @@
 //! The edge holds the client's side of a stream: prompt ids, emitted ids, sampling state. It picks a replica, and when that
 //! replica is lost it submits the sequence again elsewhere, so that the API sees one unbroken stream.
 
+mod admission;
 mod evaluate;
 mod handle;
 pub(crate) mod stats;
@@ -116,6 +117,24 @@ pub enum SubmitError {
     /// No replica is ready and none is expected in time.
     #[error("no replica of {0} is ready")]
     NotReady(String),
+    /// There is no replica, and as many requests as may wait for one do.
+    #[error("{held} requests wait for the first replica of {model}, and no more may")]
+    HoldFull {
+        /// The model.
+        model: String,
+        /// Requests held.
+        held: usize,
+    },
+    /// No worker gave what is needed to read the request while it waited.
+    #[error("the request waited {seconds} s in the queue, and no replica of {model} took it: {detail}")]
+    Queue {
+        /// The model.
+        model: String,
+        /// How long.
+        seconds: u64,
+        /// What the last worker said.
+        detail: String,
+    },
     /// Prompt and output do not fit.
     #[error("prompt of {prompt} tokens does not fit the context of {context} tokens")]
     TooLong {
@@ -133,6 +152,8 @@ impl SubmitError {
             Self::UnknownModel(_) => "unknown_model",
             Self::QueueFull { .. } => "queue_full",
             Self::NotReady(_) => "not_ready",
+            Self::HoldFull { .. } => "hold_full",
+            Self::Queue { .. } => "queue_timeout",
             Self::TooLong { .. } => "too_long",
         }
     }

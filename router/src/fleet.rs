@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
 };
@@ -13,10 +13,7 @@ use plan::{
     fleet::{FleetDeployment, FleetReplica, FleetState, RoutingPolicy},
     step::TokenId,
 };
-use tokio::{
-    sync::{Mutex, watch},
-    task::JoinSet,
-};
+use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -65,12 +62,16 @@ pub(crate) struct Lasting {
     turn: AtomicUsize,
     /// The card, by the numerics id it was fetched for.
     card: Mutex<Option<(String, Arc<ModelCard>)>>,
+    /// Held while it is fetched, so that one request at a time asks for it.
+    fetching: tokio::sync::Mutex<()>,
 }
 
 /// One replica as of the last state.
 pub(crate) struct Member {
     pub(crate) spec: FleetReplica,
     pub(crate) owner: Arc<Owner>,
+    /// Sequences of this router's clients that are on it or queued for it.
+    pub(crate) sequences: Arc<AtomicUsize>,
     replica: Arc<dyn Replica>,
     stop: CancellationToken,
 }
@@ -125,23 +126,32 @@ impl Deployment {
         }
     }
 
+    /// The card, where one of its replicas gave it before.
+    pub(crate) fn known_card(&self) -> Option<Arc<ModelCard>> {
+        let known = self.lasting.card.lock().unwrap_or_else(PoisonError::into_inner);
+        let (numerics, card) = known.as_ref()?;
+        self.members.iter().any(|m| m.spec.numerics == *numerics).then(|| card.clone())
+    }
+
+    /// Whether requests wait because there is no replica at all, rather than for one that is there.
+    pub(crate) fn holds(&self) -> bool {
+        self.members.is_empty() && self.spec.serving.hold.is_some()
+    }
+
     /// The card, from the cache or from the first replica that gives it.
     ///
     /// # Errors
     /// The last replica's answer.
     pub(crate) async fn card(&self) -> Result<Arc<ModelCard>, String> {
-        // Held while it is fetched, so that one request at a time asks for it.
-        let mut held = self.lasting.card.lock().await;
-        if let Some((numerics, card)) = &*held
-            && self.members.iter().any(|m| m.spec.numerics == *numerics)
-        {
-            return Ok(card.clone());
+        let _one = self.lasting.fetching.lock().await;
+        if let Some(card) = self.known_card() {
+            return Ok(card);
         }
         let mut last = "it has no replicas".to_owned();
         for member in &self.members {
             match member.replica.card().await {
                 Ok(card) => {
-                    *held = Some((member.spec.numerics.clone(), card.clone()));
+                    *self.lasting.card.lock().unwrap_or_else(PoisonError::into_inner) = Some((member.spec.numerics.clone(), card.clone()));
                     return Ok(card);
                 }
                 Err(error) => last = error.to_string(),
@@ -219,9 +229,13 @@ impl Supervisor {
                     };
                     let found = old.and_then(|d| d.members.iter().find(same));
                     let member = match found {
-                        Some(m) => {
-                            Member { spec: replica.clone(), owner: m.owner.clone(), replica: m.replica.clone(), stop: m.stop.clone() }
-                        }
+                        Some(m) => Member {
+                            spec: replica.clone(),
+                            owner: m.owner.clone(),
+                            sequences: m.sequences.clone(),
+                            replica: m.replica.clone(),
+                            stop: m.stop.clone(),
+                        },
                         None => self.start(replica),
                     };
                     kept.push(Arc::as_ptr(&member.owner));
@@ -253,7 +267,7 @@ impl Supervisor {
             changed: Box::new(move || view.send_modify(|_| ())),
         };
         self.owners.spawn(drive.run());
-        Member { spec: replica.clone(), owner, replica: driver, stop }
+        Member { spec: replica.clone(), owner, sequences: Arc::default(), replica: driver, stop }
     }
 
     /// Hands back the sequences of draining replicas where another one can go on with them.
@@ -271,6 +285,6 @@ impl Supervisor {
 
 impl Lasting {
     fn new() -> Self {
-        Self { stats: Arc::new(Stats::new()), turn: AtomicUsize::new(0), card: Mutex::new(None) }
+        Self { stats: Arc::new(Stats::new()), turn: AtomicUsize::new(0), card: Mutex::new(None), fetching: tokio::sync::Mutex::new(()) }
     }
 }

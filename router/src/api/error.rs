@@ -91,6 +91,7 @@ impl From<SubmitError> for ApiError {
             SubmitError::QueueFull { retry_after_seconds, .. } => {
                 with(StatusCode::TOO_MANY_REQUESTS, "queue_full", Some(retry_after_seconds))
             }
+            SubmitError::Queue { .. } => with(StatusCode::SERVICE_UNAVAILABLE, e.reason(), Some(RETRY_NOT_READY_SECONDS)),
             SubmitError::TooLong { .. } => with(StatusCode::BAD_REQUEST, "context_length_exceeded", None),
             _ => with(StatusCode::SERVICE_UNAVAILABLE, "model_not_ready", Some(RETRY_NOT_READY_SECONDS)),
         }

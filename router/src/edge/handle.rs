@@ -8,13 +8,12 @@ use std::{
     time::Duration,
 };
 
-use plan::{card::ModelCard, fleet::FleetState};
+use plan::fleet::FleetState;
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     DeploymentLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
-    stats::QueueSlot,
     stream::{Course, Limits},
 };
 use crate::{
@@ -85,28 +84,9 @@ impl Edge {
         if prompt > context || (prompt == context && submission.max_tokens > 0) {
             return Err(SubmitError::TooLong { prompt, context });
         }
-        if deployment.members.is_empty() {
-            return Err(SubmitError::NotReady(model.to_owned()));
-        }
-        let slot = QueueSlot::take(stats, spec.serving.queue_requests).map_err(|queued| {
-            stats.refused.fetch_add(1, Ordering::Relaxed);
-            SubmitError::QueueFull { queued, retry_after_seconds: stats.retry_after(queued) }
-        })?;
-        let limits = Limits {
-            queue: Duration::from_secs(spec.serving.queue_seconds),
-            resume: self.inner.options.resume,
-            total: self.inner.options.deadline,
-        };
+        let (slot, queue) = deployment.admit()?;
+        let limits = Limits { queue, resume: self.inner.options.resume, total: self.inner.options.deadline };
         Ok(Course::new(self.inner.view.clone(), spec.name.clone(), stats.clone(), submission, slot, limits))
-    }
-
-    /// The files needed to tokenize for `model`, fetched from a worker once and kept.
-    ///
-    /// # Errors
-    /// When the model is unknown or no worker of it can be asked.
-    pub async fn card(&self, model: &str) -> Result<Arc<ModelCard>, SubmitError> {
-        let deployment = self.find(model)?;
-        deployment.card().await.map_err(|detail| SubmitError::NotReady(format!("{model} ({detail})")))
     }
 
     /// Every model served, in the order of the fleet state.
@@ -166,7 +146,7 @@ impl Edge {
         }
     }
 
-    fn find(&self, model: &str) -> Result<Arc<Deployment>, SubmitError> {
+    pub(super) fn find(&self, model: &str) -> Result<Arc<Deployment>, SubmitError> {
         self.inner.view.borrow().find(model).cloned().ok_or_else(|| SubmitError::UnknownModel(model.to_owned()))
     }
 }
@@ -188,6 +168,8 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
             name: m.spec.name.clone(),
             ready: m.owner.ready(),
             draining: m.spec.draining,
+            drives: true,
+            sequences: read(&m.sequences),
             queued: read(&m.owner.queued),
             running: read(&m.owner.running),
             kv_used: m.owner.kv_used(),
@@ -201,6 +183,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         deployment: deployment.spec.name.clone(),
         model: deployment.spec.model.clone(),
         queued: read(&stats.waiting),
+        held: read(&stats.held),
         running: replicas.iter().map(|r| r.running).sum(),
         kv_used: replicas.iter().filter(|r| r.ready).map(|r| r.kv_used).sum::<f32>() / ready as f32,
         ttft_p90_seconds: rates.ttft_p90,

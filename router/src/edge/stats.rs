@@ -25,6 +25,8 @@ pub(crate) struct Stats {
     start: Instant,
     /// Sequences submitted that have not entered a batch.
     pub(crate) waiting: AtomicUsize,
+    /// Requests that wait because there is no replica at all.
+    pub(crate) held: AtomicUsize,
     pub(crate) resumed: AtomicU64,
     pub(crate) refused: AtomicU64,
 }
@@ -54,6 +56,7 @@ impl Stats {
             inner: Mutex::default(),
             start: Instant::now(),
             waiting: AtomicUsize::new(0),
+            held: AtomicUsize::new(0),
             resumed: AtomicU64::new(0),
             refused: AtomicU64::new(0),
         }
@@ -135,21 +138,55 @@ fn percentile(samples: &mut [f32], p: f32) -> Option<f32> {
     Some(*value)
 }
 
-/// A place in a deployment's queue, given back when dropped.
+/// A place among the requests that wait for a deployment's replicas, or that are held because it has none; given back when dropped.
 #[derive(Debug)]
-pub(crate) struct QueueSlot(Arc<Stats>);
+pub(crate) struct QueueSlot {
+    stats: Arc<Stats>,
+    held: bool,
+}
 
 impl QueueSlot {
-    /// Takes a place; the number waiting when there is none.
-    pub(crate) fn take(stats: &Arc<Stats>, most: usize) -> Result<Self, usize> {
-        let take = |waiting: usize| (waiting < most).then_some(waiting + 1);
-        stats.waiting.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map(|_| Self(stats.clone()))
+    /// Takes a place in the queue, or one of the `held`; the number there when `most` have one.
+    pub(crate) fn take(stats: &Arc<Stats>, held: bool, most: usize) -> Result<Self, usize> {
+        let take = |there: usize| (there < most).then_some(there + 1);
+        let counter = if held { &stats.held } else { &stats.waiting };
+        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).map(|_| Self { stats: stats.clone(), held })
+    }
+
+    /// The replicas came or went: counts it on the other side from now on. It was admitted, so no limit applies.
+    pub(crate) fn count_as(&mut self, held: bool) {
+        if self.held != held {
+            self.counter().fetch_sub(1, Ordering::Relaxed);
+            self.held = held;
+            self.counter().fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn counter(&self) -> &AtomicUsize {
+        if self.held { &self.stats.held } else { &self.stats.waiting }
     }
 }
 
 impl Drop for QueueSlot {
     fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, Ordering::Relaxed);
+        self.counter().fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// One of the things that a counter counts, for as long as it is there.
+#[derive(Debug)]
+pub(crate) struct Counted(Arc<AtomicUsize>);
+
+impl Counted {
+    pub(crate) fn new(counter: &Arc<AtomicUsize>) -> Self {
+        counter.fetch_add(1, Ordering::Relaxed);
+        Self(counter.clone())
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -175,9 +212,14 @@ mod tests {
     #[test]
     fn the_queue_is_bounded_and_places_come_back() {
         let stats = Arc::new(Stats::new());
-        let slot = QueueSlot::take(&stats, 1).expect("empty");
-        assert_eq!(QueueSlot::take(&stats, 1).err(), Some(1));
-        drop(slot);
-        assert!(QueueSlot::take(&stats, 1).is_ok());
+        let mut slot = QueueSlot::take(&stats, false, 1).expect("empty");
+        assert_eq!(QueueSlot::take(&stats, false, 1).err(), Some(1));
+        let held = QueueSlot::take(&stats, true, 1).expect("those held are counted apart");
+        slot.count_as(true);
+        let counts = || (stats.waiting.load(Ordering::Relaxed), stats.held.load(Ordering::Relaxed));
+        assert_eq!(counts(), (0, 2));
+        drop((slot, held));
+        assert_eq!(counts(), (0, 0));
+        assert!(QueueSlot::take(&stats, false, 1).is_ok());
     }
 }

@@ -32,6 +32,8 @@ pub struct DeploymentLoad {
     pub model: String,
     /// Sequences waiting.
     pub queued: usize,
+    /// Requests that wait because there is no replica at all.
+    pub held: usize,
     /// Sequences in batches.
     pub running: usize,
     /// Fraction of KV blocks in use by sequences, 0 to 1; the fullest group, the mean over ready replicas.
@@ -71,6 +73,10 @@ pub struct ReplicaLoad {
     pub ready: bool,
     /// No new requests are sent to it.
     pub draining: bool,
+    /// This router drives it.
+    pub drives: bool,
+    /// Sequences of this router's clients that are on it or queued for it.
+    pub sequences: usize,
     /// Sequences waiting.
     pub queued: usize,
     /// Sequences in batches.

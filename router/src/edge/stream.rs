@@ -10,7 +10,7 @@ use tokio::{
 
 use super::{
     FinishReason, StreamError, StreamEvent,
-    stats::{QueueSlot, Stats},
+    stats::{Counted, QueueSlot, Stats},
 };
 use crate::{
     fleet::View,
@@ -162,8 +162,11 @@ impl Course {
                     }
                 }
                 Wake::View => {
-                    if self.view.borrow_and_update().deployment(&self.deployment).is_none() {
+                    let Some(deployment) = self.view.borrow_and_update().deployment(&self.deployment).cloned() else {
                         return Some(self.fail(StreamError::NoReplica("its deployment is gone".to_owned())));
+                    };
+                    if let Some(slot) = &mut self.slot {
+                        slot.count_as(deployment.holds());
                     }
                     self.try_place();
                 }
@@ -199,6 +202,7 @@ impl Course {
             submitted: self.submitted,
             last_token: self.last_token,
             stats: self.stats.clone(),
+            _counted: Counted::new(&member.sequences),
         };
         match member.owner.submit(submission, sink) {
             Ok(ticket) => {

@@ -1,5 +1,7 @@
 //! Streams through an edge over simulated replicas, in virtual time.
 
+mod hold;
+
 use std::{sync::Arc, time::Duration};
 
 use plan::{

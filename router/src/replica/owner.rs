@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 
 use super::{Replica, ReplicaError, Session};
 use crate::{
-    edge::stats::{QueueSlot, Stats},
+    edge::stats::{Counted, QueueSlot, Stats},
     scheduler::{BlockHash, Counters, EventKind, PrefixChange, Scheduler, SchedulerOptions, Submission},
 };
 
@@ -52,6 +52,8 @@ pub(crate) struct EventSink {
     /// When its last token came.
     pub(crate) last_token: Option<Instant>,
     pub(crate) stats: Arc<Stats>,
+    /// It is on the replica for as long as the owner has this.
+    pub(crate) _counted: Counted,
 }
 
 impl EventSink {

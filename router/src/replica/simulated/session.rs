@@ -84,7 +84,7 @@ pub enum Fault {
     None,
     /// The session breaks when it is given a step with this number or a later one; sessions that follow work.
     LoseAtStep(u64),
-    /// The session is broken and none can be opened.
+    /// The session is broken and none can be opened, and nothing else answers.
     Down,
     /// The session is broken and none can be opened: its workers load their weights again.
     Loading,
@@ -167,7 +167,7 @@ impl Replica for SimulatedReplica {
     }
 
     fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>> {
-        Box::pin(async move { Ok(self.card.clone()) })
+        Box::pin(async move { if *self.fault.borrow() == Fault::Down { Err(lost("it is down")) } else { Ok(self.card.clone()) } })
     }
 }
 
