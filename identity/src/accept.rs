@@ -110,8 +110,9 @@ async fn take(listener: TcpListener, identity: Option<Identity>, protocol: Proto
         tokio::spawn(async move {
             let accepted = match identity {
                 None => Ok(Accepted { stream: Stream::Plain(stream), peer: Peer(None) }),
-                Some(identity) => match timeout(HANDSHAKE, prove(&identity, protocol, stream)).await {
-                    Ok(proven) => proven,
+                Some(identity) => match timeout(HANDSHAKE, accept(&identity, protocol, stream)).await {
+                    Ok(Ok((stream, name))) => Ok(Accepted { stream: Stream::Server(Box::new(stream)), peer: Peer(Some(name)) }),
+                    Ok(Err(reason)) => Err(reason),
                     Err(_) => Err("it did not prove its name in time".to_owned()),
                 },
             };
@@ -125,8 +126,11 @@ async fn take(listener: TcpListener, identity: Option<Identity>, protocol: Proto
     }
 }
 
-/// The handshake, and the question whether the other end may call at all.
-async fn prove(identity: &Identity, protocol: Protocol, stream: TcpStream) -> Result<Accepted, String> {
+/// Has the other end of a connection prove its name, which must be one that this process admits.
+///
+/// # Errors
+/// Why it is refused.
+pub async fn accept(identity: &Identity, protocol: Protocol, stream: TcpStream) -> Result<(server::TlsStream<TcpStream>, Name), String> {
     let material = identity.material();
     let config = identity.server(&material, protocol).map_err(|error| error.to_string())?;
     let stream = TlsAcceptor::from(config).accept(stream).await.map_err(|error| error.to_string())?;
@@ -135,7 +139,7 @@ async fn prove(identity: &Identity, protocol: Protocol, stream: TcpStream) -> Re
     if !material.name.admits(&name) {
         return Err(format!("{name} called {}, which has nothing to say to it", material.name));
     }
-    Ok(Accepted { stream: Stream::Server(Box::new(stream)), peer: Peer(Some(name)) })
+    Ok((stream, name))
 }
 
 impl Connected for Accepted {

@@ -20,14 +20,11 @@ use crate::{
     name::Name,
 };
 
-/// A connection whose other end proved its name.
-pub type Proven = TlsStream<TcpStream>;
-
 /// Proves this process's name on a connection and has the other end prove that it is `expected`.
 ///
 /// # Errors
 /// When the other end breaks off, is another, or is not trusted.
-pub async fn connect(identity: &Identity, expected: &Name, protocol: Protocol, stream: TcpStream) -> io::Result<Proven> {
+pub async fn connect(identity: &Identity, expected: &Name, protocol: Protocol, stream: TcpStream) -> io::Result<TlsStream<TcpStream>> {
     let material = identity.material();
     let config = identity.client(&material, protocol, expected.clone()).map_err(io::Error::other)?;
     // Names are in certificates, not in the DNS; the library wants one all the same, and neither sends nor checks it.

@@ -11,10 +11,12 @@ mod accept;
 mod dial;
 mod material;
 mod name;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
-pub use accept::{Accepted, Incoming, Peer};
-pub use dial::{Dialer, Proven, connect};
+pub use accept::{Accepted, Incoming, Peer, accept};
+pub use dial::{Dialer, connect};
 pub use material::{CERTIFICATE, Identity, IdentityError, KEY, Protocol, TRUSTED};
 pub use name::{Name, NameError};

@@ -292,9 +292,11 @@ fn read(folder: &Path, provider: &CryptoProvider) -> Result<(Material, Stamp), I
         move |detail: String| IdentityError::Content { path, expected, detail }
     };
     let chain = certificates(&certificate).map_err(wrong(CERTIFICATE, "certificate"))?;
-    let name = chain.first().ok_or_else(|| "it is empty".to_owned()).and_then(name_of).map_err(wrong(CERTIFICATE, "certificate of ours"))?;
+    let name =
+        chain.first().ok_or_else(|| "it is empty".to_owned()).and_then(name_of).map_err(wrong(CERTIFICATE, "certificate of ours"))?;
     let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| wrong(KEY, "private key")(error.to_string()))?;
-    let key = CertifiedKey::from_der(chain, key, provider).map_err(|source| IdentityError::Mismatch { folder: folder.to_owned(), source })?;
+    let key =
+        CertifiedKey::from_der(chain, key, provider).map_err(|source| IdentityError::Mismatch { folder: folder.to_owned(), source })?;
     let mut roots = RootCertStore::empty();
     for authority in certificates(&trusted).map_err(wrong(TRUSTED, "certificate"))? {
         roots.add(authority).map_err(|error| wrong(TRUSTED, "certificate of an authority")(error.to_string()))?;

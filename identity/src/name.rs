@@ -85,14 +85,14 @@ impl FromStr for Name {
         let name = match parts[..] {
             ["operator"] => Some(Self::Operator),
             ["ns", namespace, "router"] => Some(Self::Router { namespace: namespace.to_owned() }),
-            ["ns", namespace, "replica", replica, "stage", stage] => stage
-                .parse()
-                .ok()
-                .map(|stage| Self::Worker { namespace: namespace.to_owned(), replica: replica.to_owned(), stage }),
+            ["ns", namespace, "replica", replica, "stage", stage] => {
+                stage.parse().ok().map(|stage| Self::Worker { namespace: namespace.to_owned(), replica: replica.to_owned(), stage })
+            }
             _ => None,
         };
         // Written back, so that `stage/01` or an empty part is not taken for something else.
-        name.filter(|name| name.to_string() == text && parts.iter().all(|p| !p.is_empty())).ok_or_else(|| NameError { text: text.to_owned() })
+        name.filter(|name| name.to_string() == text && parts.iter().all(|p| !p.is_empty()))
+            .ok_or_else(|| NameError { text: text.to_owned() })
     }
 }
 
@@ -111,7 +111,8 @@ mod tests {
         for name in [Name::Operator, Name::Router { namespace: "a".into() }, worker] {
             assert_eq!(name.to_string().parse(), Ok(name));
         }
-        let wrong = ["", "spiffe://skein/", "spiffe://other/operator", "spiffe://skein/ns//router", "spiffe://skein/ns/a/replica/r/stage/01"];
+        let wrong =
+            ["", "spiffe://skein/", "spiffe://other/operator", "spiffe://skein/ns//router", "spiffe://skein/ns/a/replica/r/stage/01"];
         for text in wrong {
             assert!(text.parse::<Name>().is_err(), "{text}");
         }
@@ -124,7 +125,8 @@ mod tests {
         let worker = |text: &str| name(&format!("spiffe://skein/ns/{text}"));
         let (first, second) = (worker("a/replica/r0/stage/0"), worker("a/replica/r0/stage/1"));
         let (stranger, foreign) = (worker("a/replica/r1/stage/0"), worker("b/replica/r0/stage/0"));
-        let admitted = [(&operator, &router), (&router, &router), (&router, &first), (&first, &router), (&first, &second), (&second, &first)];
+        let admitted =
+            [(&operator, &router), (&router, &router), (&router, &first), (&first, &router), (&first, &second), (&second, &first)];
         for (server, client) in admitted {
             assert!(server.admits(client), "{server} refuses {client}");
         }

@@ -1,11 +1,7 @@
 //! Real handshakes on loopback, with authorities made for each test.
 
-use std::{fs, net::SocketAddr, path::Path, time::SystemTime};
+use std::{fs, net::SocketAddr, time::SystemTime};
 
-use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose, SanType,
-    string::Ia5String,
-};
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -13,44 +9,13 @@ use tokio::{
     time::{Duration, timeout},
 };
 
-use super::*;
+use super::{
+    testing::{Authority, Process},
+    *,
+};
 
 /// Nothing here takes this long unless it hangs.
 const LONG: Duration = Duration::from_secs(20);
-
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
-fn authority() -> Authority {
-    let mut params = CertificateParams::new(Vec::new()).expect("parameters");
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
-    CertifiedIssuer::self_signed(params, KeyPair::generate().expect("a key")).expect("an authority")
-}
-
-/// Writes the files of a process called `names`.
-fn write(folder: &Path, by: &Authority, trusted: &[&Authority], names: &[&str]) {
-    let mut params = CertificateParams::new(Vec::new()).expect("parameters");
-    params.subject_alt_names = names.iter().map(|n| SanType::URI(Ia5String::try_from(*n).expect("plain text"))).collect();
-    params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
-    let key = KeyPair::generate().expect("a key");
-    let certificate = params.signed_by(&key, by).expect("a certificate");
-    fs::write(folder.join(CERTIFICATE), certificate.pem()).expect("written");
-    fs::write(folder.join(KEY), key.serialize_pem()).expect("written");
-    fs::write(folder.join(TRUSTED), trusted.iter().map(|a| a.pem()).collect::<String>()).expect("written");
-}
-
-/// A process: its folder and its identity.
-struct Process {
-    folder: TempDir,
-    identity: Identity,
-}
-
-fn process(by: &Authority, name: &str) -> Process {
-    let folder = TempDir::new().expect("a folder");
-    write(folder.path(), by, &[by], &[name]);
-    let identity = Identity::open(folder.path()).expect("an identity");
-    Process { folder, identity }
-}
 
 const ROUTER: &str = "spiffe://skein/ns/a/router";
 const WORKER: &str = "spiffe://skein/ns/a/replica/r0/stage/0";
@@ -88,8 +53,8 @@ fn echo(mut incoming: Incoming) -> tokio::sync::mpsc::Receiver<Option<Name>> {
 
 #[tokio::test]
 async fn both_sides_learn_who_the_other_is() {
-    let ca = authority();
-    let (router, worker) = (process(&ca, ROUTER), process(&ca, WORKER));
+    let ca = Authority::new();
+    let (router, worker) = (ca.process(ROUTER), ca.process(WORKER));
     let (address, incoming) = listen(&worker.identity, Protocol::Grpc).await;
     let mut seen = echo(incoming);
     let answer = timeout(LONG, call(&router.identity, WORKER, Protocol::Grpc, address)).await.expect("in time");
@@ -99,26 +64,26 @@ async fn both_sides_learn_who_the_other_is() {
 
 #[tokio::test]
 async fn whoever_is_not_expected_or_not_admitted_is_refused() {
-    let (ca, other) = (authority(), authority());
-    let worker = process(&ca, WORKER);
+    let (ca, other) = (Authority::new(), Authority::new());
+    let worker = ca.process(WORKER);
     let (address, incoming) = listen(&worker.identity, Protocol::Grpc).await;
     let mut seen = echo(incoming);
     let refused = |client: Identity, expected: &'static str, protocol| async move {
         timeout(LONG, call(&client, expected, protocol, address)).await.expect("in time").expect_err("a refusal")
     };
     // Another stage answers than was asked for.
-    let error = refused(process(&ca, ROUTER).identity, "spiffe://skein/ns/a/replica/r0/stage/1", Protocol::Grpc).await;
+    let error = refused(ca.process(ROUTER).identity, "spiffe://skein/ns/a/replica/r0/stage/1", Protocol::Grpc).await;
     assert!(error.to_string().contains("stage/0 answered, expected"), "{error}");
     // A router of another namespace, and a worker of another replica.
     for stranger in ["spiffe://skein/ns/b/router", "spiffe://skein/ns/a/replica/r1/stage/0", "spiffe://skein/operator"] {
-        refused(process(&ca, stranger).identity, WORKER, Protocol::Grpc).await;
+        refused(ca.process(stranger).identity, WORKER, Protocol::Grpc).await;
     }
     // The right name from a stranger's authority.
-    let stranger = process(&other, ROUTER);
-    write(stranger.folder.path(), &other, &[&other, &ca], &[ROUTER]);
+    let stranger = other.process(ROUTER);
+    other.write(stranger.folder.path(), &[&other, &ca], &[ROUTER]);
     refused(Identity::open(stranger.folder.path()).expect("an identity"), WORKER, Protocol::Grpc).await;
     // The wrong kind of connection.
-    refused(process(&ca, ROUTER).identity, WORKER, Protocol::Collective).await;
+    refused(ca.process(ROUTER).identity, WORKER, Protocol::Collective).await;
     // No certificate at all.
     let mut plain = TcpStream::connect(address).await.expect("a connection");
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("written");
@@ -130,8 +95,8 @@ async fn whoever_is_not_expected_or_not_admitted_is_refused() {
 
 #[tokio::test]
 async fn a_certificate_is_replaced_under_a_running_process() {
-    let (old, new) = (authority(), authority());
-    let (router, worker) = (process(&old, ROUTER), process(&old, WORKER));
+    let (old, new) = (Authority::new(), Authority::new());
+    let (router, worker) = (old.process(ROUTER), old.process(WORKER));
     let (address, incoming) = listen(&worker.identity, Protocol::Grpc).await;
     let _seen = echo(incoming);
     let call = || async { timeout(LONG, call(&router.identity, WORKER, Protocol::Grpc, address)).await.expect("in time") };
@@ -139,7 +104,7 @@ async fn a_certificate_is_replaced_under_a_running_process() {
     let mut standing = connect(&router.identity, &WORKER.parse().expect("a name"), Protocol::Grpc, standing).await.expect("proven");
     // The worker goes over to a new authority, which the router does not know yet.
     let replace = |process: &Process, by: &Authority, trusted: &[&Authority], name: &str| {
-        write(process.folder.path(), by, trusted, &[name]);
+        by.write(process.folder.path(), trusted, &[name]);
         let file = fs::File::options().append(true).open(process.folder.path().join(CERTIFICATE)).expect("the file");
         file.set_modified(SystemTime::now() + Duration::from_secs(60)).expect("a time");
         process.identity.look_now();
@@ -163,21 +128,21 @@ async fn a_certificate_is_replaced_under_a_running_process() {
 
 #[test]
 fn damaged_folders_are_refused_by_file() {
-    let ca = authority();
+    let ca = Authority::new();
     let folder = TempDir::new().expect("a folder");
     let open = || Identity::open(folder.path()).expect_err("a refusal").to_string();
     assert!(open().contains("failed to read") && open().contains(CERTIFICATE), "{}", open());
-    write(folder.path(), &ca, &[&ca], &[]);
+    ca.write(folder.path(), &[&ca], &[]);
     assert!(open().contains("no URI name"), "{}", open());
-    write(folder.path(), &ca, &[&ca], &[ROUTER, WORKER]);
+    ca.write(folder.path(), &[&ca], &[ROUTER, WORKER]);
     assert!(open().contains("several URI names"), "{}", open());
-    write(folder.path(), &ca, &[&ca], &["https://example.com"]);
+    ca.write(folder.path(), &[&ca], &["https://example.com"]);
     assert!(open().contains("no name of a router"), "{}", open());
-    write(folder.path(), &ca, &[], &[ROUTER]);
+    ca.write(folder.path(), &[], &[ROUTER]);
     assert!(open().contains(TRUSTED), "{}", open());
-    write(folder.path(), &ca, &[&ca], &[ROUTER]);
+    ca.write(folder.path(), &[&ca], &[ROUTER]);
     let certificate = fs::read(folder.path().join(CERTIFICATE)).expect("the file");
-    write(folder.path(), &ca, &[&ca], &[ROUTER]);
+    ca.write(folder.path(), &[&ca], &[ROUTER]);
     fs::write(folder.path().join(CERTIFICATE), certificate).expect("written");
     assert!(open().contains("do not belong together"), "{}", open());
 }

@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use identity::{Dialer, Identity, Name};
 use plan::fleet::FleetState;
 use proto::{
     bearer::Bearer,
@@ -89,6 +90,7 @@ pub struct Control {
     name: String,
     endpoint: Endpoint,
     bearer: Bearer,
+    identity: Option<Identity>,
     kept: Option<PathBuf>,
 }
 
@@ -107,7 +109,13 @@ impl Control {
             .http2_keep_alive_interval(KEEPALIVE.0)
             .keep_alive_timeout(KEEPALIVE.1)
             .keep_alive_while_idle(true);
-        Ok(Self { name, endpoint, bearer: Bearer::new(token), kept })
+        Ok(Self { name, endpoint, bearer: Bearer::new(token), identity: None, kept })
+    }
+
+    /// Proves to be `identity`, and has the control plane prove that it is the operator; without one, the connection is plain.
+    #[must_use]
+    pub fn with_identity(self, identity: Option<Identity>) -> Self {
+        Self { identity, ..self }
     }
 
     /// The state kept by the last process; `None` when there is none.
@@ -146,7 +154,8 @@ impl Control {
 
     /// One stream, until it ends.
     async fn stream(&self, edge: &Edge, fleet: &watch::Sender<FleetState>) -> StreamError {
-        let channel = match self.endpoint.connect().await {
+        let dialer = Dialer::new(self.identity.clone().map(|own| (own, Name::Operator)));
+        let channel = match self.endpoint.connect_with_connector(dialer).await {
             Ok(channel) => channel,
             Err(error) => return StreamError::Connect(error),
         };

@@ -63,7 +63,7 @@ pub(crate) async fn acquire(worker: &Worker, request: AcquireRequest) -> Result<
 async fn probe(worker: &Worker, named: &WorkerAddress) -> Result<(ProbeReply, u64), Status> {
     let limit = worker.deadlines.probe;
     let answer = timeout(limit, async {
-        let mut client = peer::dial(&named.address, &worker.bearer, limit).await?;
+        let mut client = peer::dial(worker, named.stage, &named.address, limit).await?;
         client.probe(ProbeRequest {}).await
     });
     let unanswered = |why: &str| Status::unavailable(format!("{} did not answer the probe: {why}", peer::name(named)));

@@ -17,6 +17,16 @@ pub enum WorkerError {
         #[source]
         source: io::Error,
     },
+    /// The certificate is another process's.
+    #[error("the certificate is that of {got}, expected that of a worker of stage {stage} of {replica}")]
+    Identity {
+        /// The name in it.
+        got: String,
+        /// Its replica by the specification.
+        replica: String,
+        /// Its stage by the specification.
+        stage: usize,
+    },
     /// The collective's socket cannot be made.
     #[error("failed to open a socket for the ranks of the stage")]
     Collective(#[source] io::Error),
@@ -65,6 +75,7 @@ impl WorkerError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::Bind { .. } => "PortInUse",
+            Self::Identity { .. } => "WrongIdentity",
             Self::Collective(_) | Self::Thread { .. } | Self::Engine { .. } | Self::Server(_) => "WorkerFailed",
             Self::Source { source, .. } => source.reason(),
             Self::Load { source, .. } => source.reason(),

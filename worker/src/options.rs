@@ -2,6 +2,7 @@
 
 use std::{fmt, net::SocketAddr, time::Duration};
 
+use identity::Identity;
 use kernels::Isa;
 use plan::worker::WorkerSpec;
 use source::SourceOptions;
@@ -15,6 +16,8 @@ pub struct WorkerOptions {
     pub listen: SocketAddr,
     /// What every call must carry, and calls to other workers do.
     pub token: Option<String>,
+    /// What it proves to be, and has others prove; connections are plain without.
+    pub identity: Option<Identity>,
     /// Instructions of the kernels.
     pub isa: Isa,
     /// How weights are fetched; the digest of the spec, where it has one, replaces that of these.
@@ -26,7 +29,7 @@ pub struct WorkerOptions {
 impl WorkerOptions {
     /// Options with the usual deadlines.
     pub fn new(spec: WorkerSpec, listen: SocketAddr, token: Option<String>, isa: Isa, source: SourceOptions) -> Self {
-        Self { spec, listen, token, isa, source, deadlines: Deadlines::default() }
+        Self { spec, listen, token, identity: None, isa, source, deadlines: Deadlines::default() }
     }
 }
 
@@ -38,6 +41,7 @@ impl fmt::Debug for WorkerOptions {
             .field("rank", &self.spec.shard.rank)
             .field("listen", &self.listen)
             .field("token", &self.token.as_ref().map(|_| "…"))
+            .field("identity", &self.identity)
             .field("isa", &self.isa)
             .field("source", &self.source)
             .field("deadlines", &self.deadlines)

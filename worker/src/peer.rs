@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use identity::Dialer;
 use proto::{
     bearer::Bearer,
     worker::{WorkerAddress, worker_client::WorkerClient},
@@ -12,6 +13,8 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
+use crate::state::Worker;
+
 /// Bytes that may be under way on one stream: several hidden frames.
 pub(crate) const WINDOW: u32 = 8 << 20;
 /// How often a connection is tried out, and how long its other end may take.
@@ -19,10 +22,14 @@ pub(crate) const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(1), Dura
 
 pub(crate) type Client = WorkerClient<InterceptedService<Channel, Bearer>>;
 
-/// Connects to the worker at `address` (`HOST:PORT`).
-pub(crate) async fn dial(address: &str, bearer: &Bearer, limit: Duration) -> Result<Client, Status> {
+/// Connects `worker` to another of its replica, of stage `stage`, at `address` (`HOST:PORT`).
+pub(crate) async fn dial(worker: &Worker, stage: u32, address: &str, limit: Duration) -> Result<Client, Status> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"));
     let endpoint = endpoint.map_err(|e| Status::invalid_argument(format!("{address} is not an address: {e}")))?;
+    let expected = worker.identity.clone().and_then(|own| {
+        let name = own.name().worker(&worker.spec.replica, stage as usize)?;
+        Some((own, name))
+    });
     let channel = endpoint
         .connect_timeout(limit)
         .tcp_nodelay(true)
@@ -30,10 +37,10 @@ pub(crate) async fn dial(address: &str, bearer: &Bearer, limit: Duration) -> Res
         .initial_connection_window_size(WINDOW)
         .http2_keep_alive_interval(KEEPALIVE.0)
         .keep_alive_timeout(KEEPALIVE.1)
-        .connect()
+        .connect_with_connector(Dialer::new(expected))
         .await
         .map_err(|e| Status::unavailable(crate::failure::chain(&e)))?;
-    Ok(WorkerClient::with_interceptor(channel, bearer.clone()))
+    Ok(WorkerClient::with_interceptor(channel, worker.bearer.clone()))
 }
 
 /// `stage 1 rank 0 at 127.0.0.1:4000`, for messages.

@@ -2,10 +2,11 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use identity::{Incoming, Protocol};
 use proto::{bearer::Bearer, worker::worker_server::WorkerServer};
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -30,6 +31,7 @@ const MESSAGE: usize = 64 << 20;
 /// # Errors
 /// If the address cannot be bound, the shard cannot be loaded, or the engine's thread or the server fails.
 pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + Send, stop: CancellationToken) -> Result<(), WorkerError> {
+    check_identity(&options)?;
     let bind = |source| WorkerError::Bind { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(bind)?;
     let address = listener.local_addr().map_err(bind)?;
@@ -42,6 +44,7 @@ pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + 
         incarnation,
         deadlines: options.deadlines,
         bearer: Bearer::new(options.token),
+        identity: options.identity,
         gate: Gate::new(spec.shard.is_first() && spec.shard.rank == 0),
         lobby: Arc::new(Lobby::default()),
         collective_address: ranks.as_ref().map_or(Address::None, |l| l.address().clone()),
@@ -72,6 +75,16 @@ pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + 
     result
 }
 
+/// A certificate must be for the worker that the specification describes.
+fn check_identity(options: &WorkerOptions) -> Result<(), WorkerError> {
+    let Some(name) = options.identity.as_ref().map(identity::Identity::name) else { return Ok(()) };
+    let (replica, stage) = (&options.spec.replica, options.spec.shard.stage);
+    if name.worker(replica, stage).as_ref() == Some(&name) {
+        return Ok(());
+    }
+    Err(WorkerError::Identity { got: name.to_string(), replica: replica.clone(), stage })
+}
+
 /// Serves until `stop`, or until the engine ends.
 async fn run(
     worker: &Arc<Worker>,
@@ -84,7 +97,8 @@ async fn run(
     let shard = &worker.spec.shard;
     if let Some(ranks) = ranks {
         let who = Who { stage: shard.stage, rank: shard.rank, ranks: shard.ranks, incarnation: worker.incarnation };
-        worker.tasks.spawn(ranks.serve(worker.lobby.clone(), who, worker.deadlines.meet, worker.stop.clone()));
+        let ranks = ranks.serve(worker.lobby.clone(), who, worker.identity.clone(), worker.deadlines.meet, worker.stop.clone());
+        worker.tasks.spawn(ranks);
     }
     let service = WorkerServer::new(Service(worker.clone())).max_decoding_message_size(MESSAGE).max_encoding_message_size(usize::MAX);
     let server = Server::builder()
@@ -93,7 +107,10 @@ async fn run(
         .http2_keepalive_interval(Some(KEEPALIVE.0))
         .http2_keepalive_timeout(Some(KEEPALIVE.1))
         .add_service(service)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), worker.stop.clone().cancelled_owned());
+        .serve_with_incoming_shutdown(
+            Incoming::new(listener, worker.identity.clone(), Protocol::Grpc),
+            worker.stop.clone().cancelled_owned(),
+        );
     tokio::pin!(server);
     listening(address);
     info!(%address, replica = worker.spec.replica, stage = shard.stage, rank = shard.rank, "worker listens");

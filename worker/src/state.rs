@@ -9,6 +9,7 @@ use std::{
 };
 
 use engine::Progress;
+use identity::Identity;
 use plan::worker::{CollectiveKind, WorkerSpec};
 use proto::{bearer::Bearer, worker as wire};
 use source::Source;
@@ -28,6 +29,7 @@ pub(crate) struct Worker {
     pub(crate) deadlines: Deadlines,
     pub(crate) incarnation: u64,
     pub(crate) bearer: Bearer,
+    pub(crate) identity: Option<Identity>,
     pub(crate) gate: Gate,
     pub(crate) lobby: Arc<Lobby>,
     pub(crate) collective_address: Address,

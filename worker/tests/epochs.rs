@@ -88,15 +88,15 @@ async fn an_old_epoch_is_refused_on_collectives() {
         let group = |epoch| Group { kind, epoch, stage: 0, rank: 1, peers: grant.workers.iter().map(peer).collect() };
         let waits = Waits { meet: LONG, exchange: LONG, spin: std::time::Duration::ZERO };
         for stale in [before(grant.epoch), Epoch { session: grant.epoch.session + 1, ..grant.epoch }] {
-            let refused = join(group(stale), &Lobby::default(), waits).await;
+            let refused = join(group(stale), &Lobby::default(), None, waits).await;
             assert!(matches!(&refused, Err(JoinError::Refused { rank: 0, reason }) if reason.contains("epoch")), "{refused:?}");
         }
         let mut other = group(grant.epoch);
         other.peers[0].incarnation += 1;
-        let refused = join(other, &Lobby::default(), waits).await;
+        let refused = join(other, &Lobby::default(), None, waits).await;
         assert!(matches!(&refused, Err(JoinError::Refused { reason, .. }) if reason.contains("incarnation")), "{refused:?}");
         // Control.
-        let joined = join(group(grant.epoch), &Lobby::default(), waits).await.expect("the present epoch's collective");
+        let joined = join(group(grant.epoch), &Lobby::default(), None, waits).await.expect("the present epoch's collective");
         assert_eq!((joined.collective.rank(), joined.collective.ranks()), (1, 2));
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
+use identity::{Dialer, Identity};
 use kernels::Isa;
 use plan::{
     fleet::FleetReplica,
@@ -55,6 +56,7 @@ pub(crate) struct Running {
     pub(crate) spec: WorkerSpec,
     pub(crate) address: SocketAddr,
     deadlines: Deadlines,
+    identity: Option<Identity>,
     stop: CancellationToken,
     task: JoinHandle<Result<(), WorkerError>>,
 }
@@ -67,15 +69,20 @@ impl Drop for Running {
 
 impl Running {
     pub(crate) async fn start(spec: WorkerSpec, listen: SocketAddr, deadlines: Deadlines) -> Self {
+        Self::start_as(spec, listen, deadlines, None).await
+    }
+
+    pub(crate) async fn start_as(spec: WorkerSpec, listen: SocketAddr, deadlines: Deadlines, identity: Option<Identity>) -> Self {
         let stop = CancellationToken::new();
         let (listening, bound) = oneshot::channel();
         let isa = Isa::named("auto").expect("an instruction set");
         let mut options = WorkerOptions::new(spec.clone(), listen, Some(TOKEN.into()), isa, SourceOptions::default());
         options.deadlines = deadlines;
+        options.identity = identity.clone();
         let serve = worker::serve(options, move |at| listening.send(at).expect("a listener"), stop.clone());
         let task = tokio::spawn(serve);
         let address = timeout(LONG, bound).await.expect("a worker that binds").expect("a worker that lives");
-        let mut running = Self { spec, address, deadlines, stop, task };
+        let mut running = Self { spec, address, deadlines, identity, stop, task };
         running.until_loaded().await;
         running
     }
@@ -83,7 +90,10 @@ impl Running {
     async fn until_loaded(&mut self) {
         let begun = Instant::now();
         loop {
-            let answer = match Endpoint::from_shared(format!("http://{}", self.address)).expect("an address").connect().await {
+            // A worker may call itself.
+            let dialer = Dialer::new(self.identity.clone().map(|own| (own.clone(), own.name())));
+            let endpoint = Endpoint::from_shared(format!("http://{}", self.address)).expect("an address");
+            let answer = match endpoint.connect_with_connector(dialer).await {
                 Ok(channel) => WorkerClient::with_interceptor(channel, Bearer::new(Some(TOKEN.into()))).probe(ProbeRequest {}).await.ok(),
                 Err(_) => None,
             };
@@ -111,9 +121,9 @@ impl Running {
 
     /// Stops it and starts another in its place, at the same address.
     pub(crate) async fn restart(self) -> Self {
-        let (spec, address, deadlines) = (self.spec.clone(), self.address, self.deadlines);
+        let (spec, address, deadlines, identity) = (self.spec.clone(), self.address, self.deadlines, self.identity.clone());
         self.stop().await;
-        Self::start(spec, address, deadlines).await
+        Self::start_as(spec, address, deadlines, identity).await
     }
 
     pub(crate) fn named(&self) -> WorkerAddress {

@@ -4,6 +4,7 @@ mod arbiter;
 mod collectives;
 mod epochs;
 mod fleet;
+mod identities;
 mod owner;
 mod replica;
 mod watch;

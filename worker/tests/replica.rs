@@ -20,7 +20,7 @@ const SEQUENCES: u64 = 3;
 const DRAWS: u64 = 10;
 
 /// Prompts of different lengths, the longest in two chunks, then draws that continue before they were seen.
-fn steps(plan: &ExecutionPlan, ids: impl Fn(u64, usize) -> u32) -> Vec<Step> {
+pub(crate) fn steps(plan: &ExecutionPlan, ids: impl Fn(u64, usize) -> u32) -> Vec<Step> {
     let length = |sequence: u64| 5 + 9 * sequence as usize;
     let blocks = (length(SEQUENCES) + DRAWS as usize).div_ceil(BLOCK_TOKENS);
     let prompt = |sequence: u64| (0..length(sequence)).map(|i| ids(sequence, i)).collect::<Vec<_>>();
@@ -93,7 +93,7 @@ fn steps(plan: &ExecutionPlan, ids: impl Fn(u64, usize) -> u32) -> Vec<Step> {
     steps
 }
 
-fn ids(sequence: u64, i: usize) -> u32 {
+pub(crate) fn ids(sequence: u64, i: usize) -> u32 {
     (sequence as u32 * 97 + i as u32 * 31 + 5) % 500
 }
 
@@ -106,7 +106,7 @@ impl WeightReader for Reader {
 }
 
 /// What one engine makes of the steps.
-fn solo(steps: &[Step]) -> Vec<Vec<Output>> {
+pub(crate) fn solo(steps: &[Step]) -> Vec<Vec<Output>> {
     let plan = plan(1, 1);
     let source = Reader(Source::open(&model(), SourceOptions::default()).expect("the fixture"));
     let isa = Isa::named("auto").expect("an instruction set");

@@ -134,6 +134,10 @@ pub(crate) struct WorkerArgs {
     /// Instructions of the kernels.
     #[arg(long, value_enum, default_value_t = IsaChoice::Auto)]
     pub(crate) isa: IsaChoice,
+    /// Folder of this worker's certificate (tls.crt, tls.key) and of the authorities it trusts (ca.crt): connections are encrypted, and each end
+    /// proves its name.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// Token that every call must carry.
     #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,

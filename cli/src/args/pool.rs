@@ -25,6 +25,10 @@ pub(crate) struct RouterArgs {
     /// Seconds that running requests may go on once this router is told to stop.
     #[arg(long, value_name = "SECONDS", default_value_t = 30)]
     pub(crate) drain_seconds: u64,
+    /// Folder of this router's certificate (tls.crt, tls.key) and of the authorities it trusts (ca.crt): internal connections are encrypted, and
+    /// each end proves its name.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) identity: Option<PathBuf>,
     /// Token for calls to the control plane.
     #[arg(long, env = "SKEIN_FLEET_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) fleet_token: Option<String>,

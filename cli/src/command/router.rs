@@ -3,6 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use anyhow::Context;
+use identity::Identity;
 use plan::fleet::FleetState;
 use router::{
     ApiOptions,
@@ -28,9 +29,10 @@ const RESUME: Duration = Duration::from_secs(120);
 pub(crate) async fn router(args: RouterArgs, stop: &Stop) -> Outcome {
     let http = TcpListener::bind(args.http).await.with_context(|| format!("failed to listen on {}", args.http))?;
     let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("failed to listen on {}", args.grpc))?;
-    let control = Control::new(args.name, &args.fleet, args.fleet_token, args.state).bad_input()?;
+    let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
+    let control = Control::new(args.name, &args.fleet, args.fleet_token, args.state).bad_input()?.with_identity(identity.clone());
     let fleet = watch::Sender::new(restore(&control)?);
-    let connector = Arc::new(WorkersConnector::new(args.worker_token));
+    let connector = Arc::new(WorkersConnector::new(args.worker_token).with_identity(identity));
     let edge = Edge::start(fleet.subscribe(), EdgeOptions { connector, resume: RESUME, deadline: None });
 
     let following = CancellationToken::new();

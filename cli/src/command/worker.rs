@@ -14,6 +14,7 @@ use std::{
 };
 
 use anyhow::Context;
+use identity::Identity;
 use kernels::Isa;
 use plan::worker::WorkerSpec;
 use tokio_util::sync::CancellationToken;
@@ -48,7 +49,9 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
     }
     let isa = Isa::named(args.isa.name()).bad_input()?;
     let source = model::source_options(global);
-    let options = WorkerOptions::new(spec, args.listen, args.token, isa, source);
+    let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
+    let mut options = WorkerOptions::new(spec, args.listen, args.token, isa, source);
+    options.identity = identity;
     let signalled = ending.clone();
     let until = async {
         stop.wait().await;

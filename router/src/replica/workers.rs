@@ -15,6 +15,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
+use identity::Identity;
 use plan::{card::ModelCard, fleet::FleetReplica};
 use proto::{bearer::Bearer, worker::WorkerAddress};
 use tokio::{task::JoinHandle, time::timeout};
@@ -29,6 +30,7 @@ const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub struct WorkersConnector {
     bearer: Bearer,
+    identity: Option<Identity>,
     router: String,
 }
 
@@ -38,14 +40,19 @@ impl WorkersConnector {
         static CONNECTORS: AtomicU64 = AtomicU64::new(0);
         // For the arbiter's log: which router, and which connector of it.
         let router = format!("router-{}-{}", std::process::id(), CONNECTORS.fetch_add(1, Ordering::Relaxed));
-        Self { bearer: Bearer::new(token), router }
+        Self { bearer: Bearer::new(token), identity: None, router }
+    }
+
+    /// Proves to be `identity` to workers, and has them prove their own names; without one, connections are plain.
+    pub fn with_identity(self, identity: Option<Identity>) -> Self {
+        Self { identity, ..self }
     }
 }
 
 impl Connector for WorkersConnector {
     fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica> {
         let layers = replica.limits.kv.groups.iter().map(|g| g.layers.len()).sum();
-        Arc::new(Workers::new(replica, layers, &self.bearer, &self.router))
+        Arc::new(Workers::new(replica, layers, self))
     }
 }
 
@@ -64,14 +71,14 @@ struct Workers {
 }
 
 impl Workers {
-    fn new(replica: &FleetReplica, layers: usize, bearer: &Bearer, router: &str) -> Self {
+    fn new(replica: &FleetReplica, layers: usize, connector: &WorkersConnector) -> Self {
         let ranks = |(stage, ranks): (usize, &Vec<String>)| {
-            let remote = |(rank, address): (usize, &String)| Arc::new(Remote::new(stage, rank, address, bearer));
+            let remote = |(rank, address): (usize, &String)| Arc::new(Remote::new(&replica.name, (stage, rank), address, connector));
             ranks.iter().enumerate().map(remote).collect::<Vec<_>>()
         };
         Self {
             name: replica.name.clone(),
-            router: router.to_owned(),
+            router: connector.router.clone(),
             stages: replica.workers.len(),
             layers,
             workers: replica.workers.iter().enumerate().flat_map(ranks).collect(),

@@ -10,6 +10,7 @@ use std::{
 };
 
 use engine::collective::{Collective, Solo};
+use identity::{Identity, Protocol};
 use plan::worker::{CollectiveKind, Epoch};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -116,11 +117,11 @@ pub enum JoinError {
     },
 }
 
-/// Meets the other ranks of `group`. For sockets, [`Lobby::enter`] has been called with the epoch, so that higher ranks may come in.
+/// Meets the other ranks of `group`; over TCP, each proves that it is of the same stage, where there is an identity. For sockets, [`Lobby::enter`] has been called with the epoch, so that higher ranks may come in.
 ///
 /// # Errors
 /// If one of them does not come, refuses, or cannot be reached.
-pub async fn join(group: Group, lobby: &Lobby, waits: Waits) -> Result<Joined, JoinError> {
+pub async fn join(group: Group, lobby: &Lobby, identity: Option<&Identity>, waits: Waits) -> Result<Joined, JoinError> {
     let ranks = group.peers.len();
     if ranks == 1 {
         return Ok(Joined { collective: Box::new(Solo), interrupt: None });
@@ -130,7 +131,7 @@ pub async fn join(group: Group, lobby: &Lobby, waits: Waits) -> Result<Joined, J
     }
     match group.kind {
         CollectiveKind::SharedMemory => shared(group, waits).await,
-        CollectiveKind::Unix | CollectiveKind::Tcp => sockets(group, lobby, waits).await,
+        CollectiveKind::Unix | CollectiveKind::Tcp => sockets(group, lobby, identity, waits).await,
     }
 }
 
@@ -157,14 +158,14 @@ async fn shared(group: Group, waits: Waits) -> Result<Joined, JoinError> {
     Ok(Joined { collective: Box::new(met), interrupt: Some(interrupt) })
 }
 
-async fn sockets(group: Group, lobby: &Lobby, waits: Waits) -> Result<Joined, JoinError> {
+async fn sockets(group: Group, lobby: &Lobby, identity: Option<&Identity>, waits: Waits) -> Result<Joined, JoinError> {
     let deadline = tokio::time::Instant::now() + waits.meet;
     let ranks = group.peers.len();
     let mut streams: Vec<Option<Stream>> = (0..ranks).map(|_| None).collect();
     // Lower ranks are called, higher ones call.
     let call = async {
         for (rank, peer) in group.peers.iter().enumerate().take(group.rank) {
-            streams[rank] = Some(timeout_at(deadline, call(&group, rank, peer)).await.map_err(|_| missing(rank, waits))??);
+            streams[rank] = Some(timeout_at(deadline, call(&group, identity, rank, peer)).await.map_err(|_| missing(rank, waits))??);
         }
         Ok::<_, JoinError>(())
     };
@@ -190,13 +191,23 @@ fn missing(rank: usize, waits: Waits) -> JoinError {
 }
 
 /// Connects to a lower rank and introduces this one.
-async fn call(group: &Group, rank: usize, peer: &Peer) -> Result<Stream, JoinError> {
+async fn call(group: &Group, identity: Option<&Identity>, rank: usize, peer: &Peer) -> Result<Stream, JoinError> {
     let broken = |source| JoinError::Io { rank, source };
     let stream = match &peer.address {
         Address::Tcp(host, port) => {
             let mut s = tokio::net::TcpStream::connect((host.as_str(), *port)).await.map_err(broken)?;
-            introduce(&mut s, group, rank, peer).await?;
-            s.into_std().map(Stream::Tcp)
+            match identity {
+                None => {
+                    introduce(&mut s, group, rank, peer).await?;
+                    s.into_std().map(Stream::Tcp)
+                }
+                Some(identity) => {
+                    let mut s = identity::connect(identity, &identity.name(), Protocol::Collective, s).await.map_err(broken)?;
+                    introduce(&mut s, group, rank, peer).await?;
+                    let (s, connection) = s.into_inner();
+                    s.into_std().map(|s| Stream::tls(s, connection.into()))
+                }
+            }
         }
         Address::Unix(path) => {
             let mut s = tokio::net::UnixStream::connect(path).await.map_err(broken)?;
@@ -239,6 +250,7 @@ async fn introduce<S: AsyncRead + AsyncWrite + Unpin>(s: &mut S, group: &Group, 
     let mut frame = header.encode(&hello).to_vec();
     frame.extend(hello);
     s.write_all(&frame).await.map_err(broken)?;
+    s.flush().await.map_err(broken)?;
     let mut answer = [0; HEADER];
     s.read_exact(&mut answer).await.map_err(broken)?;
     let refused = |reason| JoinError::Refused { rank, reason };

@@ -2,6 +2,7 @@
 
 use std::{io, net::IpAddr, sync::Arc, time::Duration};
 
+use identity::{Identity, Protocol};
 use plan::worker::{CollectiveKind, Epoch};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
@@ -9,6 +10,7 @@ use tokio::{
     task::JoinSet,
     time::timeout,
 };
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
@@ -87,8 +89,9 @@ impl Listener {
         &self.address
     }
 
-    /// Takes connections until `stop`. Each must introduce itself within `limit`, and waits that long for its epoch to begin here.
-    pub async fn serve(self, lobby: Arc<Lobby>, who: Who, limit: Duration, stop: CancellationToken) {
+    /// Takes connections until `stop`. Each must introduce itself within `limit`, and waits that long for its epoch to begin here. Over TCP it
+    /// proves before that it is of the same stage, where there is an identity.
+    pub async fn serve(self, lobby: Arc<Lobby>, who: Who, identity: Option<Identity>, limit: Duration, stop: CancellationToken) {
         let mut introductions = JoinSet::new();
         loop {
             let accepted = tokio::select! {
@@ -99,9 +102,9 @@ impl Listener {
             match accepted {
                 Ok(_) if introductions.len() >= INTRODUCTIONS => warn!("too many ranks at the collective socket; one was turned away"),
                 Ok(accepted) => {
-                    let lobby = lobby.clone();
+                    let (lobby, identity) = (lobby.clone(), identity.clone());
                     introductions.spawn(async move {
-                        if let Err(reason) = accepted.introduce(&lobby, who, limit).await {
+                        if let Err(reason) = accepted.introduce(&lobby, who, identity, limit).await {
                             debug!(reason, "a rank was refused");
                         }
                     });
@@ -138,20 +141,40 @@ fn bind_unix(name: &str) -> io::Result<(std::os::unix::net::UnixListener, Addres
 
 enum Accepted {
     Tcp(tokio::net::TcpStream),
+    Tls(Box<TlsStream<tokio::net::TcpStream>>),
     Unix(tokio::net::UnixStream),
 }
 
 impl Accepted {
-    async fn introduce(mut self, lobby: &Lobby, who: Who, limit: Duration) -> Result<(), String> {
-        let admitted = match &mut self {
+    /// Has a TCP connection proven.
+    async fn prove(self, identity: Option<Identity>, limit: Duration) -> Result<Self, String> {
+        match (self, identity) {
+            (Self::Tcp(s), Some(identity)) => {
+                let proven = timeout(limit, identity::accept(&identity, Protocol::Collective, s)).await;
+                let (s, name) = proven.map_err(|_| "it did not prove its name in time".to_owned())??;
+                let own = identity.name();
+                if name != own {
+                    return Err(format!("{name} called a rank of {own}"));
+                }
+                Ok(Self::Tls(Box::new(s)))
+            }
+            (other, _) => Ok(other),
+        }
+    }
+
+    async fn introduce(self, lobby: &Lobby, who: Who, identity: Option<Identity>, limit: Duration) -> Result<(), String> {
+        let mut this = self.prove(identity, limit).await?;
+        let admitted = match &mut this {
             Self::Tcp(s) => admit(s, lobby, who, limit).await,
+            Self::Tls(s) => admit(s, lobby, who, limit).await,
             Self::Unix(s) => admit(s, lobby, who, limit).await,
         };
         let (epoch, rank) = match admitted {
             Ok(admitted) => admitted,
             Err(reason) => {
-                let told = match &mut self {
+                let told = match &mut this {
                     Self::Tcp(s) => timeout(limit, refuse(s, who, &reason)).await,
+                    Self::Tls(s) => timeout(limit, refuse(s, who, &reason)).await,
                     Self::Unix(s) => timeout(limit, refuse(s, who, &reason)).await,
                 };
                 return Err(match told {
@@ -160,8 +183,12 @@ impl Accepted {
                 });
             }
         };
-        let stream = match self {
+        let stream = match this {
             Self::Tcp(s) => s.into_std().map(Stream::Tcp),
+            Self::Tls(s) => {
+                let (s, connection) = s.into_inner();
+                s.into_std().map(|s| Stream::tls(s, connection.into()))
+            }
             Self::Unix(s) => s.into_std().map(Stream::Unix),
         };
         let stream = stream.and_then(|s| s.prepare().map(|()| s)).map_err(|e| e.to_string())?;
@@ -197,7 +224,12 @@ async fn admit<S: AsyncRead + AsyncWrite + Unpin>(s: &mut S, lobby: &Lobby, who:
     let epoch = Epoch { number: header.sequence, session: header.session };
     lobby.admit(epoch, limit).await?;
     let welcome = Header { kind: Kind::Welcome, rank: who.rank as u8, bytes: 0, ..header };
-    timeout(limit, s.write_all(&welcome.encode(&[]))).await.map_err(|_| "it took no answer".to_owned())?.map_err(|e| e.to_string())?;
+    let welcome = welcome.encode(&[]);
+    let write = async {
+        s.write_all(&welcome).await?;
+        s.flush().await
+    };
+    timeout(limit, write).await.map_err(|_| "it took no answer".to_owned())?.map_err(|e| e.to_string())?;
     Ok((epoch, rank))
 }
 

@@ -1,12 +1,17 @@
-//! A connected socket, unix or TCP, with blocking reads and writes that have a deadline.
+//! A connected socket, unix or TCP, plain or encrypted, with blocking reads and writes that have a deadline.
 
 use std::{
     io::{self, ErrorKind, Read, Write},
     net::{Shutdown, TcpStream},
     os::unix::net::UnixStream,
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
+
+use rustls::Connection;
 
 /// Longest sleep in a system call, so that deadlines are seen.
 const SLICE: Duration = Duration::from_millis(100);
@@ -15,7 +20,16 @@ const SLICE: Duration = Duration::from_millis(100);
 #[derive(Debug)]
 pub(super) enum Stream {
     Tcp(TcpStream),
+    Tls(Box<Tls>),
     Unix(UnixStream),
+}
+
+/// An encrypted connection. Its socket is apart, so that it can be shut down while somebody waits in it.
+#[derive(Debug)]
+pub(super) struct Tls {
+    socket: TcpStream,
+    /// Held by the one thread that exchanges.
+    connection: Mutex<Connection>,
 }
 
 /// Why a transfer ended early.
@@ -30,15 +44,16 @@ pub(super) enum Broken {
 }
 
 impl Stream {
+    /// A connection after its handshake.
+    pub(super) fn tls(socket: TcpStream, connection: Connection) -> Self {
+        Self::Tls(Box::new(Tls { socket, connection: Mutex::new(connection) }))
+    }
+
     /// Sets it up for exchanges.
     pub(super) fn prepare(&self) -> io::Result<()> {
         match self {
-            Self::Tcp(s) => {
-                s.set_nonblocking(false)?;
-                s.set_nodelay(true)?;
-                s.set_read_timeout(Some(SLICE))?;
-                s.set_write_timeout(Some(SLICE))
-            }
+            Self::Tcp(s) => prepare(s),
+            Self::Tls(tls) => prepare(&tls.socket),
             Self::Unix(s) => {
                 s.set_nonblocking(false)?;
                 s.set_read_timeout(Some(SLICE))?;
@@ -52,6 +67,7 @@ impl Stream {
         // A connection that is gone already is as closed as it can be.
         let _ = match self {
             Self::Tcp(s) => s.shutdown(Shutdown::Both),
+            Self::Tls(tls) => tls.socket.shutdown(Shutdown::Both),
             Self::Unix(s) => s.shutdown(Shutdown::Both),
         };
     }
@@ -59,27 +75,73 @@ impl Stream {
     /// Writes all of `bytes`.
     pub(super) fn send(&self, bytes: &[u8], limit: Duration, interrupted: &AtomicBool) -> Result<(), Broken> {
         let mut rest = bytes;
-        moved(limit, interrupted, rest.is_empty(), || {
-            let n = match self {
-                Self::Tcp(s) => (&mut &*s).write(rest),
-                Self::Unix(s) => (&mut &*s).write(rest),
-            }?;
-            rest = &rest[n..];
-            Ok((n, rest.is_empty()))
+        moved(limit, interrupted, rest.is_empty(), || match self {
+            Self::Tcp(s) => write(s, &mut rest),
+            Self::Tls(tls) => tls.write(&mut rest),
+            Self::Unix(s) => write(s, &mut rest),
         })
     }
 
     /// Fills `bytes`.
     pub(super) fn receive(&self, bytes: &mut [u8], limit: Duration, interrupted: &AtomicBool) -> Result<(), Broken> {
-        let mut filled = 0;
-        moved(limit, interrupted, bytes.is_empty(), || {
-            let n = match self {
-                Self::Tcp(s) => (&mut &*s).read(&mut bytes[filled..]),
-                Self::Unix(s) => (&mut &*s).read(&mut bytes[filled..]),
-            }?;
-            filled += n;
-            Ok((n, filled == bytes.len()))
+        let mut rest = bytes;
+        let done = rest.is_empty();
+        moved(limit, interrupted, done, || match self {
+            Self::Tcp(s) => read(s, &mut rest),
+            Self::Tls(tls) => tls.read(&mut rest),
+            Self::Unix(s) => read(s, &mut rest),
         })
+    }
+}
+
+fn prepare(socket: &TcpStream) -> io::Result<()> {
+    socket.set_nonblocking(false)?;
+    socket.set_nodelay(true)?;
+    socket.set_read_timeout(Some(SLICE))?;
+    socket.set_write_timeout(Some(SLICE))
+}
+
+/// One write from the front of `rest`: bytes written, whether those were the last.
+fn write(mut socket: impl Write, rest: &mut &[u8]) -> io::Result<(usize, bool)> {
+    let n = socket.write(rest)?;
+    *rest = &rest[n..];
+    Ok((n, rest.is_empty()))
+}
+
+/// One read into the front of `rest`: bytes read, whether those were the last.
+fn read(mut socket: impl Read, rest: &mut &mut [u8]) -> io::Result<(usize, bool)> {
+    let n = socket.read(rest)?;
+    *rest = &mut std::mem::take(rest)[n..];
+    Ok((n, rest.is_empty()))
+}
+
+impl Tls {
+    /// Encrypts from the front of `rest` and writes once: bytes on the wire, whether everything is there.
+    fn write(&self, rest: &mut &[u8]) -> io::Result<(usize, bool)> {
+        let mut connection = self.connection();
+        // It takes as much as its buffer holds.
+        let taken = connection.writer().write(rest)?;
+        *rest = &rest[taken..];
+        let n = connection.write_tls(&mut &self.socket)?;
+        Ok((n, rest.is_empty() && !connection.wants_write()))
+    }
+
+    /// Takes what is decrypted already, or else reads once: bytes moved (0 when the other end has closed), whether `rest` is full.
+    fn read(&self, rest: &mut &mut [u8]) -> io::Result<(usize, bool)> {
+        let mut connection = self.connection();
+        match read(connection.reader(), rest) {
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                let n = connection.read_tls(&mut &self.socket)?;
+                connection.process_new_packets().map_err(io::Error::other)?;
+                Ok((n, false))
+            }
+            taken => taken,
+        }
+    }
+
+    /// Nothing panics while it is held.
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        self.connection.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

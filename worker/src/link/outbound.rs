@@ -91,7 +91,7 @@ pub(crate) async fn dial(worker: &Arc<Worker>, live: &Arc<Live>) -> Result<Outbo
 
 async fn open(worker: &Arc<Worker>, live: &Arc<Live>, to: &wire::WorkerAddress, cargo: Cargo) -> Result<Edge, Failure> {
     let failed = |status: tonic::Status| Failure::new(Reason::Link, format!("{} took no link: {}", peer::name(to), status.message()));
-    let mut client = peer::dial(&to.address, &worker.bearer, worker.deadlines.meet).await.map_err(failed)?;
+    let mut client = peer::dial(worker, to.stage, &to.address, worker.deadlines.meet).await.map_err(failed)?;
     let (frames, outgoing) = mpsc::channel(FRAMES);
     let hello = wire::LinkHello { epoch: Some(encode_epoch(live.epoch)), from: Some(worker.identity()), to_incarnation: to.incarnation };
     let greeted = frames.try_send(LinkFrame { message: Some(Message::Hello(hello)) });

@@ -138,7 +138,7 @@ fn admit(
 async fn open(worker: &Arc<Worker>, live: &Arc<Live>) -> Result<(), Failure> {
     let join = async {
         let group = group(worker, live.epoch, &live.workers)?;
-        let joined = collective::join(group, &worker.lobby, worker.waits()).await;
+        let joined = collective::join(group, &worker.lobby, worker.identity.as_ref(), worker.waits()).await;
         joined.map_err(|e| Failure::new(Reason::Collective, chain(&e)))
     };
     let (joined, links) = tokio::try_join!(join, link::dial(worker, live))?;

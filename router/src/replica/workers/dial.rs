@@ -2,6 +2,7 @@
 
 use std::{sync::OnceLock, time::Duration};
 
+use identity::{Dialer, Identity, Name};
 use proto::{bearer::Bearer, worker::worker_client::WorkerClient};
 use tonic::{
     Code, Status,
@@ -9,7 +10,7 @@ use tonic::{
     transport::{Channel, Endpoint},
 };
 
-use super::{ReplicaError, WorkerAddress};
+use super::{ReplicaError, WorkerAddress, WorkersConnector};
 
 pub(super) type Client = WorkerClient<InterceptedService<Channel, Bearer>>;
 
@@ -28,13 +29,19 @@ pub(super) struct Remote {
     pub(super) rank: usize,
     pub(super) address: String,
     bearer: Bearer,
+    /// Who this router is, and who the worker must be.
+    identity: Option<(Identity, Name)>,
     /// Made at the first call; connects again after a broken connection.
     client: OnceLock<Client>,
 }
 
 impl Remote {
-    pub(super) fn new(stage: usize, rank: usize, address: &str, bearer: &Bearer) -> Self {
-        Self { stage, rank, address: address.to_owned(), bearer: bearer.clone(), client: OnceLock::new() }
+    pub(super) fn new(replica: &str, (stage, rank): (usize, usize), address: &str, connector: &WorkersConnector) -> Self {
+        let identity = connector.identity.clone().and_then(|own| {
+            let expected = own.name().worker(replica, stage)?;
+            Some((own, expected))
+        });
+        Self { stage, rank, address: address.to_owned(), bearer: connector.bearer.clone(), identity, client: OnceLock::new() }
     }
 
     /// For a call.
@@ -50,7 +57,7 @@ impl Remote {
             .initial_connection_window_size(WINDOW)
             .http2_keep_alive_interval(KEEPALIVE.0)
             .keep_alive_timeout(KEEPALIVE.1)
-            .connect_lazy();
+            .connect_with_connector_lazy(Dialer::new(self.identity.clone()));
         let client = WorkerClient::with_interceptor(channel, self.bearer.clone());
         let client = client.max_decoding_message_size(REPLY).max_encoding_message_size(usize::MAX);
         Ok(self.client.get_or_init(|| client).clone())
