@@ -5,7 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context, Result, bail};
 
 use crate::{
-    paths,
+    chart, paths,
     process::{cargo, command, output, run, say},
 };
 
@@ -27,6 +27,7 @@ pub(crate) fn run_all() -> Result<()> {
     say("generated files");
     run(cargo().args(["test", "--quiet", "--package", "proto", "--test", "generated"]))?;
     run(cargo().args(["test", "--quiet", "--package", "operator", "--lib", "crd"]))?;
+    chart::check()?;
     say("dependencies");
     dependencies()
 }

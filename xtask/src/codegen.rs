@@ -1,4 +1,4 @@
-//! `cargo xtask codegen`: the committed code in `proto/src/generated/`, and `manifests/crd.yaml`.
+//! `cargo xtask codegen`: the committed code in `proto/src/generated/`, `manifests/crd.yaml`, and what is made from the chart.
 
 use anyhow::Result;
 
@@ -43,7 +43,8 @@ pub(crate) fn run() -> Result<()> {
 pub(crate) fn run() -> Result<()> {
     use crate::process::{cargo, run};
     run(cargo().args(["run", "--quiet", "--package", "xtask", "--features", "codegen", "--", "codegen"]))?;
-    definition()
+    definition()?;
+    crate::chart::write()
 }
 
 /// Writes the definition of the resource, which the operator makes from the manifest's types.

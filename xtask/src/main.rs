@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores talk to the person who runs them")]
 
 mod bench;
+mod chart;
 mod check;
 #[cfg(target_os = "linux")]
 mod cluster;
@@ -42,15 +43,15 @@ enum Chore {
         prompt: String,
     },
     /// Prepare everything and run all tests.
-    Test {
-        /// Run only tests whose name contains this.
-        #[arg(long)]
-        filter: Option<String>,
-    },
+    Test(test::Options),
     /// Format, lints, docs, dependencies, generated files, rules of the tree.
     Check,
-    /// Regenerate the code made from the .proto files, and the definition of the resource.
-    Codegen,
+    /// Regenerate the code made from the .proto files, the definition of the resource, and what is made from the chart.
+    Codegen {
+        /// Only what is made from the chart.
+        #[arg(long)]
+        chart: bool,
+    },
     /// A one-node Kubernetes cluster on this machine; needs root.
     #[cfg(target_os = "linux")]
     Cluster(cluster::Options),
@@ -74,9 +75,10 @@ fn run(args: Args) -> Result<()> {
     match args.chore {
         Chore::Model => model::ensure().map(|path| println!("{}", path.display())),
         Chore::Demo { keep, prompt } => demo::answer(&prompt, keep),
-        Chore::Test { filter } => test::all(filter.as_deref()),
+        Chore::Test(options) => test::all(&options),
         Chore::Check => check::run_all(),
-        Chore::Codegen => codegen::run(),
+        Chore::Codegen { chart: true } => chart::write(),
+        Chore::Codegen { chart: false } => codegen::run(),
         #[cfg(target_os = "linux")]
         Chore::Cluster(options) => cluster::run(options),
         Chore::Bench(options) => bench::run(&options),

@@ -1,7 +1,7 @@
 //! Running other programs, with messages that name what is missing.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
     io,
     path::Path,
     process::{Command, Stdio},
@@ -25,14 +25,23 @@ pub(crate) fn command(program: impl AsRef<OsStr>) -> Command {
 
 /// The cargo that runs this chore.
 pub(crate) fn cargo() -> Command {
-    let mut command = command(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // Set for this program by `cargo run`; build scripts that watch them would see changes, and whole trees would be built again.
+    let mut command = command(cargo_path());
+    forget_package(&mut command);
+    command
+}
+
+/// Where that cargo is.
+pub(crate) fn cargo_path() -> OsString {
+    std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// Takes from `command` what `cargo run` set for this program: build scripts that watch it would see changes, and whole trees would be built again.
+pub(crate) fn forget_package(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         if name.to_str().is_some_and(|n| n.starts_with("CARGO_PKG_") || n.starts_with("CARGO_MANIFEST_")) {
             command.env_remove(name);
         }
     }
-    command
 }
 
 /// Runs `command` with its output passed through.

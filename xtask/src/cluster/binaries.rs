@@ -1,4 +1,4 @@
-//! Kubernetes' own programs, built from its Go modules once into a cache outside the checkout.
+//! Kubernetes' own programs and helm, built from their Go modules once into a cache outside the checkout.
 
 use std::{
     fs::{self, File},
@@ -15,6 +15,8 @@ use crate::{
 
 /// Version of Kubernetes.
 const VERSION: &str = "1.34.4";
+/// Version of helm.
+const HELM: &str = "3.22.0";
 
 const PROGRAMS: &[&str] = &["kubelet", "kube-proxy", "kube-scheduler", "kubectl", "kube-controller-manager", "kube-apiserver"];
 
@@ -54,13 +56,70 @@ const STAGING: &[&str] = &[
     "sample-controller",
 ];
 
+/// The folders of Kubernetes' programs and of helm, whether they are there yet or not.
+///
+/// # Errors
+/// If there is no cache folder.
+pub(crate) fn folders() -> Result<[PathBuf; 2]> {
+    let cache = paths::cache()?;
+    Ok([format!("k8s-v{VERSION}"), format!("helm-v{HELM}")].map(|name| cache.join(name).join("bin")))
+}
+
+/// helm, if it was built before.
+///
+/// # Errors
+/// If there is no cache folder.
+pub(crate) fn built_helm() -> Result<Option<PathBuf>> {
+    let [_, bin] = folders()?;
+    Ok(Some(bin.join("helm")).filter(|helm| helm.exists()))
+}
+
+/// helm, built when it is missing (about five minutes on two cores).
+///
+/// # Errors
+/// If Go is missing, its modules cannot be fetched, or the build fails.
+pub(crate) fn ensure_helm() -> Result<PathBuf> {
+    let [_, bin] = folders()?;
+    let helm = bin.join("helm");
+    if helm.exists() {
+        return Ok(helm);
+    }
+    fs::create_dir_all(&bin).with_context(|| format!("failed to create {}", bin.display()))?;
+    let lock = File::create(bin.with_file_name("lock")).context("failed to create a lock")?;
+    lock.lock().context("failed to lock the cache of helm")?;
+    if helm.exists() {
+        return Ok(helm);
+    }
+    require_go()?;
+    say(&format!("building helm {HELM} from its Go module, once"));
+    let began = Instant::now();
+    let partial = bin.with_file_name("partial");
+    let mut flags = format!("-s -w -X helm.sh/helm/v3/internal/version.version=v{HELM}");
+    // Which Kubernetes charts are rendered for where no cluster is asked.
+    for package in ["pkg/chartutil", "pkg/lint/rules"] {
+        let (major, minor) = VERSION.split_once('.').context("a version without a dot")?;
+        let minor = minor.split('.').next().unwrap_or_default();
+        flags.push_str(&format!(
+            " -X helm.sh/helm/v3/{package}.k8sVersionMajor={major} -X helm.sh/helm/v3/{package}.k8sVersionMinor={minor}"
+        ));
+    }
+    run(command("go")
+        .args(["install", "-trimpath", "-ldflags", &flags, &format!("helm.sh/helm/v3/cmd/helm@v{HELM}")])
+        .env("GOBIN", &partial)
+        .env("CGO_ENABLED", "0"))
+    .context("failed to build helm")?;
+    fs::rename(partial.join("helm"), &helm).context("failed to put helm in its place")?;
+    say(&format!("built helm in {:.0} s", began.elapsed().as_secs_f64()));
+    Ok(helm)
+}
+
 /// The folder that holds Kubernetes' programs, built when one is missing (about ten minutes on two cores, and 3 GB of Go's caches).
 ///
 /// # Errors
 /// If Go is missing, its modules cannot be fetched, or a build fails.
 pub(crate) fn ensure() -> Result<PathBuf> {
-    let home = paths::cache()?.join(format!("k8s-v{VERSION}"));
-    let bin = home.join("bin");
+    let [bin, _] = folders()?;
+    let home = bin.parent().context("a folder without a parent")?.to_path_buf();
     let missing = || PROGRAMS.iter().filter(|name| !bin.join(name).exists()).collect::<Vec<_>>();
     if missing().is_empty() {
         return Ok(bin);

@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use super::network;
+use super::{binaries, network};
 use crate::{
     paths,
     process::{command, say},
@@ -109,11 +109,13 @@ impl Cluster {
         Ok(file)
     }
 
-    /// `program` in the cluster's network namespace, with KUBECONFIG set and the Kubernetes programs in PATH.
-    pub(crate) fn inside(&self, program: impl AsRef<std::ffi::OsStr>, tools: &Path) -> Result<std::process::Command> {
+    /// `program` in the cluster's network namespace, with KUBECONFIG set and the programs of Kubernetes and helm in PATH.
+    pub(crate) fn inside(&self, program: impl AsRef<std::ffi::OsStr>) -> Result<std::process::Command> {
         let mut inside = command("nsenter");
         inside.arg(network::enter(self)).arg(program).env("KUBECONFIG", self.kubeconfig());
-        let mut folders = vec![tools.to_path_buf()];
+        // By these a program inside reaches `xtask cluster` for this very cluster.
+        inside.env("SKEIN_CLUSTER", &self.name).env("SKEIN_XTASK", std::env::current_exe().context("failed to find xtask itself")?);
+        let mut folders = binaries::folders()?.to_vec();
         folders.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
         inside.env("PATH", std::env::join_paths(folders).context("the tools' folder cannot stand in PATH")?);
         // The namespace reaches no proxy.

@@ -21,13 +21,14 @@ use crate::{
 
 /// The image whose container holds a pod's namespaces.
 pub(crate) const PAUSE: &str = "docker.io/skein/pause:dev";
-/// The image of routers and workers.
-const SKEIN: &str = "docker.io/skein/skein:dev";
+/// The image of routers and workers, as the chart names it.
+const SKEIN: &str = concat!("docker.io/skein/skein:", env!("CARGO_PKG_VERSION"));
 /// The image of the operator.
-const OPERATOR: &str = "docker.io/skein/operator:dev";
+const OPERATOR: &str = concat!("docker.io/skein/operator:", env!("CARGO_PKG_VERSION"));
 
 /// User and group that containers run as.
 const USER: u32 = 65532;
+
 /// Imports the image that every pod needs.
 ///
 /// # Errors
@@ -37,18 +38,17 @@ pub(crate) fn load_pause(cluster: &Cluster) -> Result<()> {
     import(cluster, &image)
 }
 
+/// Skein's programs: package, program, image.
+const PROGRAMS: [(&str, &str, &str); 2] = [("cli", "skein", SKEIN), ("operator", "skein-operator", OPERATOR)];
+
 /// Builds Skein's programs and imports their images.
 ///
 /// # Errors
 /// If a build fails or containerd does not take an image.
-pub(crate) fn load_all(cluster: &Cluster) -> Result<()> {
+pub(crate) fn build_and_load(cluster: &Cluster) -> Result<()> {
     let folder = paths::built()?;
-    let mut built = vec![("cli", "skein", SKEIN)];
-    if paths::root().join("operator").join("Cargo.toml").exists() {
-        built.push(("operator", "skein-operator", OPERATOR));
-    }
-    for (package, program, reference) in built {
-        say(&format!("building {program} and loading {reference}"));
+    for (package, program, _) in PROGRAMS {
+        say(&format!("building {program}"));
         let mut build = cargo();
         build.args(["build", "--quiet", "--package", package, "--bin", program]);
         // Where this program was built, whatever the environment says now: the file that is packed is the one just built.
@@ -57,6 +57,18 @@ pub(crate) fn load_all(cluster: &Cluster) -> Result<()> {
             build.arg("--release");
         }
         run(&mut build)?;
+    }
+    load(cluster)
+}
+
+/// Imports the images of Skein's programs as they were built last.
+///
+/// # Errors
+/// If one was not built or containerd does not take an image.
+pub(crate) fn load(cluster: &Cluster) -> Result<()> {
+    let folder = paths::built()?;
+    for (_, program, reference) in PROGRAMS {
+        say(&format!("loading {reference}"));
         import(cluster, &image(reference, &folder.join(program), &[])?)?;
     }
     Ok(())

@@ -18,12 +18,16 @@ mod packages;
 mod processes;
 mod startup;
 mod teardown;
+mod testing;
 
 use std::{ffi::OsString, os::unix::process::CommandExt};
 
 use anyhow::{Context, Result, bail};
+pub(crate) use binaries::built_helm;
 use clap::{Args, Subcommand};
 use folder::Cluster;
+use startup::Content;
+pub(crate) use testing::{during, prepare};
 
 /// Options of `cluster`.
 #[derive(Args)]
@@ -42,6 +46,9 @@ enum Action {
         /// Leave Skein out.
         #[arg(long)]
         bare: bool,
+        /// Load Skein's programs as they were built last.
+        #[arg(long, conflicts_with = "bare")]
+        as_built: bool,
     },
     /// End everything that belongs to the cluster and remove its run folder.
     Down,
@@ -76,12 +83,12 @@ pub(crate) fn run(options: Options) -> Result<()> {
     if let Action::Mirror(mirror) = options.action {
         return mirror::serve(mirror);
     }
-    if !rustix::process::geteuid().is_root() {
-        bail!("a cluster needs namespaces, mounts and cgroups: run this as root");
-    }
+    require_root()?;
     let cluster = Cluster::named(&options.name)?;
     match options.action {
-        Action::Up { bare } => startup::up(&cluster, bare),
+        Action::Up { bare: true, .. } => startup::up(&cluster, Content::Bare),
+        Action::Up { as_built: true, .. } => startup::up(&cluster, Content::AsBuilt),
+        Action::Up { .. } => startup::up(&cluster, Content::Built),
         Action::Down => {
             let _lock = cluster.lock()?;
             teardown::clear(&cluster)
@@ -89,13 +96,20 @@ pub(crate) fn run(options: Options) -> Result<()> {
         Action::LoadImage => {
             let _lock = cluster.lock()?;
             require(&cluster)?;
-            images::load_all(&cluster)
+            images::build_and_load(&cluster)
         }
         Action::Exec { command } => exec(&cluster, &command),
         Action::Stop { program } => startup::stop_program(&cluster, &program),
         Action::Start { program } => startup::start_program(&cluster, &program),
         Action::Mirror(_) => Ok(()),
     }
+}
+
+fn require_root() -> Result<()> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("a cluster needs namespaces, mounts and cgroups: run this as root");
+    }
+    Ok(())
 }
 
 fn require(cluster: &Cluster) -> Result<()> {
@@ -109,7 +123,7 @@ fn require(cluster: &Cluster) -> Result<()> {
 fn exec(cluster: &Cluster, command: &[OsString]) -> Result<()> {
     require(cluster)?;
     let (program, args) = command.split_first().context("no command was given")?;
-    let mut inside = cluster.inside(program, &binaries::ensure()?)?;
+    let mut inside = cluster.inside(program)?;
     let here = std::env::current_dir().context("the working folder is gone")?;
     Err(inside.args(args).current_dir(here).stdin(std::process::Stdio::inherit()).exec()).context("failed to start nsenter")
 }

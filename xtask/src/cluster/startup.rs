@@ -15,7 +15,10 @@ use super::{
     folder::Cluster,
     images, mirror, network, packages, processes, require, teardown,
 };
-use crate::{model, paths, process::say};
+use crate::{
+    model,
+    process::{run, say},
+};
 
 /// How long a step of the cluster's start may take; it takes seconds on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(180);
@@ -23,22 +26,48 @@ const PATIENCE: Duration = Duration::from_secs(180);
 const GRACE: Duration = Duration::from_secs(3);
 /// Between two looks at something that is awaited.
 const PAUSE: Duration = Duration::from_millis(100);
-/// Manifests that put Skein into the cluster, in the order in which they are applied.
-const MANIFESTS: &[&str] = &["manifests/crd.yaml", "manifests/install.yaml"];
+/// What puts Skein into the cluster.
+const CHART: &str = "charts/skein";
+/// Name of its release.
+const RELEASE: &str = "skein";
+/// Namespace of its release.
+const SYSTEM: &str = "skein-system";
 
-/// Brings `cluster` up, unless it is; with Skein in it unless `bare`.
+/// What is put into a cluster.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Content {
+    /// Nothing.
+    Bare,
+    /// Skein, built now.
+    Built,
+    /// Skein as it was built last.
+    AsBuilt,
+}
+
+/// Installs and builds what a cluster with Skein in it needs and this machine lacks.
+///
+/// # Errors
+/// If it cannot be had.
+pub(crate) fn prepare() -> Result<()> {
+    packages::ensure()?;
+    binaries::ensure()?;
+    binaries::ensure_helm().map(drop)
+}
+
+/// Brings `cluster` up, unless it is, and puts `content` into it.
 ///
 /// # Errors
 /// If something is missing or a program does not become ready; its log is named.
-pub(crate) fn up(cluster: &Cluster, bare: bool) -> Result<()> {
+pub(crate) fn up(cluster: &Cluster, content: Content) -> Result<()> {
     let began = Instant::now();
     packages::ensure()?;
     let bin = binaries::ensure()?;
-    if !bare {
+    if content != Content::Bare {
+        binaries::ensure_helm()?;
         model::ensure()?;
     }
     let _lock = cluster.lock()?;
-    if cluster.exists() && healthy(cluster, &bin)? {
+    if cluster.exists() && healthy(cluster)? {
         say(&format!("the cluster {} is up already", cluster.name()));
     } else {
         teardown::clear(cluster)?;
@@ -46,8 +75,16 @@ pub(crate) fn up(cluster: &Cluster, bare: bool) -> Result<()> {
             .with_context(|| format!("the cluster {} did not start; logs are in {}", cluster.name(), cluster.path("logs").display()))?;
     }
     mirror::add_reference_model(cluster)?;
-    if !bare {
-        install(cluster, &bin)?;
+    match content {
+        Content::Bare => {}
+        Content::Built => {
+            images::build_and_load(cluster)?;
+            install(cluster)?;
+        }
+        Content::AsBuilt => {
+            images::load(cluster)?;
+            install(cluster)?;
+        }
     }
     say(&format!(
         "ready after {:.1} s; inside: `cargo xtask cluster --name {} exec -- kubectl get nodes`",
@@ -73,36 +110,38 @@ fn start(cluster: &Cluster, bin: &Path) -> Result<()> {
     processes::start(cluster, mirror::program(cluster)?)?;
     let runtime = packages::path("ctr")?;
     let socket = cluster.containerd().display().to_string();
-    wait(cluster, "containerd", || succeeds(cluster, bin, &[&runtime.to_string_lossy(), "--address", &socket, "version"]))?;
+    wait(cluster, "containerd", || succeeds(cluster, &[&runtime.to_string_lossy(), "--address", &socket, "version"]))?;
     images::load_pause(cluster)?;
-    wait(cluster, "the API server", || succeeds(cluster, bin, &["kubectl", "get", "--raw", "/readyz"]))?;
+    wait(cluster, "the API server", || succeeds(cluster, &["kubectl", "get", "--raw", "/readyz"]))?;
     processes::start(cluster, components::kubelet(cluster, bin))?;
     for program in components::clients(cluster, bin) {
         processes::start(cluster, program)?;
     }
     wait(cluster, "the node", || {
-        succeeds(cluster, bin, &["kubectl", "wait", "--for=condition=Ready", "--timeout=5s", &format!("node/{NODE_NAME}")])
+        succeeds(cluster, &["kubectl", "wait", "--for=condition=Ready", "--timeout=5s", &format!("node/{NODE_NAME}")])
     })?;
     // Pods are refused until the controller has made their namespace's account.
-    wait(cluster, "service accounts", || succeeds(cluster, bin, &["kubectl", "get", "serviceaccount", "default"]))?;
+    wait(cluster, "service accounts", || succeeds(cluster, &["kubectl", "get", "serviceaccount", "default"]))?;
     cluster.mark_ready()
 }
 
-/// Loads Skein's images and applies its manifests.
-fn install(cluster: &Cluster, bin: &Path) -> Result<()> {
-    images::load_all(cluster)?;
-    for manifest in MANIFESTS {
-        let path = paths::root().join(manifest);
-        if !path.exists() {
-            bail!("{manifest} is not in this checkout; `cargo xtask cluster up --bare` starts a cluster without Skein");
-        }
-        say(&format!("applying {manifest}"));
-        kubectl(cluster, bin, &["apply", "--server-side", "--force-conflicts", "-f", &path.to_string_lossy()])?;
-    }
-    let endpoint = format!("HF_ENDPOINT={}", mirror::endpoint());
-    kubectl(cluster, bin, &["--namespace=skein-system", "set", "env", "deployment/skein-operator", &endpoint])?;
-    say("waiting for the operator");
-    kubectl(cluster, bin, &["--namespace=skein-system", "rollout", "status", "deployment/skein-operator", "--timeout=180s"])
+/// Installs the chart as anyone would, with the cluster's mirror as the model hub, in a namespace that lets nothing privileged in.
+fn install(cluster: &Cluster) -> Result<()> {
+    say(&format!("installing {CHART}"));
+    let namespace = cluster.write("skein-system.json", &format!("{:#}", namespace()))?;
+    kubectl(cluster, &["apply", "--server-side", "--filename", &namespace.to_string_lossy()])?;
+    let endpoint = format!("--set=sources.hf.endpoint={}", mirror::endpoint());
+    let flags = ["upgrade", "--install", RELEASE, CHART, "--namespace", SYSTEM, &endpoint, "--wait", "--timeout=180s"];
+    // It says which commands come next; whoever brings a cluster up knows them.
+    run(cluster.inside("helm")?.args(flags).stdout(Stdio::null()))
+}
+
+fn namespace() -> serde_json::Value {
+    serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "Namespace",
+        "metadata": {"name": SYSTEM, "labels": {"pod-security.kubernetes.io/enforce": "restricted"}},
+    })
 }
 
 /// Stops the recorded process called `program`.
@@ -135,10 +174,10 @@ fn find(cluster: &Cluster, program: &str) -> Result<processes::Process> {
 }
 
 /// Whether every program runs and the API server and node are ready.
-fn healthy(cluster: &Cluster, bin: &Path) -> Result<bool> {
+fn healthy(cluster: &Cluster) -> Result<bool> {
     let alive = processes::recorded(cluster)?.iter().all(|p| p.alive(cluster));
     let node = ["kubectl", "wait", "--for=condition=Ready", "--timeout=10s", "--request-timeout=10s", &format!("node/{NODE_NAME}")];
-    Ok(alive && succeeds(cluster, bin, &node)?)
+    Ok(alive && succeeds(cluster, &node)?)
 }
 
 /// Waits until `done` says so; fails at once when one of the cluster's programs has ended.
@@ -158,13 +197,13 @@ fn wait(cluster: &Cluster, what: &str, mut done: impl FnMut() -> Result<bool>) -
 }
 
 /// Whether a command inside the cluster succeeds; what it writes is of no interest.
-fn succeeds(cluster: &Cluster, bin: &Path, line: &[&str]) -> Result<bool> {
+fn succeeds(cluster: &Cluster, line: &[&str]) -> Result<bool> {
     let (program, args) = line.split_first().context("no command was given")?;
-    let mut inside = cluster.inside(program, bin)?;
+    let mut inside = cluster.inside(program)?;
     let status = inside.args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
     Ok(status.with_context(|| format!("failed to start {program}"))?.success())
 }
 
-fn kubectl(cluster: &Cluster, bin: &Path, args: &[&str]) -> Result<()> {
-    crate::process::run(cluster.inside("kubectl", bin)?.args(args))
+fn kubectl(cluster: &Cluster, args: &[&str]) -> Result<()> {
+    run(cluster.inside("kubectl")?.args(args))
 }

@@ -1,0 +1,70 @@
+{{/* Name of the operator's objects. */}}
+{{- define "skein.name" -}}
+{{ printf "%s-operator" .Release.Name | trunc 63 | trimSuffix "-" }}
+{{- end }}
+
+{{/* What selects the operator's pods. */}}
+{{- define "skein.selector" -}}
+app.kubernetes.io/name: skein-operator
+app.kubernetes.io/instance: {{ .Release.Name }}
+{{- end }}
+
+{{/* Labels of every object. */}}
+{{- define "skein.labels" -}}
+{{ include "skein.selector" . }}
+app.kubernetes.io/component: operator
+app.kubernetes.io/part-of: skein
+{{- if .Chart.AppVersion }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+{{- end }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
+{{- end }}
+
+{{/* Reference of an image: a list of the root and the image's values. */}}
+{{- define "skein.image" -}}
+{{- $root := index . 0 }}
+{{- $image := index . 1 }}
+{{- $name := printf "%s/%s" (trimSuffix "/" $root.Values.images.registry) $image.repository }}
+{{- if $image.digest }}
+{{- printf "%s@%s" $name $image.digest }}
+{{- else }}
+{{- printf "%s:%s" $name (default $root.Chart.AppVersion $image.tag) }}
+{{- end }}
+{{- end }}
+
+{{/* What the operator may do in every namespace it looks after. */}}
+{{- define "skein.rules" -}}
+- apiGroups: [skein.dev]
+  resources: [modeldeployments]
+  verbs: [get, list, watch]
+- apiGroups: [skein.dev]
+  resources: [modeldeployments/status]
+  verbs: [get, patch]
+# Owner references that block deletion need this where the admission plugin asks for it.
+- apiGroups: [skein.dev]
+  resources: [modeldeployments/finalizers]
+  verbs: [update]
+- apiGroups: [apps]
+  resources: [statefulsets, deployments]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [""]
+  resources: [pods]
+  verbs: [get, list, watch]
+- apiGroups: [""]
+  resources: [configmaps, services, serviceaccounts]
+  verbs: [get, list, watch, create, patch, delete]
+# Secrets are made and read by name; none is listed.
+- apiGroups: [""]
+  resources: [secrets]
+  verbs: [get, create, patch]
+- apiGroups: [policy]
+  resources: [poddisruptionbudgets]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [networking.k8s.io]
+  resources: [networkpolicies]
+  verbs: [get, list, watch, create, patch, delete]
+- apiGroups: [events.k8s.io]
+  resources: [events]
+  verbs: [create, patch]
+{{- end }}
