@@ -1,0 +1,16 @@
+//! Tests on a real one-node Kubernetes cluster, which `cargo xtask test` brings up and takes down around them.
+//!
+//! They run inside the cluster's network. `cargo xtask cluster up`, then `cargo xtask cluster exec -- cargo test -p e2e --test cluster -- --ignored NAME`
+//! runs one again and again on a cluster that stays.
+
+#![expect(clippy::print_stdout, reason = "tests say what they measured")]
+
+mod answers;
+mod apply;
+mod deletion;
+mod kubernetes;
+mod load;
+mod models;
+mod refusals;
+mod scale;
+mod survival;

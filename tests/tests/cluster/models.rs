@@ -1,0 +1,28 @@
+//! Small models for tests that need many deployments, served by the cluster's mirror of a model hub.
+
+use std::fs;
+
+use e2e::files;
+use serde_json::{Value, json};
+
+use crate::kubernetes::hub;
+
+/// Source of the tiny llama, once [`llama`] has put it there.
+pub(crate) const LLAMA: &str = "hf://e2e/llama@main";
+
+/// Puts the tiny llama into the mirror.
+pub(crate) fn llama() {
+    let folder = hub("e2e/llama");
+    for file in fs::read_dir(files::fixture("llama")).expect("the fixture") {
+        let file = file.expect("an entry");
+        // Under another name first: a test beside this one may be reading.
+        let partial = folder.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
+        fs::copy(file.path(), &partial).expect("a copy");
+        fs::rename(&partial, folder.join(file.file_name())).expect("a place in the mirror");
+    }
+}
+
+/// A request to the tiny llama deployed as `model`, as ids would be given to `skein eval`.
+pub(crate) fn llama_body(model: &str) -> Value {
+    json!({"model": model, "prompt": "abc", "max_tokens": 16, "temperature": 0})
+}
