@@ -1,12 +1,17 @@
 //! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
 
 mod answer;
+mod kubernetes;
 mod pool;
 
-use std::{num::NonZeroUsize, path::PathBuf};
+use std::{
+    env,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+};
 
 use clap::{
-    ArgAction, Args, Parser, Subcommand, ValueEnum,
+    ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
     builder::styling::{AnsiColor, Effects, Styles},
 };
 
@@ -14,6 +19,7 @@ use plan::worker::CollectiveKind;
 
 pub(crate) use self::{
     answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
+    kubernetes::{ClusterArgs, LogsArgs, StatusArgs, TopArgs},
     pool::RouterArgs,
 };
 use crate::bench::test::BenchTest;
@@ -34,6 +40,15 @@ pub(crate) struct Skein {
     pub(crate) global: Global,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Skein {
+    /// Parses the command line. A file or link called `kubectl-skein` is a plugin of kubectl, and says so in its help.
+    pub(crate) fn from_command_line() -> Self {
+        let plugin = env::args_os().next().is_some_and(|own| Path::new(&own).file_stem().is_some_and(|stem| stem == "kubectl-skein"));
+        let command = if plugin { Self::command().bin_name("kubectl skein") } else { Self::command() };
+        Self::from_arg_matches(&command.get_matches()).unwrap_or_else(|error| error.exit())
+    }
 }
 
 /// Settings of every command.
@@ -106,6 +121,12 @@ pub(crate) enum Command {
     /// Measure an engine or a running endpoint.
     #[command(subcommand)]
     Bench(BenchCommand),
+    /// Show the deployments of a cluster's namespace: replicas, stages and ranks, and what is wrong with them.
+    Status(StatusArgs),
+    /// Show what the routers of a cluster's namespace have to do, by model.
+    Top(TopArgs),
+    /// Show the logs of a deployment's workers on a cluster, or of the routers.
+    Logs(LogsArgs),
     /// Run one rank of one stage; started by the other commands.
     #[command(hide = true)]
     Worker(WorkerArgs),
@@ -358,7 +379,6 @@ fn at_least_zero(text: &str) -> Result<f32, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn definitions_are_consistent() {

@@ -1,4 +1,4 @@
-//! `skein`: everything that needs no cluster. Runs models in one process or many, plans, inspects, evaluates, measures.
+//! `skein`: runs models in one process or many, plans, inspects, evaluates, measures, and shows what a cluster runs.
 
 mod args;
 mod bench;
@@ -6,6 +6,7 @@ mod blocks;
 mod command;
 mod drive;
 mod exit;
+mod kubectl;
 mod local;
 mod logging;
 mod model;
@@ -16,7 +17,6 @@ mod talk;
 use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context;
-use clap::Parser;
 
 use crate::{args::Skein, exit::Outcome, stop::Stop};
 
@@ -24,7 +24,7 @@ use crate::{args::Skein, exit::Outcome, stop::Stop};
 const ENDING: Duration = Duration::from_millis(200);
 
 fn main() -> ExitCode {
-    let args = Skein::parse();
+    let args = Skein::from_command_line();
     match start(args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

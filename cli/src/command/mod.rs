@@ -5,10 +5,13 @@ mod bench_load;
 mod eval_logits;
 mod eval_ppl;
 mod inspect;
+mod logs;
 mod plan;
 mod router;
 mod run;
 mod serve;
+mod status;
+mod top;
 mod worker;
 
 use crate::{
@@ -31,5 +34,8 @@ pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
         Command::Eval(EvalCommand::Ppl(args)) => stop.or(eval_ppl::eval(global, args)).await,
         Command::Bench(BenchCommand::Engine(args)) => stop.or(bench_engine::bench(global, args)).await,
         Command::Bench(BenchCommand::Load(args)) => stop.or(bench_load::bench(global, args)).await,
+        Command::Status(args) => stop.or(status::status(args)).await,
+        Command::Top(args) => stop.or(top::top(args)).await,
+        Command::Logs(args) => stop.or(logs::logs(args)).await,
     }
 }
