@@ -93,7 +93,8 @@ pub enum IdentityError {
 pub struct Identity(Arc<Inner>);
 
 struct Inner {
-    folder: PathBuf,
+    /// `None` where the files are handed over.
+    folder: Option<PathBuf>,
     provider: Arc<CryptoProvider>,
     state: Mutex<State>,
 }
@@ -124,7 +125,28 @@ impl Identity {
         let provider = Arc::new(ring::default_provider());
         let (material, stamp) = read(folder, &provider)?;
         let state = Mutex::new(State { material: Arc::new(material), looked: Instant::now(), stamp });
-        Ok(Self(Arc::new(Inner { folder: folder.to_owned(), provider, state })))
+        Ok(Self(Arc::new(Inner { folder: Some(folder.to_owned()), provider, state })))
+    }
+
+    /// Of files that whoever issues certificates has in hand: contents of [`CERTIFICATE`], [`KEY`] and [`TRUSTED`].
+    ///
+    /// # Errors
+    /// As [`Identity::open`].
+    pub fn given(files: [&str; 3]) -> Result<Self, IdentityError> {
+        let provider = Arc::new(ring::default_provider());
+        let material = parse(Path::new(""), files.map(str::as_bytes), &provider)?;
+        let state = State { material: Arc::new(material), looked: Instant::now(), stamp: Stamp::default() };
+        Ok(Self(Arc::new(Inner { folder: None, provider, state: Mutex::new(state) })))
+    }
+
+    /// Puts other files in place of those that were given; for new connections.
+    ///
+    /// # Errors
+    /// As [`Identity::open`]; then nothing changes.
+    pub fn replace(&self, files: [&str; 3]) -> Result<(), IdentityError> {
+        let material = parse(Path::new(""), files.map(str::as_bytes), &self.0.provider)?;
+        self.state().material = Arc::new(material);
+        Ok(())
     }
 
     /// What this process is.
@@ -137,13 +159,11 @@ impl Identity {
     pub(crate) fn material(&self) -> Arc<Material> {
         let inner = &*self.0;
         let mut state = self.state();
-        if state.looked.elapsed() < LOOK {
-            return state.material.clone();
-        }
+        let Some(folder) = inner.folder.as_deref().filter(|_| state.looked.elapsed() >= LOOK) else { return state.material.clone() };
         state.looked = Instant::now();
-        let Ok(now) = stamp(&inner.folder) else { return state.material.clone() };
+        let Ok(now) = stamp(folder) else { return state.material.clone() };
         if now != state.stamp {
-            match read(&inner.folder, &inner.provider) {
+            match read(folder, &inner.provider) {
                 Ok((material, stamp)) if material.name == state.material.name => {
                     info!(name = %material.name, "took a new certificate");
                     (state.material, state.stamp) = (Arc::new(material), stamp);
@@ -287,24 +307,29 @@ fn read(folder: &Path, provider: &CryptoProvider) -> Result<(Material, Stamp), I
     if stamp(folder)? != before {
         return Err(IdentityError::Changing { folder: folder.to_owned() });
     }
+    Ok((parse(folder, [&certificate, &key, &trusted], provider)?, before))
+}
+
+/// What the files of `folder` say.
+fn parse(folder: &Path, [certificate, key, trusted]: [&[u8]; 3], provider: &CryptoProvider) -> Result<Material, IdentityError> {
     let wrong = |file: &str, expected: &'static str| {
-        let path = path(file);
+        let path = folder.join(file);
         move |detail: String| IdentityError::Content { path, expected, detail }
     };
-    let chain = certificates(&certificate).map_err(wrong(CERTIFICATE, "certificate"))?;
+    let chain = certificates(certificate).map_err(wrong(CERTIFICATE, "certificate"))?;
     let name =
         chain.first().ok_or_else(|| "it is empty".to_owned()).and_then(name_of).map_err(wrong(CERTIFICATE, "certificate of ours"))?;
-    let key = PrivateKeyDer::from_pem_slice(&key).map_err(|error| wrong(KEY, "private key")(error.to_string()))?;
+    let key = PrivateKeyDer::from_pem_slice(key).map_err(|error| wrong(KEY, "private key")(error.to_string()))?;
     let key =
         CertifiedKey::from_der(chain, key, provider).map_err(|source| IdentityError::Mismatch { folder: folder.to_owned(), source })?;
     let mut roots = RootCertStore::empty();
-    for authority in certificates(&trusted).map_err(wrong(TRUSTED, "certificate"))? {
+    for authority in certificates(trusted).map_err(wrong(TRUSTED, "certificate"))? {
         roots.add(authority).map_err(|error| wrong(TRUSTED, "certificate of an authority")(error.to_string()))?;
     }
     if roots.is_empty() {
         return Err(wrong(TRUSTED, "certificate")("it is empty".to_owned()));
     }
-    Ok((Material { name, key: Arc::new(key), roots: Arc::new(roots) }, before))
+    Ok(Material { name, key: Arc::new(key), roots: Arc::new(roots) })
 }
 
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -126,6 +126,29 @@ async fn a_certificate_is_replaced_under_a_running_process() {
     assert_eq!(timeout(LONG, standing.read_u8()).await.expect("in time").expect("an answer"), 2);
 }
 
+#[tokio::test]
+async fn files_can_be_handed_over() {
+    let (ca, other) = (Authority::new(), Authority::new());
+    let given = |by: &Authority, name: &str| {
+        let process = by.process(name);
+        [CERTIFICATE, KEY, TRUSTED].map(|file| fs::read_to_string(process.folder.path().join(file)).expect("the file"))
+    };
+    let files = given(&ca, "spiffe://skein/operator");
+    let operator = Identity::given([&files[0], &files[1], &files[2]]).expect("an identity");
+    let (address, incoming) = listen(&operator, Protocol::Grpc).await;
+    let _seen = echo(incoming);
+    let call = |client: Identity| async move {
+        timeout(LONG, call(&client, "spiffe://skein/operator", Protocol::Grpc, address)).await.expect("in time")
+    };
+    assert_eq!(call(ca.process(ROUTER).identity).await.expect("an answer"), 8);
+    let files = given(&other, "spiffe://skein/operator");
+    operator.replace([&files[0], &files[1], &files[2]]).expect("other files");
+    assert_eq!(call(other.process(ROUTER).identity).await.expect("an answer"), 8);
+    call(ca.process(ROUTER).identity).await.expect_err("an authority of before");
+    operator.replace([&files[0], "", &files[2]]).expect_err("no key");
+    assert_eq!(call(other.process(ROUTER).identity).await.expect("an answer"), 8);
+}
+
 #[test]
 fn damaged_folders_are_refused_by_file() {
     let ca = Authority::new();
