@@ -27,7 +27,7 @@ use crate::output;
 /// Longest that a worker may take to say where it listens; its weights are loaded after that.
 const STARTING: Duration = Duration::from_secs(30);
 /// How long a worker may take to end once its pipe is closed, before it is killed.
-const GRACE: Duration = Duration::from_secs(5);
+pub(super) const GRACE: Duration = Duration::from_secs(5);
 
 /// What every worker is started with.
 #[derive(Clone, Debug)]
@@ -121,9 +121,24 @@ impl WorkerProcess {
                 self.child.wait().await?
             }
         };
-        // The worker is gone, so its log ends, unless it left children that hold it open.
-        let _ = timeout(GRACE, &mut self.log).await;
+        self.last_words().await;
         Ok(status)
+    }
+
+    /// Kills it, by its id, and waits for its end and its last log lines: for one from which nothing more is expected.
+    ///
+    /// # Errors
+    /// When the system cannot wait for it.
+    pub(crate) async fn kill(mut self) -> io::Result<ExitStatus> {
+        self.child.start_kill()?;
+        let status = self.child.wait().await?;
+        self.last_words().await;
+        Ok(status)
+    }
+
+    /// Waits for the log of a worker that is gone to end, unless it left children that hold it open.
+    async fn last_words(&mut self) {
+        let _ = timeout(GRACE, &mut self.log).await;
     }
 }
 

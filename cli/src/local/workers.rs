@@ -196,8 +196,12 @@ impl Keeper {
             () = self.shared.stop.cancelled() => None,
             ended = self.follow(&mut process) => Some(ended),
         };
-        // One that ended is only waited for, until its last log lines are through.
-        let stopped = process.stop().await;
+        let stopped = match &ended {
+            // One that will not do as it should, a deaf one first of all, gets no time to end by itself: its streams wait for another.
+            Some(Err(_)) => process.kill().await,
+            // One that ended is only waited for, until its last log lines are through.
+            Some(Ok(_)) | None => process.stop().await,
+        };
         if let Err(error) = &stopped {
             warn!(worker = self.name, %error, "failed to wait for a worker");
         }
@@ -357,6 +361,17 @@ mod tests {
         let workers = kept("read spec; echo 127.0.0.1:9; cat", Keep::Alive, Duration::from_millis(80));
         workers.prove(0);
         workers.fleet().wait_for(|state| state.number > 2).await.unwrap();
+        workers.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_worker_that_is_deaf_because_it_stands_still_is_replaced_at_once() {
+        let workers = kept("read spec; echo 127.0.0.1:9; kill -STOP $$", Keep::Alive, Duration::from_millis(80));
+        workers.prove(0);
+        let mut fleet = workers.fleet();
+        let again = fleet.wait_for(|state| state.number > 2);
+        // Less than a worker gets that is asked to end.
+        assert!(tokio::time::timeout(process::GRACE / 2, again).await.is_ok(), "a stopped worker was given time to end by itself");
         workers.stop().await;
     }
 
