@@ -218,6 +218,9 @@ impl IsaChoice {
 pub(crate) enum KvChoice {
     F32,
     F16,
+    /// Of the fixed interface, and refused so far.
+    #[value(hide = true)]
+    Q8,
 }
 
 /// Transport of a stage's collective.
@@ -285,6 +288,9 @@ pub(crate) struct LogitsArgs {
     /// Continue greedily by N tokens, whatever tokens come.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) greedy: u32,
+    /// Folder of a LoRA adapter; of the fixed interface, and refused so far.
+    #[arg(long, value_name = "DIR", hide = true)]
+    pub(crate) adapter: Option<PathBuf>,
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

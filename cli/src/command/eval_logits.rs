@@ -29,6 +29,9 @@ struct Evaluated {
 
 /// Runs the command.
 pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
+    if let Some(folder) = &args.adapter {
+        return Err(bad_input!("--adapter {}: adapters are not supported yet, only a model by itself", folder.display()));
+    }
     let ids: Arc<[TokenId]> = args.input_ids.into();
     let model = Model::open(global, &args.model).await?;
     check_ids(&ids, model.header.config.vocab)?;

@@ -57,16 +57,16 @@ pub(crate) async fn plans(global: &Global, target: &Target, placement: &Placemen
 /// Plans every deployment of a manifest; the command line's placement wins over its.
 async fn manifests(global: &Global, file: &Path, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
     let parsed = read_manifests(file)?;
-    let size = |manifest: &Manifest| {
-        let spec = overridden(manifest.planner_spec(), placement, context);
-        manifest.spec().replicas as usize * spec.pipeline * spec.tensor
+    let size = |manifest: &Manifest| -> Outcome<usize> {
+        let spec = overridden(manifest.planner_spec(), placement, context)?;
+        Ok(manifest.spec().replicas as usize * spec.pipeline * spec.tensor)
     };
-    let workers = parsed.iter().map(size).sum();
+    let workers = parsed.iter().map(size).sum::<Outcome<usize>>()?;
     let mut planned = Vec::with_capacity(parsed.len());
     for manifest in parsed {
         let model = Model::pinned(global, &manifest.spec().model.uri, manifest.spec().model.digest.as_deref()).await?;
         manifest.check_format(&model.header).bad_input()?;
-        let spec = overridden(manifest.planner_spec(), placement, context);
+        let spec = overridden(manifest.planner_spec(), placement, context)?;
         let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
             .with_context(|| format!("deployment {} cannot be planned", manifest.name()))
             .bad_input()?;
@@ -96,23 +96,23 @@ fn read_manifests(file: &Path) -> Outcome<Vec<Manifest>> {
 }
 
 /// A manifest's spec with what the command line says instead.
-fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<usize>) -> planner::Spec {
+fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<usize>) -> Outcome<planner::Spec> {
     if let Some(pipeline) = placement.pp {
         spec.pipeline = pipeline.get();
         spec.stage_layers = None;
     }
     spec.tensor = placement.tp.map_or(spec.tensor, NonZeroUsize::get);
     spec.max_batch_tokens = placement.chunk.map_or(spec.max_batch_tokens, NonZeroUsize::get);
-    spec.kv_dtype = placement.kv.map(loaded::kv_dtype).or(spec.kv_dtype);
+    spec.kv_dtype = placement.kv.map(loaded::kv_dtype).transpose()?.or(spec.kv_dtype);
     spec.max_context = context.or(spec.max_context);
-    spec
+    Ok(spec)
 }
 
 /// Plans a model by the command line alone.
 async fn model_alone(global: &Global, uri: &str, placement: &Placement, context: Option<usize>) -> Outcome<Planned> {
     let model = Model::open(global, uri).await?;
     let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
-    let spec = overridden(planner::Spec::default(), placement, Some(context));
+    let spec = overridden(planner::Spec::default(), placement, Some(context))?;
     let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;
     Ok(alone(model, plan))
 }

@@ -68,7 +68,7 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
         max_context: Some(needs.context),
         max_batch_sequences: needs.sequences,
         max_batch_tokens: needs.batch_tokens,
-        kv_dtype: placement.kv.map(kv_dtype),
+        kv_dtype: placement.kv.map(kv_dtype).transpose()?,
         ..planner::Spec::default()
     };
     let plan = planner::plan(&spec, &model.header, &memory::of_each(pipeline * tensor)).bad_input()?;
@@ -76,10 +76,14 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
 }
 
 /// The planner's word for a choice.
-pub(crate) fn kv_dtype(choice: KvChoice) -> KvDType {
+///
+/// # Errors
+/// Bad input for a type that the engine does not have yet.
+pub(crate) fn kv_dtype(choice: KvChoice) -> Outcome<KvDType> {
     match choice {
-        KvChoice::F32 => KvDType::F32,
-        KvChoice::F16 => KvDType::F16,
+        KvChoice::F32 => Ok(KvDType::F32),
+        KvChoice::F16 => Ok(KvDType::F16),
+        KvChoice::Q8 => Err(bad_input!("--kv q8: a KV cache of 8 bits is not supported yet, expected f32 or f16")),
     }
 }
 
