@@ -45,6 +45,12 @@ impl ApiError {
         Self::new(StatusCode::REQUEST_TIMEOUT, "deadline_exceeded", format!("the request took longer than the limit of {seconds} s"))
     }
 
+    /// The server is to stop, and the rest of a request did not come.
+    pub(crate) fn stopping() -> Self {
+        let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the server is stopping and the rest of the body did not come");
+        Self { retry_after_seconds: Some(RETRY_NOT_READY_SECONDS), ..error }
+    }
+
     pub(crate) fn internal(message: impl Into<String>) -> Self {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", message)
     }

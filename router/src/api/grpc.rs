@@ -11,19 +11,20 @@ use proto::inference::inference_server::{Inference, InferenceServer};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
-use tonic::transport::server::TcpIncoming;
+use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 
 use super::answer::finish_name;
+use super::connections::{self, Protocol};
 use super::error::ApiError;
 use super::fields::Fields;
 use super::parameters::{MOST_LOGPROBS, Parameters};
 use super::request::{Input, Source, encode, job};
 use super::run::{Run, Shown};
-use super::{ServeError, Shared, stopped};
+use super::{ServeError, Shared};
 use crate::encode::Tokenizer;
 
-/// How often the health service looks at the models even if none is known to have changed: a stop shows that way.
+/// How often the health service looks at the models even if none is known to have changed.
 const HEALTH: Duration = Duration::from_millis(500);
 
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<(), ServeError> {
@@ -35,15 +36,12 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
     };
     let reflection = reflect().build_v1().map_err(ServeError::Reflection)?;
     let reflection_alpha = reflect().build_v1alpha().map_err(ServeError::Reflection)?;
-    let (stopping, limit) = (shared.stopping.clone(), shared.options.body_bytes);
+    let limit = shared.options.body_bytes;
     let service = InferenceServer::new(Service(Arc::clone(&shared))).max_decoding_message_size(limit);
-    let server = tonic::transport::Server::builder()
-        .add_service(health)
-        .add_service(reflection)
-        .add_service(reflection_alpha)
-        .add_service(service)
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped(stopping));
-    let mut view = shared.edge.watch();
+    let routes = Routes::new(health).add_service(reflection).add_service(reflection_alpha).add_service(service).prepare();
+    let (patience, stopping) = (shared.options.patience, shared.stopping.clone());
+    let server = connections::serve(listener, Protocol::Grpc, routes.into_axum_router(), patience, stopping.clone());
+    let (mut view, mut told) = (shared.edge.watch(), stopping);
     let watch = async {
         let mut tick = tokio::time::interval(HEALTH);
         loop {
@@ -51,6 +49,8 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
                 _ = tick.tick() => {}
                 // An edge that is gone changes no more; the ticks go on until the server ends.
                 Ok(()) = view.changed() => {}
+                // Who watches hears of it before the connection ends.
+                Ok(()) = told.changed() => {}
             }
             let models = shared.edge.models();
             let ready = !models.is_empty() && models.iter().all(|m| shared.edge.ready(&m.name)) && !*shared.stopping.borrow();
@@ -60,7 +60,7 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
         }
     };
     tokio::select! {
-        ended = server => ended.map_err(ServeError::Grpc),
+        () = server => Ok(()),
         () = watch => Ok(()),
     }
 }

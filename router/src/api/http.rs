@@ -19,14 +19,17 @@ use tokio::time::Instant;
 use tracing::debug;
 
 use super::answer::Answer;
+use super::connections::Protocol;
 use super::error::ApiError;
 use super::request::{Dialect, Request};
 use super::run::Run;
-use super::{Shared, connections, models, websocket};
+use super::{Shared, connections, models, stopped, websocket};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How long an event stream may be silent before a comment keeps it alive.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+/// How long a body that is under way may stand still once the server is to stop.
+const LAST_PART: Duration = Duration::from_secs(1);
 /// Bytes beyond the limit that are read and dropped, so that a client that sends before it reads gets to see its refusal.
 const OVERRUN: usize = 64 << 20;
 
@@ -36,7 +39,7 @@ pub(super) struct RequestId(pub(super) Arc<str>);
 
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     let (stopping, patience) = (shared.stopping.clone(), shared.options.patience);
-    connections::serve(listener, routes(shared), patience, stopping).await;
+    connections::serve(listener, Protocol::Http, routes(shared), patience, stopping).await;
 }
 
 fn routes(shared: Arc<Shared>) -> axum::Router {
@@ -168,7 +171,13 @@ async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, Api
         let message = format!("nothing more of the body came for {} s", patience.as_secs_f32());
         ApiError::new(StatusCode::REQUEST_TIMEOUT, "body_stalled", message)
     };
-    while let Some(part) = tokio::time::timeout(patience, parts.next()).await.map_err(stalled)? {
+    let mut next = async || {
+        tokio::select! {
+            part = tokio::time::timeout(patience, parts.next()) => part.map_err(stalled),
+            () = async { stopped(shared.stopping.clone()).await; tokio::time::sleep(LAST_PART).await } => Err(ApiError::stopping()),
+        }
+    };
+    while let Some(part) = next().await? {
         let part = part.map_err(|_| ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", "the body could not be read to its end"))?;
         taken += part.len();
         if taken <= limit {

@@ -50,9 +50,6 @@ impl Default for ApiOptions {
 /// Why serving ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The gRPC listener failed.
-    #[error("the gRPC server failed")]
-    Grpc(#[source] tonic::transport::Error),
     /// The reflection service could not be built.
     #[error("the gRPC reflection service cannot be built")]
     Reflection(#[source] tonic_reflection::server::Error),
@@ -83,11 +80,11 @@ impl Shared {
     }
 }
 
-/// Serves HTTP and gRPC until `shutdown` completes; then takes no new connections, and gives running requests
-/// [`ApiOptions::drain`] to end.
+/// Serves HTTP and gRPC until `shutdown` completes; then takes no new connections, closes those without a running request, and gives
+/// running requests [`ApiOptions::drain`] to end.
 ///
 /// # Errors
-/// When a listener fails.
+/// When a service cannot be built.
 pub async fn serve(
     edge: Edge,
     http: TcpListener,

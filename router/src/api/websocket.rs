@@ -7,15 +7,16 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
 use axum::extract::ws::rejection::WebSocketUpgradeRejection;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Extension, State};
 use axum::http::StatusCode;
 use axum::response::Response;
 use tokio::time::Instant;
 
 use super::Shared;
 use super::answer::Answer;
+use super::connections::Begun;
 use super::error::ApiError;
 use super::http::draw_id;
 use super::request::{Dialect, Request};
@@ -27,11 +28,16 @@ const MOST_WAITING: usize = 8;
 
 pub(super) async fn open(
     State(shared): State<Arc<Shared>>,
+    begun: Option<Extension<Begun>>,
     upgrade: Result<WebSocketUpgrade, WebSocketUpgradeRejection>,
 ) -> Result<Response, ApiError> {
     let upgrade = upgrade.map_err(|e| ApiError::new(StatusCode::BAD_REQUEST, "not_a_websocket", e.body_text()))?;
     let limit = shared.options.body_bytes;
-    Ok(upgrade.max_message_size(limit).max_frame_size(limit).on_upgrade(move |socket| converse(shared, socket)))
+    Ok(upgrade.max_message_size(limit).max_frame_size(limit).on_upgrade(async move |socket| {
+        // A conversation lasts longer than the answer to the request that opened it.
+        let _begun = begun;
+        converse(shared, socket).await;
+    }))
 }
 
 async fn converse(shared: Arc<Shared>, mut socket: WebSocket) {

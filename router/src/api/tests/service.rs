@@ -176,3 +176,45 @@ async fn a_stop_lets_running_requests_end_and_takes_no_more() {
     world.server.await.expect("no panic").expect("a good end");
     assert!(TcpStream::connect(world.http).await.is_err(), "nobody listens any more");
 }
+
+/// A connection that has sent `bytes`.
+async fn half_open(address: SocketAddr, bytes: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(address).await.expect("a server");
+    stream.write_all(bytes).await.expect("it reads");
+    stream
+}
+
+#[tokio::test]
+async fn nothing_but_running_requests_holds_a_stop() {
+    use tonic_health::pb::{HealthCheckRequest, health_client::HealthClient};
+    // Longer than the test may take.
+    let options = ApiOptions { drain: Duration::from_secs(60), ..ApiOptions::default() };
+    let world = World::with(Setup { cost: SLOW, options, ..Setup::default() }).await;
+    // An idle connection, one with half a head, one with half a preface.
+    let mut idle = half_open(world.http, b"GET /live HTTP/1.1\r\nhost: skein\r\n\r\n").await;
+    assert!(idle.read(&mut [0; 4096]).await.expect("it answers") > 0);
+    let half_head = half_open(world.http, b"POST /v1/completions HTTP/1.1\r\nhost: sk").await;
+    let half_preface = half_open(world.grpc, b"PRI * HT").await;
+    // Half a body: it will not come to run any more.
+    let mut half_body = half_open(world.http, format!("{}{{", head("/v1/completions", 100)).as_bytes()).await;
+    // A client of HTTP/2 that reads no farewell, and one that watches for ever.
+    let mute = half_open(world.grpc, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await;
+    let channel = tonic::transport::Channel::from_shared(format!("http://{}", world.grpc)).expect("an address");
+    let mut health = HealthClient::new(channel.connect().await.expect("a server"));
+    let mut watched = health.watch(HealthCheckRequest { service: String::new() }).await.expect("watched").into_inner();
+    assert!(watched.message().await.expect("a state").is_some());
+    let body = request(json!({"max_tokens": 100, "ignore_eos": true}));
+    let running = world.post("/v1/completions", &body);
+    let stop = async {
+        until("it to run", || world.edge.load()[0].running == 1).await;
+        world.stop.cancel();
+    };
+    let (answer, ()) = tokio::join!(running, stop);
+    assert_eq!(answer.ok()["usage"]["completion_tokens"], 100, "what runs goes on to its end");
+    let ended = tokio::time::timeout(Duration::from_secs(10), world.server).await;
+    ended.expect("nothing holds the stop").expect("no panic").expect("a good end");
+    let mut refused = Vec::new();
+    half_body.read_to_end(&mut refused).await.expect("it answers");
+    assert_eq!(Reply::parse(&refused).error(503)["code"], "stopping");
+    drop((idle, half_head, half_preface, mute));
+}
