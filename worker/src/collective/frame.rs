@@ -2,8 +2,8 @@
 
 /// Bytes of a header.
 pub(super) const HEADER: usize = 32;
-/// `skn1`, little-endian.
-const MAGIC: u32 = u32::from_le_bytes(*b"skn1");
+/// `skn2`, little-endian: the second form of frames. The first had another checksum; a rank that speaks it is told apart by its first word.
+const MAGIC: u32 = u32::from_le_bytes(*b"skn2");
 /// Bytes that the checksum covers, before the payload's.
 const COVERED: usize = 28;
 
@@ -29,8 +29,8 @@ impl Kind {
     }
 }
 
-/// Magic (4 bytes), kind (1), rank (1), reserved (2), session of the epoch (8), sequence (8), bytes of the payload (4), CRC-32 of these
-/// 28 bytes and the payload (4); all little-endian.
+/// Magic (4 bytes), kind (1), rank (1), reserved (2), session of the epoch (8), sequence (8), bytes of the payload (4), CRC-32C of these
+/// 28 bytes and the payload (4); all little-endian. CRC-32C (Castagnoli's polynomial, RFC 3720) is the one that CPUs have an instruction for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) kind: Kind,
@@ -56,7 +56,7 @@ impl Header {
         out[24..28].copy_from_slice(&self.bytes.to_le_bytes());
         let mut sum = Checksum::new(&out);
         sum.add(payload);
-        out[COVERED..].copy_from_slice(&sum.0.finalize().to_le_bytes());
+        out[COVERED..].copy_from_slice(&sum.0.to_le_bytes());
         out
     }
 
@@ -77,21 +77,19 @@ impl Header {
 }
 
 /// The sum over a header and the payload so far.
-pub(super) struct Checksum(crc32fast::Hasher);
+pub(super) struct Checksum(u32);
 
 impl Checksum {
     fn new(header: &[u8; HEADER]) -> Self {
-        let mut sum = crc32fast::Hasher::new();
-        sum.update(&header[..COVERED]);
-        Self(sum)
+        Self(crc32c::crc32c(&header[..COVERED]))
     }
 
     pub(super) fn add(&mut self, payload: &[u8]) {
-        self.0.update(payload);
+        self.0 = crc32c::crc32c_append(self.0, payload);
     }
 
     pub(super) fn is(self, expected: u32) -> bool {
-        self.0.finalize() == expected
+        self.0 == expected
     }
 }
 
@@ -126,6 +124,33 @@ impl Hello {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The definition, bit by bit: Castagnoli's polynomial, reflected.
+    fn castagnoli(bytes: &[u8]) -> u32 {
+        !bytes.iter().fold(!0, |sum, &byte| (0..8).fold(sum ^ u32::from(byte), |sum, _| (sum >> 1) ^ (0x82f6_3b78 * (sum & 1))))
+    }
+
+    #[test]
+    fn the_sum_is_crc_32c_however_the_payload_comes() {
+        assert_eq!(castagnoli(b"123456789"), 0xe306_9283, "the check value of RFC 3720's sum");
+        let payload: Vec<u8> = (0..5000_u32).map(|i| ((i * i) >> 3) as u8).collect();
+        let header = Header { kind: Kind::AllGather, rank: 1, session: 7, sequence: 9, bytes: 5000 }.encode(&payload);
+        let whole = [&header[..COVERED], &payload].concat();
+        let (_, _, sent) = Header::decode(&header).expect("a header");
+        assert_eq!(sent, castagnoli(&whole));
+        for piece in [1, 7, 4096] {
+            let (_, mut sum, expected) = Header::decode(&header).expect("a header");
+            payload.chunks(piece).for_each(|part| sum.add(part));
+            assert!(sum.is(expected), "in pieces of {piece}");
+        }
+    }
+
+    #[test]
+    fn the_first_form_of_frames_is_told_apart() {
+        let mut header = Header { kind: Kind::Hello, rank: 1, session: 7, sequence: 9, bytes: 0 }.encode(b"");
+        header[..4].copy_from_slice(b"skn1");
+        assert!(Header::decode(&header).is_err_and(|said| said.contains("magic")));
+    }
 
     #[test]
     fn a_changed_bit_is_seen() {
