@@ -7,10 +7,12 @@
 
 mod answers;
 mod apply;
+mod chart;
 mod deletion;
 mod kubernetes;
 mod load;
 mod models;
+mod plugin;
 mod refusals;
 mod scale;
 mod survival;

@@ -1,8 +1,9 @@
 //! A cluster of its own for a run of tests: up before it, down after it, whatever becomes of the tests.
 
-use std::{fs::File, process::Command};
+use std::{fs::File, os::unix::process::CommandExt, process::Command};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{
@@ -60,7 +61,9 @@ fn claim() -> Result<(Cluster, File)> {
 }
 
 /// Runs `command` to its end; a signal to this process ends the command first, so that what comes after it still happens.
-fn run_until_signal(command: Command) -> Result<()> {
+fn run_until_signal(mut command: Command) -> Result<()> {
+    // A group of its own: the tests that cargo starts end with it.
+    command.process_group(0);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start a runtime")?;
     runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt()).context("failed to listen for SIGINT")?;
@@ -75,7 +78,10 @@ fn run_until_signal(command: Command) -> Result<()> {
             _ = terminate.recv() => "SIGTERM",
         };
         say(&format!("{asked}: ending the tests"));
-        child.kill().await.context("failed to end the tests")?;
+        if let Some(group) = child.id().and_then(|id| Pid::from_raw(id.cast_signed())) {
+            kill_process_group(group, Signal::KILL).context("failed to end the tests")?;
+        }
+        child.wait().await.context("failed to wait for the tests")?;
         bail!("stopped by {asked}")
     })
 }
