@@ -5,14 +5,14 @@ use std::fmt::Debug;
 use k8s_openapi::{
     NamespaceResourceScope,
     api::{
-        apps::v1::StatefulSet,
+        apps::v1::{ControllerRevision, StatefulSet},
         core::v1::{ConfigMap, Service},
         networking::v1::NetworkPolicy,
         policy::v1::PodDisruptionBudget,
     },
 };
 use kube::{
-    Api, Client, Resource, ResourceExt,
+    Api, Client, Resource,
     api::{DeleteParams, Patch, PatchParams},
 };
 use serde::de::DeserializeOwned;
@@ -20,7 +20,6 @@ use tracing::info;
 
 use crate::{
     build::{Object, Resources},
-    dereference::Standing,
     names::MANAGER,
 };
 
@@ -51,41 +50,60 @@ impl ApplyError {
     }
 }
 
-/// What was applied, as the API server answered.
-#[derive(Debug)]
-pub struct Applied {
-    /// One for each replica and stage, in that order.
-    pub stateful_sets: Vec<StatefulSet>,
+/// Writes down the revision, before anything is made of it.
+///
+/// # Errors
+/// When the write fails.
+pub async fn record(client: &Client, namespace: &str, built: &Resources) -> Result<(), ApplyError> {
+    write::<ControllerRevision>(client, namespace, &built.revision, Conflicts::Ours).await.map(drop)
 }
 
-/// Applies everything that was built, what others need first.
+/// Applies everything else that was built, what others need first.
 ///
 /// # Errors
 /// The first write that fails; what was written before stays.
-pub async fn apply(client: &Client, namespace: &str, built: Resources, standing: &Standing) -> Result<Applied, ApplyError> {
-    let Resources { config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = built;
-    for map in &config_maps {
+pub async fn apply(client: &Client, namespace: &str, built: &Resources) -> Result<(), ApplyError> {
+    // The revision is written down already.
+    let Resources { revision: _, config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = built;
+    for map in config_maps {
         write::<ConfigMap>(client, namespace, map, Conflicts::Ours).await?;
     }
-    write::<Service>(client, namespace, &worker_service, Conflicts::Theirs).await?;
-    write::<NetworkPolicy>(client, namespace, &network_policy, Conflicts::Ours).await?;
-    write::<PodDisruptionBudget>(client, namespace, &disruption_budget, Conflicts::Ours).await?;
-    write::<Service>(client, namespace, &service, Conflicts::Theirs).await?;
-    let mut applied = Vec::with_capacity(stateful_sets.len());
-    for set in &stateful_sets {
-        applied.push(write::<StatefulSet>(client, namespace, set, Conflicts::Ours).await?);
+    write::<Service>(client, namespace, worker_service, Conflicts::Theirs).await?;
+    write::<NetworkPolicy>(client, namespace, network_policy, Conflicts::Ours).await?;
+    write::<PodDisruptionBudget>(client, namespace, disruption_budget, Conflicts::Ours).await?;
+    write::<Service>(client, namespace, service, Conflicts::Theirs).await?;
+    for set in stateful_sets {
+        write::<StatefulSet>(client, namespace, set, Conflicts::Ours).await?;
     }
-    for set in standing.stateful_sets.iter().filter(|s| s.metadata.deletion_timestamp.is_none()).map(ResourceExt::name_any) {
-        if !stateful_sets.iter().any(|s| s.name == set) {
-            delete::<StatefulSet>(client, namespace, &set).await?;
-        }
+    Ok(())
+}
+
+/// What is not wanted any more, by name.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Unwanted {
+    /// Of replicas that are gone.
+    pub stateful_sets: Vec<String>,
+    /// Of revisions that have no replicas.
+    pub config_maps: Vec<String>,
+    /// That are not gone back to.
+    pub revisions: Vec<String>,
+}
+
+/// Deletes what is not wanted any more. StatefulSets stay until their pods are gone, so that what still holds a node is seen.
+///
+/// # Errors
+/// The first that is refused.
+pub async fn remove(client: &Client, namespace: &str, unwanted: &Unwanted) -> Result<(), ApplyError> {
+    for set in &unwanted.stateful_sets {
+        delete::<StatefulSet>(client, namespace, set, &DeleteParams::foreground()).await?;
     }
-    for map in &standing.config_maps {
-        if !config_maps.iter().any(|m| m.name == *map) {
-            delete::<ConfigMap>(client, namespace, map).await?;
-        }
+    for map in &unwanted.config_maps {
+        delete::<ConfigMap>(client, namespace, map, &DeleteParams::background()).await?;
     }
-    Ok(Applied { stateful_sets: applied })
+    for revision in &unwanted.revisions {
+        delete::<ControllerRevision>(client, namespace, revision, &DeleteParams::background()).await?;
+    }
+    Ok(())
 }
 
 /// Whose value stands where another manager has set a field.
@@ -112,12 +130,12 @@ where
     api.patch(&object.name, &params, &Patch::Apply(&object.body)).await.map_err(failed)
 }
 
-async fn delete<K>(client: &Client, namespace: &str, name: &str) -> Result<(), ApplyError>
+async fn delete<K>(client: &Client, namespace: &str, name: &str, how: &DeleteParams) -> Result<(), ApplyError>
 where
     K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
 {
     info!(namespace, name, kind = &*K::kind(&()), "deleting what is no longer wanted");
-    match Api::<K>::namespaced(client.clone(), namespace).delete(name, &DeleteParams::background()).await {
+    match Api::<K>::namespaced(client.clone(), namespace).delete(name, how).await {
         Ok(_) => Ok(()),
         Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
         Err(source) => Err(failed::<K>("delete", name, source)),

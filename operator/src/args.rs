@@ -4,6 +4,8 @@ use std::net::SocketAddr;
 
 use clap::{ArgAction, Parser};
 
+use crate::stop::Place;
+
 /// Reconciles `ModelDeployment` resources into routers and workers.
 #[derive(Clone, Debug, Parser)]
 #[command(name = "skein-operator", version, max_term_width = 120)]
@@ -44,6 +46,9 @@ pub struct Args {
     /// Memory that each router asks for.
     #[arg(long, env = "SKEIN_ROUTER_MEMORY", value_name = "QUANTITY", default_value = "256Mi")]
     pub router_memory: String,
+    /// For tests: where to end with exit code 86, once.
+    #[arg(long, env = "SKEIN_STOP_AT", value_name = "PLACE", hide = true)]
+    pub stop_at: Option<Place>,
     /// Log filter, such as `info,operator=debug`.
     #[arg(long, env = "RUST_LOG", value_name = "FILTER", default_value = "info,kube=warn,tower=warn,hyper=warn")]
     pub log: String,

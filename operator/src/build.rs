@@ -3,16 +3,20 @@
 pub mod pod;
 pub mod pool;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
+
+use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::worker::WorkerSpec;
+use plan::{shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
 use self::pod::{CACHE, SPEC, restricted, volume_mount};
 use crate::{
-    names::{self, DEPLOYMENT, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
+    names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
+    revision::{self, Record, Revision, StageRecord},
+    rollout::{Id, Slot},
     validate::ValidatedDeployment,
 };
 
@@ -47,7 +51,9 @@ pub struct Object {
 /// Every object of a deployment.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resources {
-    /// Worker specifications.
+    /// What is kept of the spec's revision.
+    pub revision: Object,
+    /// Worker specifications of the spec's revision.
     pub config_maps: Vec<Object>,
     /// Gives workers names in DNS.
     pub worker_service: Object,
@@ -60,6 +66,9 @@ pub struct Resources {
     /// One for each replica and stage.
     pub stateful_sets: Vec<Object>,
 }
+
+/// Data of a ConfigMap.
+type Data = Map<String, Value>;
 
 /// Most bytes of specifications in one ConfigMap, whose limit is 1 MiB with everything around them.
 const PART: usize = 768 << 10;
@@ -77,46 +86,140 @@ pub struct TooLarge {
     bytes: usize,
 }
 
-/// Builds everything.
+/// Builds everything: `slots` are the replicas that are to exist, each of one of the `revisions`; `present` is the spec's. A replica of a
+/// revision that is not known stays as it is.
 ///
 /// # Errors
 /// When a worker's specification does not fit into a ConfigMap.
-pub fn build(valid: &ValidatedDeployment, object: &ModelDeployment, settings: &Settings) -> Result<Resources, TooLarge> {
-    let deployment = Build { valid, owner: object.owner(true), settings };
+pub fn build(
+    valid: &ValidatedDeployment,
+    object: &ModelDeployment,
+    present: &Revision,
+    revisions: &BTreeMap<&str, &Revision>,
+    slots: &[Slot],
+) -> Result<Resources, TooLarge> {
+    let deployment = Build { object, owner: object.owner(true) };
     let specs = valid.worker_specs();
     let mut config_maps = Vec::new();
-    let mut parts = Vec::new();
     for stage in 0..valid.plan.stages.len() {
-        let of_stage: Vec<&WorkerSpec> = specs.iter().filter(|s| s.shard.stage == stage).collect();
-        let maps = deployment.specifications(stage, &of_stage)?;
-        parts.push(maps.iter().map(|m| m.name.clone()).collect::<Vec<_>>());
-        config_maps.extend(maps);
+        let parts = specifications(valid, &specs, &present.name, stage)?;
+        config_maps.extend(parts.into_iter().map(|(name, data)| deployment.specification(name, &present.name, stage, data)));
     }
-    let stateful_sets = (0..valid.replicas())
-        .flat_map(|replica| (0..parts.len()).map(move |stage| (replica, stage)))
-        .map(|(replica, stage)| deployment.stateful_set(replica, stage, &parts[stage]))
-        .collect();
+    let known = slots.iter().filter_map(|slot| Some((slot, &revisions.get(slot.id.revision.as_str())?.record)));
+    let stateful_sets = known
+        .flat_map(|(slot, record)| (0..record.stages.len()).map(|stage| deployment.stateful_set(slot, record, stage)).collect::<Vec<_>>());
     Ok(Resources {
+        revision: present.object(object),
         config_maps,
         worker_service: deployment.worker_service(),
         network_policy: deployment.network_policy(),
         disruption_budget: deployment.disruption_budget(),
         service: deployment.service(),
-        stateful_sets,
+        stateful_sets: stateful_sets.collect(),
     })
 }
 
+/// The stages of `revision`, as they are written down.
+///
+/// # Errors
+/// When a worker's specification does not fit into a ConfigMap.
+pub fn stages(valid: &ValidatedDeployment, revision: &str, settings: &Settings) -> Result<Vec<StageRecord>, TooLarge> {
+    let specs = valid.worker_specs();
+    let stage = |(index, stage): (usize, &Stage)| {
+        let config_maps: Vec<String> = specifications(valid, &specs, revision, index)?.into_iter().map(|(name, _)| name).collect();
+        let need = stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
+        let pod = worker(settings, need, valid.manifest.spec().workers.resources.limits.memory.map(|m| m.0), &config_maps);
+        Ok(StageRecord { ranks: stage.shards.len(), config_maps, pod })
+    };
+    valid.plan.stages.iter().enumerate().map(stage).collect()
+}
+
+/// The specifications of a stage's ranks, packed into as few ConfigMaps as hold them: name and data of each.
+fn specifications(
+    valid: &ValidatedDeployment,
+    specs: &[WorkerSpec],
+    revision: &str,
+    stage: usize,
+) -> Result<Vec<(String, Data)>, TooLarge> {
+    let parts = pack(specs.iter().filter(|s| s.shard.stage == stage))?;
+    let name = |part: usize| names::specification(&valid.name, &valid.uid, revision, stage, part);
+    Ok(parts.into_iter().enumerate().map(|(part, data)| (name(part), data)).collect())
+}
+
+/// Packs specifications into as few maps as hold them.
+fn pack<'a>(specs: impl Iterator<Item = &'a WorkerSpec>) -> Result<Vec<Data>, TooLarge> {
+    let mut parts: Vec<(usize, Data)> = vec![(0, Map::new())];
+    for spec in specs {
+        let text = serde_json::to_string(spec).unwrap_or_else(|error| unreachable!("a specification is plain data: {error}"));
+        let (stage, rank, bytes) = (spec.shard.stage, spec.shard.rank, text.len());
+        if bytes > PART {
+            return Err(TooLarge { stage, rank, bytes });
+        }
+        if parts.last().is_some_and(|(used, _)| used + bytes > PART) {
+            parts.push((0, Map::new()));
+        }
+        if let Some((used, data)) = parts.last_mut() {
+            *used += bytes;
+            data.insert(format!("rank-{rank}.json"), text.into());
+        }
+    }
+    Ok(parts.into_iter().map(|(_, data)| data).collect())
+}
+
+/// The pod of a worker. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
+fn worker(settings: &Settings, need: u64, limit: Option<u64>, config_maps: &[String]) -> Value {
+    let mut resources = json!({ "requests": { "cpu": settings.worker_cpu, "memory": need.to_string() } });
+    if let Some(limit) = limit {
+        resources["limits"] = json!({ "memory": limit.to_string() });
+        resources["requests"]["memory"] = need.min(limit).to_string().into();
+    }
+    let mut env = vec![
+        pod::field("RANK", &format!("metadata.labels['{}']", names::RANK)),
+        pod::field("REPLICA", &format!("metadata.labels['{}']", names::REPLICA_NAME)),
+        pod::field("POD_IP", "status.podIP"),
+        pod::token("SKEIN_WORKER_TOKEN", names::WORKER_TOKEN),
+    ];
+    if let Some(endpoint) = &settings.hf_endpoint {
+        env.push(json!({ "name": "HF_ENDPOINT", "value": endpoint }));
+    }
+    let sources: Vec<Value> = config_maps.iter().map(|name| json!({ "configMap": { "name": name } })).collect();
+    let container = json!({
+        "name": "worker",
+        "image": settings.image,
+        "imagePullPolicy": settings.image_pull_policy,
+        "command": ["/skein"],
+        "args": [
+            "worker", "-v", "--log-format", "json",
+            "--spec", format!("{SPEC}/rank-$(RANK).json"),
+            "--replica", "$(REPLICA)",
+            "--threads", "auto",
+            "--listen", format!("$(POD_IP):{WORKER_PORT}"),
+            "--cache", CACHE,
+        ],
+        "env": env,
+        "ports": [{ "name": "worker", "containerPort": WORKER_PORT, "protocol": "TCP" }],
+        "readinessProbe": { "tcpSocket": { "port": "worker" }, "periodSeconds": 5 },
+        "resources": resources,
+        "securityContext": restricted(),
+        // A worker that fails says why in its last lines.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
+    });
+    let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
+    pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, { "name": "cache", "emptyDir": {} }]);
+    pod
+}
+
 struct Build<'a> {
-    valid: &'a ValidatedDeployment,
+    object: &'a ModelDeployment,
     owner: OwnerReference,
-    settings: &'a Settings,
 }
 
 impl Build<'_> {
     /// Labels of an object of `component`, with `more`.
     fn labels(&self, component: &str, more: &[(&str, &str)]) -> Value {
         let mut labels = names::labels(component);
-        labels[DEPLOYMENT] = self.valid.name.as_str().into();
+        labels[DEPLOYMENT] = self.object.name().into();
         for (key, value) in more {
             labels[*key] = (*value).into();
         }
@@ -125,94 +228,43 @@ impl Build<'_> {
 
     /// What selects this deployment's workers.
     fn workers(&self) -> Value {
-        json!({ "app.kubernetes.io/component": "worker", DEPLOYMENT: self.valid.name })
+        json!({ "app.kubernetes.io/component": "worker", DEPLOYMENT: self.object.name() })
     }
 
     fn object(&self, (version, kind): (&str, &str), name: String, labels: Value, rest: Value) -> Object {
         owned((version, kind), name, labels, std::slice::from_ref(&self.owner), rest)
     }
 
-    /// The specifications of a stage's ranks, packed into as few ConfigMaps as hold them.
-    fn specifications(&self, stage: usize, specs: &[&WorkerSpec]) -> Result<Vec<Object>, TooLarge> {
-        let mut parts: Vec<(usize, Map<String, Value>)> = vec![(0, Map::new())];
-        for spec in specs {
-            let text = serde_json::to_string(spec).unwrap_or_else(|error| unreachable!("a specification is plain data: {error}"));
-            let (rank, bytes) = (spec.shard.rank, text.len());
-            if bytes > PART {
-                return Err(TooLarge { stage, rank, bytes });
-            }
-            if parts.last().is_some_and(|(used, _)| used + bytes > PART) {
-                parts.push((0, Map::new()));
-            }
-            if let Some((used, data)) = parts.last_mut() {
-                *used += bytes;
-                data.insert(format!("rank-{rank}.json"), text.into());
-            }
-        }
-        let valid = self.valid;
-        let map = |(part, (_, data)): (usize, (usize, Map<String, Value>))| {
-            let name = names::specification(&valid.name, &valid.uid, &valid.revision, stage, part);
-            let labels = self.labels("worker", &[(REVISION, &valid.revision), (STAGE, &stage.to_string())]);
-            self.object(("v1", "ConfigMap"), name, labels, json!({ "data": data, "immutable": true }))
-        };
-        Ok(parts.into_iter().enumerate().map(map).collect())
+    /// A part of the specifications of a stage of a revision.
+    fn specification(&self, name: String, revision: &str, stage: usize, data: Data) -> Object {
+        let labels = self.labels("worker", &[(REVISION, revision), (STAGE, &stage.to_string())]);
+        self.object(("v1", "ConfigMap"), name, labels, json!({ "data": data, "immutable": true }))
     }
 
     /// The workers of one stage of one replica: the ordinal is the rank.
-    fn stateful_set(&self, replica: u32, stage: usize, parts: &[String]) -> Object {
-        let (valid, settings) = (self.valid, self.settings);
-        let shards = &valid.plan.stages[stage].shards;
-        let replica_name = valid.replica_name(replica);
-        let identity = [(REVISION, valid.revision.as_str()), (REPLICA, &replica.to_string()), (STAGE, &stage.to_string())];
+    fn stateful_set(&self, slot: &Slot, record: &Record, stage: usize) -> Object {
+        let Id { revision, number } = &slot.id;
+        let name = revision::replica_name(self.object, &slot.id);
+        let identity = [(REVISION, revision.as_str()), (REPLICA, &number.to_string()), (STAGE, &stage.to_string())];
         let labels = self.labels("worker", &identity);
-        let selector = json!({ DEPLOYMENT: valid.name, REVISION: valid.revision, REPLICA: replica.to_string(), STAGE: stage.to_string() });
-        let need = shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
-        let mut resources = json!({ "requests": { "cpu": settings.worker_cpu, "memory": need.to_string() } });
-        if let Some(limit) = valid.manifest.spec().workers.resources.limits.memory {
-            resources["limits"] = json!({ "memory": limit.0.to_string() });
-            resources["requests"]["memory"] = need.min(limit.0).to_string().into();
-        }
-        let mut env = vec![
-            json!({ "name": "RANK", "valueFrom": { "fieldRef": { "apiVersion": "v1", "fieldPath": format!("metadata.labels['{}']", names::RANK) } } }),
-            json!({ "name": "POD_IP", "valueFrom": { "fieldRef": { "apiVersion": "v1", "fieldPath": "status.podIP" } } }),
-            pod::token("SKEIN_WORKER_TOKEN", names::WORKER_TOKEN),
-        ];
-        if let Some(endpoint) = &settings.hf_endpoint {
-            env.push(json!({ "name": "HF_ENDPOINT", "value": endpoint }));
-        }
-        let sources: Vec<Value> = parts.iter().map(|name| json!({ "configMap": { "name": name } })).collect();
-        let container = json!({
-            "name": "worker",
-            "image": settings.image,
-            "imagePullPolicy": settings.image_pull_policy,
-            "command": ["/skein"],
-            "args": [
-                "worker", "-v", "--log-format", "json",
-                "--spec", format!("{SPEC}/rank-$(RANK).json"),
-                "--replica", replica_name,
-                "--threads", "auto",
-                "--listen", format!("$(POD_IP):{WORKER_PORT}"),
-                "--cache", CACHE,
-            ],
-            "env": env,
-            "ports": [{ "name": "worker", "containerPort": WORKER_PORT, "protocol": "TCP" }],
-            "readinessProbe": { "tcpSocket": { "port": "worker" }, "periodSeconds": 5 },
-            "resources": resources,
-            "securityContext": restricted(),
-            "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
-        });
-        let mut template = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
-        template["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, { "name": "cache", "emptyDir": {} }]);
+        let mut of_pod = labels.clone();
+        of_pod[names::REPLICA_NAME] = name.as_str().into();
+        let mut selector = json!({ DEPLOYMENT: self.object.name() });
+        identity.iter().for_each(|(key, value)| selector[*key] = (*value).into());
         let rest = json!({ "spec": {
-            "replicas": shards.len(),
-            "serviceName": names::workers(&valid.name),
+            "replicas": record.stages[stage].ranks,
+            "serviceName": names::workers(self.object.name()),
             "podManagementPolicy": "Parallel",
             // Workers are replaced by the operator's decision alone, never because a template changed.
             "updateStrategy": { "type": "OnDelete" },
             "selector": { "matchLabels": selector },
-            "template": { "metadata": { "labels": labels.clone() }, "spec": template },
+            "template": { "metadata": { "labels": of_pod }, "spec": record.stages[stage].pod },
         }});
-        self.object(("apps/v1", "StatefulSet"), names::stateful_set(&replica_name, stage), labels, rest)
+        let mut set = self.object(("apps/v1", "StatefulSet"), names::stateful_set(&name, stage), labels, rest);
+        if let Some(since) = slot.draining {
+            set.body["metadata"]["annotations"] = json!({ DRAINING: since.to_string() });
+        }
+        set
     }
 
     /// Workers find each other while they are not ready: that is when they meet.
@@ -223,7 +275,7 @@ impl Build<'_> {
             "selector": self.workers(),
             "ports": [{ "name": "worker", "port": WORKER_PORT, "targetPort": "worker", "protocol": "TCP" }],
         });
-        self.object(("v1", "Service"), names::workers(&self.valid.name), self.labels("worker", &[]), json!({ "spec": spec }))
+        self.object(("v1", "Service"), names::workers(self.object.name()), self.labels("worker", &[]), json!({ "spec": spec }))
     }
 
     /// Routers reach the worker's port; workers of the deployment reach each other on any, since ranks meet on ports they choose.
@@ -238,7 +290,7 @@ impl Build<'_> {
         });
         self.object(
             ("networking.k8s.io/v1", "NetworkPolicy"),
-            names::workers(&self.valid.name),
+            names::workers(self.object.name()),
             self.labels("worker", &[]),
             json!({ "spec": spec }),
         )
@@ -248,7 +300,7 @@ impl Build<'_> {
         let spec = json!({ "maxUnavailable": 1, "selector": { "matchLabels": self.workers() } });
         self.object(
             ("policy/v1", "PodDisruptionBudget"),
-            names::workers(&self.valid.name),
+            names::workers(self.object.name()),
             self.labels("worker", &[]),
             json!({ "spec": spec }),
         )
@@ -256,7 +308,7 @@ impl Build<'_> {
 
     /// The deployment's own address, which is the pool's.
     fn service(&self) -> Object {
-        self.object(("v1", "Service"), self.valid.name.clone(), self.labels("router", &[]), json!({ "spec": router_service() }))
+        self.object(("v1", "Service"), self.object.name().to_owned(), self.labels("router", &[]), json!({ "spec": router_service() }))
     }
 }
 
@@ -273,7 +325,7 @@ fn router_service() -> Value {
 }
 
 /// An object with its owners.
-fn owned((version, kind): (&str, &str), name: String, labels: Value, owners: &[OwnerReference], rest: Value) -> Object {
+pub(crate) fn owned((version, kind): (&str, &str), name: String, labels: Value, owners: &[OwnerReference], rest: Value) -> Object {
     let metadata = json!({ "name": name, "labels": labels, "ownerReferences": owners });
     let mut body = json!({ "apiVersion": version, "kind": kind, "metadata": metadata });
     if let (Some(body), Value::Object(rest)) = (body.as_object_mut(), rest) {

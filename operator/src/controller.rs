@@ -1,5 +1,7 @@
 //! The loop: which deployment is looked at when, and the five steps for one.
 
+mod advance;
+
 use std::{
     collections::HashMap,
     convert::Infallible,
@@ -24,9 +26,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use self::advance::Step;
 use crate::{
-    apply::{self, ApplyError},
-    build::{self, Settings},
+    apply::ApplyError,
+    build::{Settings, TooLarge},
     dereference::{Fetched, dereference},
     fleet::{Hub, Space},
     metrics::Metrics,
@@ -34,8 +37,11 @@ use crate::{
     names::{DEPLOYMENT, MANAGER},
     pool::{PoolReconciler, Pools},
     resource::{ModelDeployment, Status},
+    revision::Revision,
+    rollout::Memory,
     status::{self, MODEL_RESOLVED},
-    validate::{Rejection, Until, ValidatedDeployment, validate},
+    stop::Stops,
+    validate::{Rejection, Until, validate},
 };
 
 /// Deployments reconciled at once.
@@ -65,6 +71,9 @@ pub struct Context {
     metrics: Arc<Metrics>,
     /// Failures in a row, by unique id.
     failures: Mutex<HashMap<String, u32>>,
+    /// What rollouts remember, by unique id.
+    rollouts: Mutex<HashMap<String, Memory>>,
+    stops: Stops,
 }
 
 /// What runs the controller.
@@ -83,11 +92,13 @@ pub struct Options {
     pub woken: mpsc::Receiver<ObjectRef<ModelDeployment>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Where this process ends, for tests.
+    pub stops: Stops,
 }
 
 /// Reconciles until `stop`; then ends what is under way.
 pub async fn run(options: Options, stop: CancellationToken) {
-    let Options { client, settings, namespace, identity, hub, woken, metrics } = options;
+    let Options { client, settings, namespace, identity, hub, woken, metrics, stops } = options;
     let (deployments, writer) = reflector::store();
     let pools = Arc::new(Pools::default());
     let asked = (pools.clone(), hub.clone(), deployments.clone());
@@ -122,6 +133,8 @@ pub async fn run(options: Options, stop: CancellationToken) {
         deployments: deployments.clone(),
         client: client.clone(),
         failures: Mutex::default(),
+        rollouts: Mutex::default(),
+        stops,
         settings,
         hub,
         pools,
@@ -227,36 +240,47 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         Ok(valid) => valid,
         Err(rejection) => return context.reject(object, &space, &fetched, &rejection).await,
     };
-    let built = match build::build(&valid, object, &context.settings) {
-        Ok(built) => built,
-        Err(error) => {
-            let rejection =
-                Rejection { condition: status::ACCEPTED, reason: "PlanInfeasible", message: error.to_string(), until: Until::Changed };
-            return context.reject(object, &space, &fetched, &rejection).await;
-        }
+    let revision = Revision::of(&valid, object, &context.settings, &fetched.standing.revisions, collisions(object));
+    let (revision, collisions) = match revision {
+        Ok(found) => found,
+        Err(error) => return context.reject(object, &space, &fetched, &too_large(&error)).await,
     };
     // The plan stands in status before any pod exists.
-    if object.status.as_ref().is_none_or(|s| s.current_revision.as_ref() != Some(&valid.revision)) {
-        context.say(object, status::planned(object, &valid)).await?;
+    if object.status.as_ref().is_none_or(|s| s.update_revision.as_ref() != Some(&revision.name)) {
+        context.say(object, status::planned(object, &valid, &revision, collisions)).await?;
     }
     context.pools.ask(object.namespace());
-    let existing = built.stateful_sets.len();
-    let applied = apply::apply(&context.client, object.namespace(), built, &fetched.standing).await;
+    let step = match Step::new(object, &valid, &revision, &fetched.standing, context) {
+        Ok(step) => step,
+        Err(error) => return context.reject(object, &space, &fetched, &too_large(&error)).await,
+    };
+    let applied = step.take(object, &space, context).await;
     if let Err(error) = &applied {
         let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
-        context.say(object, status::failed(object, &valid, reason, &chain(error))).await?;
+        let planned = status::planned(object, &valid, &revision, collisions);
+        context.say(object, status::failed(planned, object, reason, &chain(error))).await?;
     }
     applied?;
-    context.settle(object, &space, &valid, &fetched);
     let was_ready = object.condition(status::READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
     if was_ready && fetched.standing.load.routers == 0 && context.hub.age() < RETURN {
         // Routers are on their way back to an operator that has just started; until then nothing is known to be worse.
         return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
     }
-    let status = status::applied(object, &valid, &fetched.standing, existing);
+    let again = step.again();
+    let status = status::applied(object, &step.view(collisions));
     let ready = status.ready_replicas == valid.replicas();
     context.say(object, status).await?;
-    Ok(Done { result: "Applied", again: Action::requeue(if ready { IDLE } else { STARTING }) })
+    let idle = if ready { IDLE } else { STARTING };
+    Ok(Done { result: "Applied", again: Action::requeue(again.map_or(idle, |again| again.min(idle))) })
+}
+
+fn too_large(error: &TooLarge) -> Rejection {
+    Rejection { condition: status::ACCEPTED, reason: "PlanInfeasible", message: error.to_string(), until: Until::Changed }
+}
+
+/// Names of revisions that were passed over so far.
+fn collisions(object: &ModelDeployment) -> u32 {
+    object.status.as_ref().map_or(0, |s| s.collision_count)
 }
 
 impl Context {
@@ -268,10 +292,10 @@ impl Context {
         fetched: &Fetched,
         rejection: &Rejection,
     ) -> Result<Done, ReconcileError> {
-        // While a source is away, what runs goes on: routers must not be told that it is gone.
-        let waits = rejection.until == Until::Source && !fetched.standing.stateful_sets.is_empty();
-        if !space.knows(object.name()) && !waits {
-            space.settle(object.name(), None, &expected(&self.deployments, object.namespace()));
+        // What runs goes on, whatever the spec says now; but one whose name is another's must not answer to it.
+        if !space.knows(object.name()) {
+            let entry = if rejection.reason == "NameTaken" { None } else { advance::standing(object, fetched) };
+            space.settle(object.name(), entry, &expected(&self.deployments, object.namespace()));
         }
         self.pools.ask(object.namespace());
         self.say(object, status::rejected(object, rejection)).await?;
@@ -281,21 +305,6 @@ impl Context {
             Until::Source => Action::requeue(self.pause(object, SOURCE_BACKOFF)),
         };
         Ok(Done { result: rejection.reason, again })
-    }
-
-    /// Tells routers where the workers are. One whose address is not known now keeps the last one: it may be on its way back.
-    fn settle(&self, object: &ModelDeployment, space: &Space, valid: &ValidatedDeployment, fetched: &Fetched) {
-        let last = space.told(object.name());
-        let address = |replica: u32, stage: usize, rank: usize| {
-            let known = fetched.standing.address(&status::pod_name(valid, replica, stage, rank));
-            let name = valid.replica_name(replica);
-            let before = || {
-                let replica = last.as_ref()?.replicas.iter().find(|r| r.name == name)?;
-                replica.workers.get(stage)?.get(rank).cloned()
-            };
-            known.or_else(before).unwrap_or_default()
-        };
-        space.settle(object.name(), Some(valid.fleet(address)), &expected(&self.deployments, object.namespace()));
     }
 
     /// Writes a status that is news, and its events.

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object, rule, message.
-const RULES: [(&str, &str, &str); 9] = [
+const RULES: [(&str, &str, &str); 11] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     ("", "self.metadata.name != 'skein-router'", "metadata.name skein-router is that of the namespace's router pool"),
@@ -31,6 +31,16 @@ const RULES: [(&str, &str, &str); 9] = [
         "stages must have one entry for each of the pipeline's stages",
     ),
     ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
+    (
+        "spec.rollout",
+        "self.strategy == 'RollingUpdate' || (!has(self.maxSurge) && !has(self.maxUnavailable))",
+        "maxSurge and maxUnavailable need strategy RollingUpdate",
+    ),
+    (
+        "spec.rollout",
+        "!(has(self.maxSurge) && (self.maxSurge == 0 || self.maxSurge == '0%')) || (has(self.maxUnavailable) && self.maxUnavailable != 0 && self.maxUnavailable != '0%')",
+        "maxSurge and maxUnavailable must not both be 0",
+    ),
 ];
 
 /// Columns of `kubectl get`: name, type, path, priority.

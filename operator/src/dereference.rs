@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use k8s_openapi::api::{
-    apps::v1::StatefulSet,
+    apps::v1::{ControllerRevision, StatefulSet},
     core::v1::{ConfigMap, Pod},
 };
 use kube::{
@@ -17,6 +17,7 @@ use crate::{
     models::{Models, Unresolved},
     names,
     resource::ModelDeployment,
+    revision::Revision,
 };
 
 /// Everything a reconcile knows beside the resource itself.
@@ -35,6 +36,8 @@ pub struct Fetched {
 /// A deployment's objects as they are.
 #[derive(Debug, Default)]
 pub struct Standing {
+    /// Its revisions that are written down, and that this process understands.
+    pub revisions: Vec<Revision>,
     /// Its StatefulSets.
     pub stateful_sets: Vec<StatefulSet>,
     /// Names of its ConfigMaps.
@@ -84,15 +87,19 @@ pub async fn dereference(
         }
     };
     let ours = ListParams::default().labels(&format!("{}={name},app.kubernetes.io/managed-by={}", names::DEPLOYMENT, names::MANAGER));
-    let (sets, maps, pods) = (
+    let (revisions, sets, maps, pods) = (
+        Api::<ControllerRevision>::namespaced(client.clone(), namespace),
         Api::<StatefulSet>::namespaced(client.clone(), namespace),
         Api::<ConfigMap>::namespaced(client.clone(), namespace),
         Api::<Pod>::namespaced(client.clone(), namespace),
     );
     let standing = async {
-        let (sets, maps, pods): (ObjectList<StatefulSet>, _, ObjectList<Pod>) =
-            tokio::try_join!(sets.list(&ours), maps.list_metadata(&ours), pods.list(&ours))?;
+        let (revisions, sets, maps, pods): (ObjectList<ControllerRevision>, ObjectList<StatefulSet>, _, ObjectList<Pod>) =
+            tokio::try_join!(revisions.list(&ours), sets.list(&ours), maps.list_metadata(&ours), pods.list(&ours))?;
+        // One that was deleted with a deployment of this name is not this one's.
+        let own = |r: &&ControllerRevision| r.metadata.owner_references.iter().flatten().any(|o| o.uid == object.uid());
         Ok::<_, kube::Error>(Standing {
+            revisions: revisions.items.iter().filter(own).filter_map(Revision::read).collect(),
             stateful_sets: sets.items,
             config_maps: maps.items.into_iter().filter_map(|m| m.metadata.name).collect(),
             pods: pods.items,

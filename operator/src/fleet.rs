@@ -54,6 +54,8 @@ struct Inner {
     token: Option<String>,
     /// Deployments that are known: what routers are told of each, if anything.
     known: BTreeMap<String, Option<FleetDeployment>>,
+    /// Replicas that drain, and the number of the first state that said so.
+    drains: HashMap<String, u64>,
     routers: HashMap<String, Router>,
 }
 
@@ -62,6 +64,10 @@ struct Inner {
 struct Router {
     stream: u64,
     seen: Instant,
+    /// Number of the state of this term that was in force when it reported before. Its last report is of a time when that was in force for long.
+    before: u64,
+    /// Number of the state of this term that is in force.
+    number: u64,
     /// By deployment and replica.
     replicas: HashMap<String, HashMap<String, Said>>,
 }
@@ -73,6 +79,15 @@ pub struct Said {
     pub ready: bool,
     /// What went wrong last.
     pub last_failure: Option<String>,
+    /// Sequences on it, summed over routers; `None` while one of a replica that drains may not know so.
+    pub sequences: Option<u32>,
+}
+
+impl Said {
+    /// Whether a deployment is to be looked at because this is said of a replica, and `other` was.
+    fn differs(&self, other: &Self) -> bool {
+        (self.ready, &self.last_failure) != (other.ready, &other.last_failure)
+    }
 }
 
 /// What the routers of a namespace say of a deployment.
@@ -161,6 +176,7 @@ impl Space {
             return;
         }
         let deployments: Vec<FleetDeployment> = inner.known.values().flatten().cloned().collect();
+        let mut sent = 0;
         self.state.send_if_modified(|state| {
             let number = match state {
                 Some(state) if state.deployments == deployments => return false,
@@ -168,21 +184,32 @@ impl Space {
                 None => 1,
             };
             info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
+            sent = number;
             *state = Some(FleetState { term: self.term, number, deployments, routers: Vec::new() });
             true
         });
+        if sent > 0 {
+            let draining = inner.known.values().flatten().flat_map(|d| &d.replicas).filter(|r| r.draining);
+            let since = |name: &String| inner.drains.get(name).copied().unwrap_or(sent);
+            inner.drains = draining.map(|r| (r.name.clone(), since(&r.name))).collect();
+        }
     }
 
     /// What routers say of a deployment.
     pub fn load(&self, deployment: &str) -> Load {
         let inner = lock(&self.inner);
         let mut load = Load::default();
-        for router in inner.routers.values().filter(|r| r.seen.elapsed() < SILENCE) {
-            load.routers += 1;
-            for (name, said) in router.replicas.get(deployment).into_iter().flatten() {
-                let known = load.replicas.entry(name.clone()).or_default();
-                known.ready |= said.ready;
-                known.last_failure = known.last_failure.take().or_else(|| said.last_failure.clone());
+        let reporting: Vec<&Router> = inner.routers.values().filter(|r| r.seen.elapsed() < SILENCE).collect();
+        load.routers = reporting.len();
+        for (name, said) in reporting.iter().flat_map(|r| r.replicas.get(deployment).into_iter().flatten()) {
+            let known = load.replicas.entry(name.clone()).or_default();
+            known.ready |= said.ready;
+            known.last_failure = known.last_failure.take().or_else(|| said.last_failure.clone());
+            known.sequences = Some(known.sequences.unwrap_or(0) + said.sequences.unwrap_or(0));
+        }
+        for (name, since) in &inner.drains {
+            if let Some(said) = load.replicas.get_mut(name).filter(|_| reporting.iter().any(|r| r.before < *since)) {
+                said.sequences = None;
             }
         }
         load
@@ -191,12 +218,22 @@ impl Space {
     /// Takes a router's report; the deployments of which it says something new.
     fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
         let mut inner = lock(&self.inner);
-        let said = |r: wire::ReplicaState| (r.name, Said { ready: r.ready, last_failure: Some(r.last_failure).filter(|f| !f.is_empty()) });
+        let said = |r: wire::ReplicaState| {
+            let last_failure = Some(r.last_failure).filter(|f| !f.is_empty());
+            (r.name, Said { ready: r.ready, last_failure, sequences: Some(r.sequences) })
+        };
         let loads = report.loads.into_iter().map(|load| (load.deployment, load.replicas.into_iter().map(said).collect()));
-        let new = Router { stream, seen: Instant::now(), replicas: loads.collect() };
+        let number = if report.term == self.term { report.number } else { 0 };
+        let last = inner.routers.get(&report.router).filter(|r| r.stream == stream && r.seen.elapsed() < SILENCE);
+        let before = last.map_or(0, |r| r.number);
+        let new = Router { stream, seen: Instant::now(), before, number, replicas: loads.collect() };
         let changed = match inner.routers.get(&report.router) {
             Some(old) if old.seen.elapsed() < SILENCE => {
-                let differs = |name: &&String| old.replicas.get(*name) != new.replicas.get(*name);
+                let draining = |name: &String| {
+                    let told = inner.known.get(name).and_then(Option::as_ref);
+                    told.is_some_and(|d| d.replicas.iter().any(|r| r.draining))
+                };
+                let differs = |name: &&String| draining(name) || differ(old.replicas.get(*name), new.replicas.get(*name));
                 let names: BTreeSet<&String> = old.replicas.keys().chain(new.replicas.keys()).filter(differs).collect();
                 names.into_iter().cloned().collect()
             }
@@ -212,5 +249,13 @@ impl Space {
         let before = inner.routers.len();
         inner.routers.retain(|_, router| router.stream != stream);
         if inner.routers.len() == before { Vec::new() } else { inner.known.keys().cloned().collect() }
+    }
+}
+
+/// Whether two reports of a deployment's replicas differ in what matters.
+fn differ(old: Option<&HashMap<String, Said>>, new: Option<&HashMap<String, Said>>) -> bool {
+    match (old, new) {
+        (Some(old), Some(new)) => old.len() != new.len() || new.iter().any(|(name, said)| old.get(name).is_none_or(|o| said.differs(o))),
+        _ => true,
     }
 }

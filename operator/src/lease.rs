@@ -2,10 +2,7 @@
 //!
 //! The term is the larger of the last term plus one and the seconds since 1970, so that it ascends also when the lease was deleted.
 
-use std::{
-    collections::BTreeMap,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
@@ -31,6 +28,42 @@ const PERIOD: Duration = Duration::from_secs(2);
 pub struct Election {
     api: Api<Lease>,
     identity: String,
+}
+
+/// Annotation that holds where a process ended for a test.
+const STOPPED: &str = "skein.dev/stopped-at";
+
+/// Notes in the lease, which outlive a process.
+pub struct Notes {
+    api: Api<Lease>,
+}
+
+impl Notes {
+    /// In the lease in `namespace`.
+    pub fn new(client: Client, namespace: &str) -> Self {
+        Self { api: Api::namespaced(client, namespace) }
+    }
+
+    /// Notes `text` where it is not noted yet; whether it was not.
+    ///
+    /// # Errors
+    /// When the API server refuses, or does not answer.
+    pub async fn first(&self, text: &str) -> Result<bool, kube::Error> {
+        loop {
+            let mut lease = self.api.get(NAME).await?;
+            let notes = lease.metadata.annotations.get_or_insert_default();
+            if notes.get(STOPPED).is_some_and(|noted| noted == text) {
+                return Ok(false);
+            }
+            notes.insert(STOPPED.to_owned(), text.to_owned());
+            match self.api.replace(NAME, &PostParams::default(), &lease).await {
+                Ok(_) => return Ok(true),
+                // It was renewed meanwhile.
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
 }
 
 /// What a look at the lease shows.
@@ -69,7 +102,7 @@ impl Election {
         let lease = self.api.get_opt(NAME).await?;
         let Some(lease) = lease else {
             let term = next_term(0);
-            let lease = self.lease(None, term, 0);
+            let lease = self.lease(ObjectMeta::default(), term, 0);
             return won(self.api.create(&PostParams::default(), &lease).await, term);
         };
         let view = self.view(&lease);
@@ -85,7 +118,7 @@ impl Election {
             return Ok(None);
         }
         let (term, transitions) = (next_term(term(&lease)), lease.spec.as_ref().and_then(|s| s.lease_transitions).unwrap_or(0) + 1);
-        let next = self.lease(lease.metadata.resource_version.clone(), term, transitions);
+        let next = self.lease(lease.metadata.clone(), term, transitions);
         won(self.api.replace(NAME, &PostParams::default(), &next).await, term)
     }
 
@@ -97,13 +130,15 @@ impl Election {
         }
     }
 
-    fn lease(&self, version: Option<String>, term: u64, transitions: i32) -> Lease {
+    fn lease(&self, before: ObjectMeta, term: u64, transitions: i32) -> Lease {
         let now = MicroTime(Timestamp::now());
+        let mut annotations = before.annotations.unwrap_or_default();
+        annotations.insert(TERM.to_owned(), term.to_string());
         Lease {
             metadata: ObjectMeta {
                 name: Some(NAME.to_owned()),
-                resource_version: version,
-                annotations: Some(BTreeMap::from([(TERM.to_owned(), term.to_string())])),
+                resource_version: before.resource_version,
+                annotations: Some(annotations),
                 ..ObjectMeta::default()
             },
             spec: Some(LeaseSpec {

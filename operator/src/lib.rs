@@ -1,7 +1,7 @@
 //! The operator: reconciles `ModelDeployment` resources into routers and workers, and pushes the fleet to routers.
 //!
 //! A reconcile is five steps, one file each: [`dereference`] reads, [`validate`] and [`build`] compute, [`apply`] writes, [`status`] says what
-//! came of it. The routers of a namespace are reconciled apart, in [`pool`], because all its deployments share them.
+//! came of it. Which replicas are built is planned by [`rollout`] from what [`observe`] sees of them, each of a [`revision`]. The routers of a namespace are reconciled apart, in [`pool`], because all its deployments share them.
 
 pub mod apply;
 pub mod args;
@@ -15,8 +15,12 @@ pub mod lease;
 pub mod metrics;
 pub mod models;
 pub mod names;
+pub mod observe;
 pub mod pool;
 pub mod resource;
+pub mod revision;
+pub mod rollout;
 pub mod serve;
 pub mod status;
+pub mod stop;
 pub mod validate;

@@ -30,6 +30,10 @@ pub const DEPLOYMENT: &str = "skein.dev/deployment";
 pub const REVISION: &str = "skein.dev/revision";
 /// Label: number of the replica.
 pub const REPLICA: &str = "skein.dev/replica";
+/// Label of pods: the replica's name.
+pub const REPLICA_NAME: &str = "skein.dev/replica-name";
+/// Annotation of StatefulSets: since when the replica drains, in seconds since 1970.
+pub const DRAINING: &str = "skein.dev/draining-since";
 /// Label: number of the stage.
 pub const STAGE: &str = "skein.dev/stage";
 /// Label that the StatefulSet controller sets: the ordinal, which is the rank.
@@ -65,9 +69,19 @@ pub fn stateful_set(replica: &str, stage: usize) -> String {
     format!("{replica}-s{stage}")
 }
 
+/// Name of the pod of a worker.
+pub fn pod(replica: &str, stage: usize, rank: usize) -> String {
+    format!("{}-{rank}", stateful_set(replica, stage))
+}
+
 /// Name of a part of the worker specifications of a stage; replicas of a revision share them.
 pub fn specification(name: &str, uid: &str, revision: &str, stage: usize, part: usize) -> String {
     format!("{}-{}-s{stage}-{part}", cut(name), digest(&[uid, revision], 8))
+}
+
+/// Name of the object that keeps a revision.
+pub fn revision(name: &str, uid: &str, revision: &str) -> String {
+    format!("{}-{}-{revision}", cut(name), digest(&[uid, revision], 8))
 }
 
 /// Name of the headless service, the disruption budget and the network policy of a deployment's workers.

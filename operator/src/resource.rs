@@ -135,9 +135,17 @@ pub struct Status {
     pub available_replicas: u32,
     /// Selects one pod of each replica, for autoscalers.
     pub selector: String,
-    /// Revision that replicas run.
+    /// Revision that was rolled out last; before any was, the first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub current_revision: Option<String>,
+    /// Revision of the spec.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_revision: Option<String>,
+    /// The latest 10 revisions, latest first.
+    #[schemars(length(max = 10), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub revisions: Vec<RevisionStatus>,
+    /// Names of revisions that were passed over because another revision has them.
+    pub collision_count: u32,
     /// The model, from its header.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<ModelStatus>,
@@ -153,7 +161,7 @@ pub struct Status {
     /// Every address, by protocol.
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub addresses: Vec<Address>,
-    /// Accepted, ModelResolved, Scheduled, ReplicasReady, RouterReady, Available, Ready.
+    /// Accepted, ModelResolved, Scheduled, WeightsReady, ReplicasReady, RouterReady, Available, Progressing, Degraded, Ready.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
@@ -210,6 +218,16 @@ pub struct StageStatus {
     pub kv_bytes: u64,
 }
 
+/// One revision.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RevisionStatus {
+    /// Its name, which its replicas carry as a label.
+    pub name: String,
+    /// Its replicas.
+    pub replicas: u32,
+}
+
 /// One replica.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "camelCase", default)]
@@ -218,7 +236,7 @@ pub struct ReplicaStatus {
     pub name: String,
     /// Revision it runs.
     pub revision: String,
-    /// Pending, Starting or Ready.
+    /// Pending: workers are missing. Starting: all run. Ready: a token came out. Recovering: it was ready. Draining: it is let go.
     pub phase: ReplicaPhase,
     /// Workers that run.
     pub ready_workers: u32,
@@ -237,6 +255,8 @@ pub enum ReplicaPhase {
     Pending,
     Starting,
     Ready,
+    Recovering,
+    Draining,
 }
 
 /// One address of the deployment.

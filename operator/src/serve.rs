@@ -22,9 +22,10 @@ use crate::{
     build::Settings,
     controller::{self, Options},
     fleet::{FleetService, Hub, Leader},
-    lease::Election,
+    lease::{Election, Notes},
     metrics::Metrics,
     models::chain,
+    stop::Stops,
 };
 
 /// Largest report of a router: a thousand deployments of a thousand replicas.
@@ -88,7 +89,9 @@ async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Met
     // As many as deployments may change with one report; more wait in their routers' streams.
     let (wake, woken) = mpsc::channel(1024);
     let hub = Arc::new(Hub::new(term, wake));
+    let stops = args.stop_at.map_or_else(Stops::default, |place| Stops::at(place, Notes::new(client.clone(), &args.namespace)));
     let options = Options {
+        stops,
         client,
         settings: settings(args),
         namespace: args.watch_namespace.clone(),

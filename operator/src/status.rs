@@ -1,19 +1,28 @@
-//! Fifth step: what came of it, as status and events. Computed from what was applied and what stands; pure but for the last function.
+//! Fifth step: what came of it, as status. Computed from what was applied and what stands; pure but for the last function.
 
-use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
+mod news;
+mod replicas;
+
+use std::collections::BTreeMap;
+
 use kube::{
     Api, Client,
     api::{Patch, PatchParams},
-    runtime::events::{Event, EventType},
 };
 use plan::{manifest::API_VERSION, shard::ExecutionPlan};
 use serde_json::json;
 
+pub use self::news::news;
+use self::replicas::{degraded, progressing, replicas_ready, scheduled, weights_ready};
 use crate::{
     build::urls,
     dereference::Standing,
     names::{self, MANAGER},
-    resource::{Address, Condition, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, StageStatus, Status, now},
+    resource::{
+        Address, Condition, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, RevisionStatus, StageStatus, Status, now,
+    },
+    revision::Revision,
+    rollout::{Goal, Plan, Progress},
     validate::{Rejection, ValidatedDeployment},
 };
 
@@ -23,6 +32,8 @@ pub const ACCEPTED: &str = "Accepted";
 pub const MODEL_RESOLVED: &str = "ModelResolved";
 /// Every worker has a node.
 pub const SCHEDULED: &str = "Scheduled";
+/// Weights are there, and are those that were asked for.
+pub const WEIGHTS_READY: &str = "WeightsReady";
 /// A token came out of every replica.
 pub const REPLICAS_READY: &str = "ReplicasReady";
 /// A router reports.
@@ -31,16 +42,40 @@ pub const ROUTER_READY: &str = "RouterReady";
 pub const AVAILABLE: &str = "Available";
 /// Everything above.
 pub const READY: &str = "Ready";
+/// The spec's revision takes over, or has.
+pub const PROGRESSING: &str = "Progressing";
+/// A replica that answered does not.
+pub const DEGRADED: &str = "Degraded";
 
 /// Conditions that `Ready` sums up, in the order in which they come true.
-const SUMMED: [&str; 6] = [ACCEPTED, MODEL_RESOLVED, SCHEDULED, REPLICAS_READY, ROUTER_READY, AVAILABLE];
+const SUMMED: [&str; 7] = [ACCEPTED, MODEL_RESOLVED, SCHEDULED, WEIGHTS_READY, REPLICAS_READY, ROUTER_READY, AVAILABLE];
 /// Most replicas listed.
 const LISTED: usize = 64;
-/// Restarts of a container after which it is said to crash again and again.
-const RESTARTS: i32 = 3;
+/// Most revisions listed.
+const REVISIONS: usize = 10;
 
 /// One condition's value: true or not, reason, message.
-type Value<'a> = (bool, &'a str, String);
+type Value = (bool, &'static str, String);
+
+/// What a status is computed from, once objects stand.
+pub struct View<'a> {
+    /// The spec, valid.
+    pub valid: &'a ValidatedDeployment,
+    /// Its revision.
+    pub revision: &'a Revision,
+    /// Names that had to be passed over.
+    pub collisions: u32,
+    /// Every revision that is written down.
+    pub revisions: &'a BTreeMap<&'a str, &'a Revision>,
+    /// What is wanted.
+    pub goal: &'a Goal,
+    /// What was done.
+    pub plan: &'a Plan,
+    /// What stands.
+    pub standing: &'a Standing,
+    /// A replica that was taken back and is not there now, and what it misses.
+    pub shortage: Option<(String, String)>,
+}
 
 /// Status of a deployment whose model is being looked at.
 pub fn resolving(object: &ModelDeployment) -> Status {
@@ -63,9 +98,12 @@ pub fn rejected(object: &ModelDeployment, rejection: &Rejection) -> Status {
 }
 
 /// Status of a deployment that is planned, and of which nothing was built yet.
-pub fn planned(object: &ModelDeployment, valid: &ValidatedDeployment) -> Status {
+pub fn planned(object: &ModelDeployment, valid: &ValidatedDeployment, revision: &Revision, collisions: u32) -> Status {
     let mut status = begin(object);
-    status.current_revision = Some(valid.revision.clone());
+    status.update_revision = Some(revision.name.clone());
+    status.current_revision.get_or_insert_with(|| revision.name.clone());
+    status.collision_count = collisions;
+    status.desired_replicas = valid.replicas();
     status.model = Some(model(valid));
     status.plan = Some(plan(&valid.plan));
     let name = &valid.manifest.spec().model.uri;
@@ -75,9 +113,8 @@ pub fn planned(object: &ModelDeployment, valid: &ValidatedDeployment) -> Status 
     status
 }
 
-/// Status of a deployment whose objects could not all be written.
-pub fn failed(object: &ModelDeployment, valid: &ValidatedDeployment, reason: Option<&'static str>, message: &str) -> Status {
-    let mut status = planned(object, valid);
+/// The status of a deployment whose objects could not all be written.
+pub fn failed(mut status: Status, object: &ModelDeployment, reason: Option<&'static str>, message: &str) -> Status {
     if let Some(reason) = reason {
         set(&mut status, object, ROUTER_READY, (false, reason, message.to_owned()));
     }
@@ -86,34 +123,57 @@ pub fn failed(object: &ModelDeployment, valid: &ValidatedDeployment, reason: Opt
 }
 
 /// Status of a deployment whose objects stand.
-pub fn applied(object: &ModelDeployment, valid: &ValidatedDeployment, standing: &Standing, existing: usize) -> Status {
-    let mut status = planned(object, valid);
-    let replicas: Vec<ReplicaStatus> = (0..valid.replicas()).map(|number| replica(valid, number, standing)).collect();
-    let ready = replicas.iter().filter(|r| r.phase == ReplicaPhase::Ready).count() as u32;
-    status.replicas = (existing / valid.plan.stages.len().max(1)) as u32;
-    status.updated_replicas = valid.replicas();
+pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
+    let View { valid, revision, goal, plan, standing, .. } = view;
+    let mut status = planned(object, valid, revision, view.collisions);
+    let replicas: Vec<ReplicaStatus> = replicas::states(object, view);
+    let live = || replicas.iter().filter(|r| r.phase != ReplicaPhase::Draining);
+    let ready = live().filter(|r| r.phase == ReplicaPhase::Ready).count() as u32;
+    status.desired_replicas = goal.replicas;
+    status.replicas = replicas.len() as u32;
+    status.updated_replicas = live().filter(|r| r.revision == revision.name).count() as u32;
     status.ready_replicas = ready;
     status.available_replicas = if standing.load.routers > 0 { ready } else { 0 };
+    status.revisions = revisions(view, &replicas);
+    if plan.progress == Progress::Complete {
+        status.current_revision = Some(revision.name.clone());
+    }
     let addresses = urls(&valid.name, &valid.namespace);
     status.url = addresses.first().map(|(_, url)| url.clone());
     status.addresses = addresses.into_iter().map(|(name, url)| Address { name: name.to_owned(), url }).collect();
-    let pods = workers(valid, standing);
-    set(&mut status, object, SCHEDULED, scheduled(&pods));
-    set(&mut status, object, REPLICAS_READY, replicas_ready(&replicas, &pods));
+    // Where as many answer as are wanted, one that is being made beside them stands in nobody's way.
+    let missing = replicas::missing(object, view, &replicas);
+    set(&mut status, object, SCHEDULED, scheduled(view, &missing));
+    set(&mut status, object, WEIGHTS_READY, weights_ready(&missing));
+    set(&mut status, object, REPLICAS_READY, replicas_ready((ready, goal.replicas), &missing));
     let routers = match standing.load.routers {
         0 => (false, "Deploying", "no router of the namespace's pool reports yet".to_owned()),
         n => (true, "Ready", format!("{n} of the namespace's routers report")),
     };
     set(&mut status, object, ROUTER_READY, routers);
-    let available = match (valid.replicas(), status.available_replicas) {
+    let available = match (goal.replicas, status.available_replicas) {
+        (0, _) if valid.manifest.spec().suspend => {
+            (false, "ScaledToZero", "the deployment is suspended; set spec.suspend to false".to_owned())
+        }
         (0, _) => (false, "ScaledToZero", "no replicas are wanted; raise spec.replicas".to_owned()),
         (_, 0) => (false, "Unavailable", "no replica answers".to_owned()),
         (wanted, n) => (true, "MinimumReplicasAvailable", format!("{n} of {wanted} replicas answer")),
     };
     set(&mut status, object, AVAILABLE, available);
+    let (truth, reason, message) = progressing(object, view, &replicas);
+    put(&mut status, object, PROGRESSING, truth, reason, message);
+    set(&mut status, object, DEGRADED, degraded(view, &replicas));
     status.replica_states = replicas.into_iter().take(LISTED).collect();
     summarize(&mut status, object);
     status
+}
+
+/// The latest revisions that are written down, and how many replicas each has.
+fn revisions(view: &View<'_>, replicas: &[ReplicaStatus]) -> Vec<RevisionStatus> {
+    let mut all: Vec<&&Revision> = view.revisions.values().collect();
+    all.sort_by_key(|r| std::cmp::Reverse(r.number));
+    let of = |name: &str| replicas.iter().filter(|r| r.revision == name).count() as u32;
+    all.into_iter().take(REVISIONS).map(|r| RevisionStatus { name: r.name.clone(), replicas: of(&r.name) }).collect()
 }
 
 /// The old status as the start of the next, for this generation.
@@ -121,7 +181,10 @@ fn begin(object: &ModelDeployment) -> Status {
     let mut status = object.status.clone().unwrap_or_default();
     status.observed_generation = object.generation();
     status.selector = names::scale_selector(object.name());
-    status.desired_replicas = object.spec["replicas"].as_u64().unwrap_or(1) as u32;
+    status.desired_replicas = match object.spec["suspend"].as_bool() {
+        Some(true) => 0,
+        _ => object.spec["replicas"].as_u64().unwrap_or(1) as u32,
+    };
     status
 }
 
@@ -150,117 +213,7 @@ fn plan(plan: &ExecutionPlan) -> PlanStatus {
     PlanStatus { stages: plan.stages.iter().enumerate().map(stage).collect(), fits: plan.fits, message: plan.message.clone() }
 }
 
-/// The pod of each worker that is wanted, where it exists.
-fn workers<'a>(valid: &ValidatedDeployment, standing: &'a Standing) -> Vec<(String, Option<&'a Pod>)> {
-    let mut found = Vec::new();
-    for number in 0..valid.replicas() {
-        for (stage, of) in valid.plan.stages.iter().enumerate() {
-            for rank in 0..of.shards.len() {
-                let name = pod_name(valid, number, stage, rank);
-                let pod = standing.pod(&name);
-                found.push((name, pod));
-            }
-        }
-    }
-    found
-}
-
-/// Name of a worker's pod.
-pub fn pod_name(valid: &ValidatedDeployment, replica: u32, stage: usize, rank: usize) -> String {
-    format!("{}-{rank}", names::stateful_set(&valid.replica_name(replica), stage))
-}
-
-fn replica(valid: &ValidatedDeployment, number: u32, standing: &Standing) -> ReplicaStatus {
-    let name = valid.replica_name(number);
-    let prefix = format!("{name}-s");
-    let running = standing.pods.iter().filter(|p| p.metadata.name.as_ref().is_some_and(|n| n.starts_with(&prefix)) && is_running(p));
-    let said = standing.load.replicas.get(&name);
-    let ready_workers = running.count() as u32;
-    let workers: usize = valid.plan.stages.iter().map(|s| s.shards.len()).sum();
-    let phase = match said {
-        Some(said) if said.ready => ReplicaPhase::Ready,
-        _ if ready_workers as usize == workers => ReplicaPhase::Starting,
-        _ => ReplicaPhase::Pending,
-    };
-    let last_failure = said.filter(|s| !s.ready).and_then(|s| s.last_failure.clone());
-    ReplicaStatus { name, revision: valid.revision.clone(), phase, ready_workers, workers: workers as u32, last_failure }
-}
-
-fn is_running(pod: &Pod) -> bool {
-    let status = pod.status.as_ref();
-    status.and_then(|s| s.container_statuses.as_ref()).is_some_and(|c| !c.is_empty() && c.iter().all(|c| c.ready))
-}
-
-/// Whether every worker has a node; which resource is missing where one has none.
-fn scheduled(pods: &[(String, Option<&Pod>)]) -> Value<'static> {
-    for (name, pod) in pods {
-        let conditions = pod.and_then(|p| p.status.as_ref()?.conditions.as_ref());
-        let refused = conditions.into_iter().flatten().find(|c| c.type_ == "PodScheduled" && c.status == "False");
-        if let Some(condition) = refused {
-            let message = condition.message.clone().unwrap_or_default();
-            let reason = if message.contains("Insufficient") { "InsufficientCapacity" } else { "Unschedulable" };
-            return (false, reason, format!("{name}: {message}"));
-        }
-    }
-    let placed = |pod: &Option<&Pod>| pod.is_some_and(|p| p.spec.as_ref().is_some_and(|s| s.node_name.is_some()));
-    match pods.iter().filter(|(_, pod)| placed(pod)).count() {
-        n if n < pods.len() => (false, "GangPending", format!("{n} of {} workers have a node", pods.len())),
-        n => (true, "AllReplicasScheduled", format!("{n} workers have a node")),
-    }
-}
-
-/// Whether every replica answers; what stands in the way where one does not.
-fn replicas_ready(replicas: &[ReplicaStatus], pods: &[(String, Option<&Pod>)]) -> Value<'static> {
-    let ready = replicas.iter().filter(|r| r.phase == ReplicaPhase::Ready).count();
-    let counts = format!("{ready} of {} replicas answer", replicas.len());
-    if ready == replicas.len() {
-        return (true, "AllReady", counts);
-    }
-    let containers = pods.iter().flat_map(|(name, pod)| {
-        let all = pod.and_then(|p| p.status.as_ref()?.container_statuses.as_ref());
-        all.into_iter().flatten().map(move |container| (name, container))
-    });
-    for (name, container) in containers {
-        let waiting = container.state.as_ref().and_then(|s| s.waiting.as_ref());
-        let why = waiting.and_then(|w| w.reason.as_deref()).unwrap_or_default();
-        let detail = waiting.and_then(|w| w.message.clone()).unwrap_or_default();
-        match why {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
-                return (false, "ImagePullFailed", format!("{counts}; {name}: {why}: {detail}; check the operator's --image"));
-            }
-            "CrashLoopBackOff" => return (false, "CrashLooping", format!("{counts}; {name} {}", ended(container))),
-            _ if container.restart_count >= RESTARTS && !container.ready => {
-                return (false, "CrashLooping", format!("{counts}; {name} {}", ended(container)));
-            }
-            _ => {}
-        }
-    }
-    let pending = replicas.iter().find(|r| r.phase == ReplicaPhase::Pending);
-    if let Some(replica) = pending {
-        let message = format!("{counts}; {} of {} workers of {} run", replica.ready_workers, replica.workers, replica.name);
-        return (false, "Starting", message);
-    }
-    match replicas.iter().find_map(|r| r.last_failure.as_ref().map(|f| (r, f))) {
-        // Routers say so from the start: a worker that loads cannot open a session.
-        Some((replica, failure)) => (false, "LoadingWeights", format!("{counts}; {}: {failure}", replica.name)),
-        None => (false, "LoadingWeights", counts),
-    }
-}
-
-/// How a container ended last.
-fn ended(container: &ContainerStatus) -> String {
-    let last = container.last_state.as_ref().and_then(|s| s.terminated.as_ref());
-    match last {
-        Some(last) => {
-            let said = last.message.as_deref().unwrap_or_default().trim();
-            let said = if said.is_empty() { String::new() } else { format!(": {said}") };
-            format!("ended with exit code {} ({} restarts){said}; see its log", last.exit_code, container.restart_count)
-        }
-        None => format!("ended ({} restarts); see its log", container.restart_count),
-    }
-}
-
-fn set(status: &mut Status, object: &ModelDeployment, kind: &str, (truth, reason, message): Value<'_>) {
+fn set(status: &mut Status, object: &ModelDeployment, kind: &str, (truth, reason, message): (bool, &str, String)) {
     put(status, object, kind, if truth { "True" } else { "False" }, reason, message);
 }
 
@@ -296,53 +249,6 @@ fn summarize(status: &mut Status, object: &ModelDeployment) {
         },
     };
     set(status, object, READY, (value.0, &value.1, value.2));
-}
-
-/// What is worth an event between two statuses: type, reason, note.
-pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
-    let event = |type_, reason: &str, note: &str| Event {
-        type_,
-        reason: reason.to_owned(),
-        note: Some(note.chars().take(1000).collect()),
-        action: "Reconcile".to_owned(),
-        secondary: None,
-    };
-    let mut events = Vec::new();
-    for condition in &new.conditions {
-        let before = old.and_then(|o| o.conditions.iter().find(|c| c.kind == condition.kind));
-        if before.is_some_and(|b| (&b.status, &b.reason) == (&condition.status, &condition.reason)) {
-            continue;
-        }
-        let reason = match (condition.kind.as_str(), condition.status.as_str(), condition.reason.as_str()) {
-            (MODEL_RESOLVED, "True", _) => {
-                events.push(event(EventType::Normal, "ModelResolved", &condition.message));
-                continue;
-            }
-            (ACCEPTED, "False", "PlanInfeasible") => "PlanInfeasible",
-            (ACCEPTED, "False", _) | (ROUTER_READY, "False", "PortConflict") => "ReconcileError",
-            (MODEL_RESOLVED, "False", "DigestMismatch") => "DigestMismatch",
-            (MODEL_RESOLVED, "False", _) => "DownloadFailed",
-            (SCHEDULED, "False", "InsufficientCapacity" | "Unschedulable") => "InsufficientCapacity",
-            (REPLICAS_READY, "False", "CrashLooping" | "ImagePullFailed") => "StageFailed",
-            _ => continue,
-        };
-        events.push(event(EventType::Warning, reason, &condition.message));
-    }
-    if let Some(plan) = &new.plan
-        && old.is_none_or(|o| o.current_revision != new.current_revision)
-    {
-        events.push(event(EventType::Normal, "PlanComputed", &plan.message));
-    }
-    for replica in &new.replica_states {
-        let before = old.and_then(|o| o.replica_states.iter().find(|r| r.name == replica.name));
-        if before.is_none() {
-            events.push(event(EventType::Normal, "ReplicaCreated", &format!("{} with {} workers", replica.name, replica.workers)));
-        }
-        if replica.phase == ReplicaPhase::Ready && before.is_none_or(|b| b.phase != ReplicaPhase::Ready) {
-            events.push(event(EventType::Normal, "ReplicaReady", &format!("a token came out of the last stage of {}", replica.name)));
-        }
-    }
-    events
 }
 
 /// Writes a status, unless it stands already.

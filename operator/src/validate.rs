@@ -3,14 +3,14 @@
 use std::sync::Arc;
 
 use plan::{
-    fleet::{FleetDeployment, FleetReplica},
+    fleet::ReplicaLimits,
     manifest::{API_VERSION, KIND, Manifest},
     model::ModelHeader,
     planner::{self, Capacity, Origin},
     shard::ExecutionPlan,
     worker::{CollectiveKind, WorkerSpec},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
     dereference::Fetched,
@@ -37,8 +37,6 @@ pub struct ValidatedDeployment {
     pub plan: ExecutionPlan,
     /// What decides the bits of its replicas.
     pub numerics: String,
-    /// What decides its workers: another revision means other workers.
-    pub revision: String,
 }
 
 /// Why a deployment is not built.
@@ -66,14 +64,10 @@ pub enum Until {
 }
 
 impl ValidatedDeployment {
-    /// Replicas asked for.
+    /// Replicas wanted: none while the deployment is suspended.
     pub fn replicas(&self) -> u32 {
-        self.manifest.spec().replicas
-    }
-
-    /// Name of a replica.
-    pub fn replica_name(&self, replica: u32) -> String {
-        names::replica(&self.name, &self.uid, &self.revision, replica)
+        let spec = self.manifest.spec();
+        if spec.suspend { 0 } else { spec.replicas }
     }
 
     /// What each worker is told, stage by stage and rank by rank; replicas share it.
@@ -83,28 +77,9 @@ impl ValidatedDeployment {
         planner::worker_specs(&self.plan, &origin, 1, CollectiveKind::Tcp)
     }
 
-    /// What routers are told; `address` finds a worker by replica, stage and rank, and is empty where it is not known yet.
-    pub fn fleet(&self, address: impl Fn(u32, usize, usize) -> String) -> FleetDeployment {
-        let limits = planner::limits(&self.plan, self.manifest.spec().engine.kv_cache.prefix_caching);
-        let replica = |number: u32| FleetReplica {
-            name: self.replica_name(number),
-            revision: self.revision.clone(),
-            numerics: self.numerics.clone(),
-            weight: 1,
-            draining: false,
-            limits: limits.clone(),
-            workers: (0..self.plan.stages.len())
-                .map(|stage| (0..self.plan.stages[stage].shards.len()).map(|rank| address(number, stage, rank)).collect())
-                .collect(),
-        };
-        FleetDeployment {
-            name: self.name.clone(),
-            model: self.manifest.model_name().to_owned(),
-            aliases: self.manifest.spec().model.aliases.clone(),
-            replicas: (0..self.replicas()).map(replica).collect(),
-            limits,
-            serving: self.manifest.serving(),
-        }
+    /// What a replica holds.
+    pub fn limits(&self) -> ReplicaLimits {
+        planner::limits(&self.plan, self.manifest.spec().engine.kv_cache.prefix_caching)
     }
 }
 
@@ -113,7 +88,7 @@ impl ValidatedDeployment {
 /// # Errors
 /// The first thing that is wrong with it.
 pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<ValidatedDeployment, Rejection> {
-    let manifest = parse(object, fetched)?;
+    let manifest = read(object, &object.spec, fetched)?;
     let model = &manifest.spec().model;
     if let Some((name, whose)) = &fetched.taken {
         let message =
@@ -140,8 +115,6 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         return Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed));
     }
     let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype);
-    let laid_out = serde_json::to_string(&plan).unwrap_or_else(|error| unreachable!("a plan is plain data: {error}"));
-    let revision = names::digest(&[&model.uri, model.digest.as_deref().unwrap_or_default(), &numerics, &laid_out], 10);
     Ok(ValidatedDeployment {
         name: object.name().to_owned(),
         namespace: object.namespace().to_owned(),
@@ -150,14 +123,16 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         header,
         plan,
         numerics,
-        revision,
     })
 }
 
-/// The spec through the parser of manifests, which knows rules, ranges and paths. JSON is YAML.
-fn parse(object: &ModelDeployment, fetched: &Fetched) -> Result<Manifest, Rejection> {
+/// A spec of a deployment, its own or one that it had, through the parser of manifests, which knows rules, ranges and paths. JSON is YAML.
+///
+/// # Errors
+/// When it is not valid.
+pub fn read(object: &ModelDeployment, spec: &Value, fetched: &Fetched) -> Result<Manifest, Rejection> {
     let metadata = json!({ "name": object.name(), "namespace": object.namespace() });
-    let mut text = json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": object.spec }).to_string();
+    let mut text = json!({ "apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec }).to_string();
     if let Some((name, data)) = &fetched.template {
         let metadata = json!({ "name": name, "namespace": object.namespace() });
         let map = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": data });

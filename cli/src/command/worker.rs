@@ -64,7 +64,11 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
     };
     match served {
         Ok(()) => Ok(()),
-        Err(error) if args.spec.is_some() => Err(failure(error)),
+        Err(error) if args.spec.is_some() => {
+            // Whoever started it finds the reason in the last lines of its log.
+            error!(reason = error.reason(), "the worker ends");
+            Err(failure(error))
+        }
         Err(error) => Err(tell(error)),
     }
 }

@@ -43,3 +43,8 @@ pub(super) fn volume_mount(name: &str, path: &str, read_only: bool) -> Value {
 pub(super) fn token(variable: &str, key: &str) -> Value {
     json!({ "name": variable, "valueFrom": { "secretKeyRef": { "name": names::TOKENS, "key": key } } })
 }
+
+/// A field of the pod as an environment variable.
+pub(super) fn field(variable: &str, path: &str) -> Value {
+    json!({ "name": variable, "valueFrom": { "fieldRef": { "apiVersion": "v1", "fieldPath": path } } })
+}

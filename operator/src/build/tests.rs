@@ -3,7 +3,7 @@
 use std::{env, fs, path::Path};
 
 use k8s_openapi::api::{
-    apps::v1::{Deployment, StatefulSet},
+    apps::v1::{ControllerRevision, Deployment, StatefulSet},
     core::v1::{ConfigMap, Secret, Service, ServiceAccount},
     networking::v1::NetworkPolicy,
     policy::v1::PodDisruptionBudget,
@@ -14,7 +14,8 @@ use serde_json::{Value, json};
 use super::{pool::build_pool, *};
 use crate::validate::tests::{object, spec, valid};
 
-fn settings() -> Settings {
+/// What the operator was started with.
+pub(crate) fn settings() -> Settings {
     Settings {
         image: "docker.io/local/skein:dev".into(),
         image_pull_policy: "Never".into(),
@@ -26,13 +27,30 @@ fn settings() -> Settings {
     }
 }
 
+/// The revision of a spec, of which nothing is written down.
+pub(crate) fn revision(spec: &Value) -> Revision {
+    Revision::of(&valid(spec.clone()), &object(spec.clone()), &settings(), &[], 0).expect("it can be kept").0
+}
+
+/// The first replicas of a revision.
+pub(crate) fn slots(revision: &Revision, replicas: u32) -> Vec<Slot> {
+    (0..replicas).map(|number| Slot { id: Id { revision: revision.name.clone(), number }, draining: None }).collect()
+}
+
 fn built(spec: Value) -> Resources {
-    build(&valid(spec.clone()), &object(spec), &settings()).expect("it can be built")
+    let (valid, revision) = (valid(spec.clone()), revision(&spec));
+    let slots = slots(&revision, valid.replicas());
+    build(&valid, &object(spec), &revision, &revision::by_name(&[], &revision), &slots).expect("it can be built")
 }
 
 fn all(resources: &Resources) -> Vec<&Object> {
-    let Resources { config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = resources;
-    config_maps.iter().chain([worker_service, network_policy, disruption_budget, service]).chain(stateful_sets).collect()
+    let Resources { revision, config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = resources;
+    [revision]
+        .into_iter()
+        .chain(config_maps)
+        .chain([worker_service, network_policy, disruption_budget, service])
+        .chain(stateful_sets)
+        .collect()
 }
 
 /// The same after a trip through the typed object: a field that Kubernetes does not have would be lost.
@@ -75,6 +93,7 @@ fn objects_are_those_of_the_golden_file() {
 #[test]
 fn every_field_is_one_that_kubernetes_has() {
     let resources = built(spec());
+    keeps::<ControllerRevision>(&resources.revision);
     resources.config_maps.iter().for_each(keeps::<ConfigMap>);
     resources.stateful_sets.iter().for_each(keeps::<StatefulSet>);
     keeps::<Service>(&resources.service);
@@ -137,8 +156,6 @@ fn pods_pass_restricted_and_hold_no_credentials() {
 #[test]
 fn many_ranks_are_spread_over_several_config_maps() {
     let valid = valid(spec());
-    let settings = settings();
-    let build = Build { valid: &valid, owner: object(spec()).owner(true), settings: &settings };
     let specs = valid.worker_specs();
     let bytes = serde_json::to_string(&specs[0]).expect("plain data").len();
     let ranks: Vec<WorkerSpec> = (0..2 * PART / bytes)
@@ -148,9 +165,31 @@ fn many_ranks_are_spread_over_several_config_maps() {
             spec
         })
         .collect();
-    let maps = build.specifications(0, &ranks.iter().collect::<Vec<_>>()).expect("each fits");
+    let maps = pack(ranks.iter()).expect("each fits");
     assert!(maps.len() >= 2, "{}", maps.len());
-    let keys: usize = maps.iter().map(|m| m.body["data"].as_object().expect("data").len()).sum();
-    assert_eq!(keys, ranks.len());
-    assert!(maps.iter().all(|m| m.body.to_string().len() < 1 << 20));
+    assert_eq!(maps.iter().map(Map::len).sum::<usize>(), ranks.len());
+    assert!(maps.iter().all(|m| serde_json::to_string(m).expect("plain data").len() < 1 << 20));
+}
+
+#[test]
+fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written_down() {
+    let (old, new) = (spec(), {
+        let mut spec = spec();
+        spec["parallelism"]["tensor"] = json!(1);
+        spec
+    });
+    let (first, second) = (revision(&old), revision(&new));
+    let before = built(old);
+    let mut slots = slots(&first, 1);
+    slots[0].draining = Some(1_700_000_000);
+    let written: ControllerRevision = serde_json::from_value(before.revision.body.clone()).expect("an object");
+    let read = Revision::read(&written).expect("it is understood");
+    assert_eq!((&read.name, &read.record), (&first.name, &first.record));
+    let known = [read];
+    let after = build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots).expect("it can be built");
+    let mut sets = after.stateful_sets;
+    assert_eq!(sets[0].body["metadata"]["annotations"][DRAINING], "1700000000");
+    sets.iter_mut().for_each(|set| drop(set.body["metadata"].as_object_mut().expect("metadata").shift_remove("annotations")));
+    assert_eq!(sets, before.stateful_sets, "not a byte of it changes");
+    assert_ne!(after.config_maps, before.config_maps);
 }

@@ -5,7 +5,10 @@ use proto::fleet::{DeploymentLoad, ReplicaState, RouterReport};
 use tokio::sync::mpsc;
 
 use super::*;
-use crate::validate::tests::{spec, valid};
+use crate::{
+    build::tests::revision,
+    validate::tests::{spec, valid},
+};
 
 fn hub() -> (Arc<Hub>, mpsc::Receiver<ObjectRef<ModelDeployment>>) {
     let (wake, woken) = mpsc::channel(8);
@@ -13,7 +16,19 @@ fn hub() -> (Arc<Hub>, mpsc::Receiver<ObjectRef<ModelDeployment>>) {
 }
 
 fn entry() -> FleetDeployment {
-    valid(spec()).fleet(|_, _, _| String::new())
+    at("", false)
+}
+
+fn at(address: &str, draining: bool) -> FleetDeployment {
+    let (valid, revision) = (valid(spec()), revision(&spec()));
+    FleetDeployment {
+        name: "llama".into(),
+        model: "llama".into(),
+        aliases: Vec::new(),
+        limits: valid.limits(),
+        serving: valid.manifest.serving(),
+        replicas: vec![revision.replica("r".into(), draining, |_, _| address.into())],
+    }
 }
 
 fn names(all: &[&str]) -> Vec<String> {
@@ -45,8 +60,7 @@ fn only_news_has_a_new_number() {
     space.settle("llama", Some(entry()), &names(&["llama"]));
     space.settle("llama", Some(entry()), &names(&["llama"]));
     assert_eq!(number(), Some(1));
-    let moved = valid(spec()).fleet(|_, _, _| "10.0.0.1:7071".into());
-    space.settle("llama", Some(moved), &names(&["llama"]));
+    space.settle("llama", Some(at("10.0.0.1:7071", false)), &names(&["llama"]));
     assert_eq!(number(), Some(2));
     space.refresh(&[]);
     assert_eq!(number(), Some(3));
@@ -90,4 +104,41 @@ fn a_router_gets_in_with_its_namespaces_token_alone() {
     assert_eq!(hub.admit(&call("two")).expect("b").namespace, "b");
     assert!(hub.admit(&call("three")).is_none());
     assert!(hub.admit(&Request::new(())).is_none());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_is_drained_when_every_router_knows_that_it_drains() {
+    let (hub, _woken) = hub();
+    let space = hub.space("n");
+    let say = |stream: u64, router: &str, number: u64, sequences: u32| {
+        let mut report = report(router, true);
+        report.number = number;
+        report.loads[0].replicas[0].sequences = sequences;
+        space.report(stream, report)
+    };
+    let left = || space.load("llama").replicas["r"].sequences;
+    space.settle("llama", Some(entry()), &names(&["llama"]));
+    say(1, "a", 1, 2);
+    assert!(say(1, "a", 1, 3).is_empty(), "load alone is no reason to look");
+    assert_eq!(left(), Some(3));
+    say(2, "b", 1, 1);
+    assert_eq!(left(), Some(4));
+    space.settle("llama", Some(at("", true)), &names(&["llama"]));
+    assert_eq!(left(), None, "neither knows");
+    assert_eq!(say(1, "a", 2, 0), ["llama"], "where a replica drains, every report counts");
+    say(1, "a", 2, 0);
+    say(2, "b", 1, 0);
+    assert_eq!(left(), None, "one does not know");
+    say(2, "b", 2, 1);
+    assert_eq!(left(), None, "one has just heard");
+    say(2, "b", 2, 1);
+    assert_eq!(left(), Some(1));
+    say(2, "b", 2, 0);
+    assert_eq!(left(), Some(0));
+    // Another process numbers anew: what was said to the last one does not count.
+    let mut other = report("b", true);
+    (other.term, other.number) = (6, 9);
+    space.report(2, other);
+    space.report(2, report("b", true));
+    assert_eq!(left(), None);
 }

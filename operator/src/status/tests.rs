@@ -1,10 +1,14 @@
 //! Statuses of deployments in every state.
 
+use k8s_openapi::api::core::v1::Pod;
+use plan::manifest::API_VERSION;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    build::tests::{revision, slots},
     fleet::{Load, Said},
+    rollout::{Id, Slot, Strategy},
     validate::{
         Until,
         tests::{object, spec, valid},
@@ -20,13 +24,106 @@ fn is(status: &Status, kind: &str, truth: &str, why: &str) {
     assert_eq!(reason(status, kind), (truth.to_owned(), why.to_owned()), "{kind}");
 }
 
-/// Pods of every worker, with this status.
-fn pods(valid: &ValidatedDeployment, node: bool, status: &Value) -> Vec<Pod> {
-    let nothing = Standing::default();
-    let names = workers(valid, &nothing).into_iter().map(|(name, _)| name);
-    let spec = if node { json!({ "nodeName": "one", "containers": [] }) } else { json!({ "containers": [] }) };
-    let pod = |name: String| json!({ "metadata": { "name": name }, "spec": spec, "status": status });
-    names.map(|name| serde_json::from_value(pod(name)).expect("a pod")).collect()
+fn message<'a>(status: &'a Status, kind: &str) -> &'a str {
+    status.conditions.iter().find(|c| c.kind == kind).map(|c| c.message.as_str()).expect("the condition")
+}
+
+/// A deployment in some state.
+struct Case {
+    object: ModelDeployment,
+    valid: ValidatedDeployment,
+    revision: Revision,
+    goal: Goal,
+    plan: Plan,
+    standing: Standing,
+    shortage: Option<(String, String)>,
+}
+
+impl Case {
+    /// One of which a router says nothing, and whose pods do not exist.
+    fn new(spec: Value) -> Self {
+        let (valid, revision) = (valid(spec.clone()), revision(&spec));
+        let replicas = valid.replicas();
+        let goal = Goal {
+            revision: revision.name.clone(),
+            current: None,
+            replicas,
+            strategy: Strategy::Auto,
+            paused: false,
+            gang: true,
+            deadline: 600,
+            drain: 120,
+        };
+        let plan = Plan {
+            exist: slots(&revision, replicas),
+            remove: Vec::new(),
+            drained: Vec::new(),
+            taken_back: Vec::new(),
+            progress: Progress::Rolling { ready: 0, others: 0 },
+            again: None,
+        };
+        let standing = Standing { load: Load { routers: 1, ..Load::default() }, ..Standing::default() };
+        Self { object: object(spec), valid, revision, goal, plan, standing, shortage: None }
+    }
+
+    fn name(&self, slot: &Slot) -> String {
+        crate::revision::replica_name(&self.object, &slot.id)
+    }
+
+    /// Gives every worker a pod.
+    fn pods(mut self, node: bool, status: &Value) -> Self {
+        let slots = self.plan.exist.clone();
+        self.standing.pods = slots.iter().flat_map(|slot| self.of(slot, node, status)).collect();
+        self
+    }
+
+    fn of(&self, slot: &Slot, node: bool, status: &Value) -> Vec<Pod> {
+        let spec = if node { json!({ "nodeName": "one", "containers": [] }) } else { json!({ "containers": [] }) };
+        let labels = json!({ names::REVISION: slot.id.revision, names::REPLICA: slot.id.number.to_string() });
+        let stages = self.revision.record.stages.iter().enumerate();
+        let names = stages.flat_map(|(stage, of)| (0..of.ranks).map(move |rank| names::pod(&self.name(slot), stage, rank)));
+        let pod = |name: String| json!({ "metadata": { "name": name, "labels": labels }, "spec": spec, "status": status });
+        names.map(|name| serde_json::from_value(pod(name)).expect("a pod")).collect()
+    }
+
+    fn routers(mut self, routers: usize) -> Self {
+        self.standing.load.routers = routers;
+        self
+    }
+
+    /// Has routers say of each replica whether it is ready.
+    fn ready(mut self, ready: &[bool]) -> Self {
+        for (slot, ready) in self.plan.exist.iter().zip(ready) {
+            let said = Said { ready: *ready, last_failure: (!ready).then(|| "a worker loads".to_owned()), sequences: Some(0) };
+            self.standing.load.replicas.insert(self.name(slot), said);
+        }
+        self
+    }
+
+    fn progress(mut self, progress: Progress) -> Self {
+        self.plan.progress = progress;
+        self
+    }
+
+    fn before(mut self, status: &Status) -> Self {
+        self.object.status = Some(status.clone());
+        self
+    }
+
+    fn status(&self) -> Status {
+        let revisions = crate::revision::by_name(&[], &self.revision);
+        let view = View {
+            valid: &self.valid,
+            revision: &self.revision,
+            collisions: 0,
+            revisions: &revisions,
+            goal: &self.goal,
+            plan: &self.plan,
+            standing: &self.standing,
+            shortage: self.shortage.clone(),
+        };
+        applied(&self.object, &view)
+    }
 }
 
 fn running() -> Value {
@@ -35,67 +132,178 @@ fn running() -> Value {
     ]})
 }
 
-fn waiting(why: &str) -> Value {
+fn waiting(why: &str, said: &str) -> Value {
     json!({ "containerStatuses": [{
         "name": "worker", "ready": false, "restartCount": 2, "image": "", "imageID": "",
-        "state": { "waiting": { "reason": why, "message": "detail" } }, "lastState": { "terminated": { "exitCode": 2 } },
+        "state": { "waiting": { "reason": why, "message": "detail" } }, "lastState": { "terminated": { "exitCode": 2, "message": said } },
     }]})
 }
 
-fn standing(valid: &ValidatedDeployment, pods: Vec<Pod>, routers: usize, ready: bool) -> Standing {
-    let said = Said { ready, last_failure: (!ready).then(|| "a worker loads".to_owned()) };
-    Standing { pods, load: Load { routers, replicas: [(valid.replica_name(0), said)].into() }, ..Standing::default() }
+fn ended(reason: &str) -> Value {
+    waiting(
+        "CrashLoopBackOff",
+        &format!("{{\"level\":\"ERROR\",\"fields\":{{\"reason\":\"{reason}\"}}}}\nerror: the file is not that one\n"),
+    )
+}
+
+fn unscheduled(message: &str) -> Value {
+    json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message }] })
+}
+
+fn one() -> Case {
+    Case::new(spec())
+}
+
+fn two() -> Case {
+    let mut spec = spec();
+    spec["replicas"] = json!(2);
+    Case::new(spec)
+}
+
+/// One that is rolled out and answers.
+fn answers() -> Case {
+    one().pods(true, &running()).ready(&[true]).progress(Progress::Complete)
 }
 
 #[test]
 fn ready_is_a_token_and_not_a_pod() {
-    let (object, valid) = (object(spec()), valid(spec()));
-    let loading = applied(&object, &valid, &standing(&valid, pods(&valid, true, &running()), 1, false), 2);
+    let loading = one().pods(true, &running()).ready(&[false]).status();
     is(&loading, SCHEDULED, "True", "AllReplicasScheduled");
     is(&loading, REPLICAS_READY, "False", "LoadingWeights");
-    is(&loading, READY, "False", "LoadingWeights");
+    is(&loading, READY, "False", "Downloading");
     assert_eq!((loading.replicas, loading.ready_replicas), (1, 0));
     assert_eq!(loading.selector, "skein.dev/deployment=llama,skein.dev/stage=0,apps.kubernetes.io/pod-index=0");
 
-    let answers = applied(&object, &valid, &standing(&valid, pods(&valid, true, &running()), 1, true), 2);
+    let answers = answers().status();
     for kind in SUMMED {
         assert_eq!(reason(&answers, kind).0, "True", "{kind}");
     }
     is(&answers, READY, "True", "Ready");
     assert_eq!((answers.ready_replicas, answers.available_replicas, answers.desired_replicas), (1, 1, 1));
+    assert_eq!((answers.updated_replicas, answers.current_revision.clone()), (1, answers.update_revision.clone()));
+    assert_eq!(answers.revisions, [RevisionStatus { name: answers.update_revision.clone().expect("a revision"), replicas: 1 }]);
     assert_eq!(answers.url.as_deref(), Some("http://llama.models"));
 }
 
+/// Every condition and reason that the code can set once objects stand; those of refusals are in the tests of `validate`.
 #[test]
-fn what_stands_in_the_way_is_said() {
-    let (object, valid) = (object(spec()), valid(spec()));
-    let of = |pods: Vec<Pod>, routers| applied(&object, &valid, &standing(&valid, pods, routers, false), 2);
-    is(&of(Vec::new(), 1), SCHEDULED, "False", "GangPending");
-    let unscheduled = |message: &str| json!({ "conditions": [{ "type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message }] });
-    let full = of(pods(&valid, false, &unscheduled("0/1 nodes are available: 1 Insufficient cpu.")), 1);
-    is(&full, SCHEDULED, "False", "InsufficientCapacity");
+fn every_condition_and_reason_is_reached() {
+    let full = unscheduled("0/1 nodes are available: 1 Insufficient cpu.");
+    let mut held = one();
+    held.plan.exist.clear();
+    held.shortage = Some(("llama-0".into(), "p: 1 Insufficient memory".into()));
+    let mut lost = answers();
+    lost.plan.exist.clear();
+    lost.shortage = Some(("llama-0".into(), "p: 1 Insufficient memory".into()));
+    let mut asleep = spec();
+    asleep["suspend"] = json!(true);
+    let mut none = spec();
+    none["replicas"] = json!(0);
+    let fell = || answers().ready(&[false]).before(&answers().status());
+    let cases: Vec<(&str, &str, &str, Case)> = vec![
+        (ACCEPTED, "True", "Accepted", answers()),
+        (MODEL_RESOLVED, "True", "Resolved", answers()),
+        (SCHEDULED, "True", "AllReplicasScheduled", answers()),
+        (SCHEDULED, "False", "GangPending", one()),
+        (SCHEDULED, "False", "InsufficientCapacity", one().pods(false, &full)),
+        (SCHEDULED, "False", "InsufficientCapacity", held),
+        (SCHEDULED, "False", "Unschedulable", one().pods(false, &unscheduled("no node matches"))),
+        (WEIGHTS_READY, "True", "Ready", answers()),
+        (WEIGHTS_READY, "False", "Downloading", one().pods(true, &running()).ready(&[false])),
+        (WEIGHTS_READY, "False", "VerificationFailed", one().pods(true, &ended("DigestMismatch"))),
+        (WEIGHTS_READY, "False", "InsufficientDisk", one().pods(true, &ended("InsufficientDisk"))),
+        (WEIGHTS_READY, "False", "DownloadFailed", one().pods(true, &ended("SourceUnreachable"))),
+        (REPLICAS_READY, "True", "AllReady", answers()),
+        (REPLICAS_READY, "False", "Starting", one()),
+        (REPLICAS_READY, "False", "ImagePullFailed", one().pods(true, &waiting("ImagePullBackOff", ""))),
+        (REPLICAS_READY, "False", "CrashLooping", one().pods(true, &waiting("CrashLoopBackOff", ""))),
+        (REPLICAS_READY, "False", "LoadingWeights", one().pods(true, &running()).ready(&[false])),
+        (REPLICAS_READY, "False", "StageFailed", fell().pods(true, &waiting("", ""))),
+        (ROUTER_READY, "True", "Ready", answers()),
+        (ROUTER_READY, "False", "Deploying", answers().routers(0)),
+        (AVAILABLE, "True", "MinimumReplicasAvailable", answers()),
+        (AVAILABLE, "False", "Unavailable", one()),
+        (AVAILABLE, "False", "ScaledToZero", Case::new(none)),
+        (AVAILABLE, "False", "ScaledToZero", Case::new(asleep)),
+        (PROGRESSING, "True", "NewRevision", one().progress(Progress::New)),
+        (PROGRESSING, "True", "RollingOut", one()),
+        (PROGRESSING, "Unknown", "Paused", one().progress(Progress::Paused)),
+        (PROGRESSING, "False", "ProgressDeadlineExceeded", one().progress(Progress::Stalled { ready: 0, others: 1 })),
+        (PROGRESSING, "True", "RolloutComplete", answers()),
+        (DEGRADED, "True", "StageRecovering", fell()),
+        (DEGRADED, "True", "ReplicaUnavailable", fell().pods(true, &waiting("", ""))),
+        (DEGRADED, "True", "ReplicaUnavailable", lost),
+        (DEGRADED, "False", "AsExpected", answers()),
+        (READY, "True", "Ready", answers()),
+    ];
+    for (kind, truth, why, case) in &cases {
+        let status = case.status();
+        is(&status, kind, truth, why);
+        let order: Vec<&str> = status.conditions.iter().map(|c| c.kind.as_str()).collect();
+        assert_eq!(order.len(), 10, "{order:?}");
+    }
+}
+
+#[test]
+fn what_is_missing_is_said() {
+    let full = one().pods(false, &unscheduled("0/1 nodes are available: 1 Insufficient cpu.")).status();
     is(&full, READY, "False", "InsufficientCapacity");
-    assert!(full.conditions.iter().any(|c| c.kind == READY && c.message.contains("Insufficient cpu")));
-    is(&of(pods(&valid, false, &unscheduled("no node matches")), 1), SCHEDULED, "False", "Unschedulable");
-    is(&of(pods(&valid, true, &waiting("ErrImageNeverPull")), 1), REPLICAS_READY, "False", "ImagePullFailed");
-    is(&of(pods(&valid, true, &waiting("CrashLoopBackOff")), 1), REPLICAS_READY, "False", "CrashLooping");
-    is(&of(pods(&valid, true, &waiting("ContainerCreating")), 1), REPLICAS_READY, "False", "Starting");
-    is(&of(pods(&valid, true, &running()), 0), ROUTER_READY, "False", "Deploying");
+    assert!(message(&full, READY).contains("Insufficient cpu"));
+    let wrong = one().pods(true, &ended("DigestMismatch")).status();
+    is(&wrong, READY, "False", "VerificationFailed");
+    assert!(message(&wrong, WEIGHTS_READY).contains("exit code 2 (2 restarts): error: the file is not that one; see its log"));
+    // A message without a reason says nothing of weights.
+    is(&one().pods(true, &waiting("CrashLoopBackOff", "thread panicked")).status(), WEIGHTS_READY, "False", "Downloading");
+    let asleep = {
+        let mut spec = spec();
+        spec["suspend"] = json!(true);
+        Case::new(spec).status()
+    };
+    assert!(message(&asleep, READY).contains("suspended"));
+    assert_eq!((asleep.desired_replicas, reason(&asleep, READY).1.as_str()), (0, "ScaledToZero"));
+}
+
+/// A replica of another revision, of which routers say that it is ready.
+fn beside(mut case: Case, number: u32) -> Case {
+    let slot = Slot { id: Id { revision: "before".into(), number }, draining: None };
+    case.standing.load.replicas.insert(case.name(&slot), Said { ready: true, last_failure: None, sequences: Some(1) });
+    case.plan.exist.push(slot);
+    case
+}
+
+#[test]
+fn while_the_old_ones_answer_a_new_one_that_does_not_is_progress_alone() {
+    let broken = beside(one().pods(true, &waiting("CrashLoopBackOff", "")), 0).progress(Progress::Stalled { ready: 0, others: 1 }).status();
+    is(&broken, READY, "True", "Ready");
+    is(&broken, PROGRESSING, "False", "ProgressDeadlineExceeded");
+    let said = message(&broken, PROGRESSING);
+    assert!(said.contains("0 of 1 replicas") && said.contains("ended with exit code 2") && said.contains("apply the one before"), "{said}");
+    assert_eq!((broken.replicas, broken.ready_replicas, broken.updated_replicas), (2, 1, 1));
+    let crowded = beside(one().pods(false, &unscheduled("1 Insufficient memory")), 0).status();
+    is(&crowded, SCHEDULED, "True", "AllReplicasScheduled");
+    assert!(message(&crowded, PROGRESSING).contains("Insufficient memory"));
+    // Where fewer answer than are wanted, it is in the way.
+    let needed = beside(two().pods(false, &unscheduled("1 Insufficient memory")), 0).status();
+    is(&needed, SCHEDULED, "False", "InsufficientCapacity");
+    // One that drains takes no requests.
+    let mut draining = beside(one().pods(true, &running()).ready(&[true]), 0);
+    draining.plan.exist[1].draining = Some(5);
+    let status = draining.status();
+    assert_eq!((status.replicas, status.ready_replicas, status.replica_states[1].phase), (2, 1, ReplicaPhase::Draining));
 }
 
 #[test]
 fn zero_by_hand_is_not_ready() {
     let mut none = spec();
     none["replicas"] = json!(0);
-    let status =
-        applied(&object(none.clone()), &valid(none), &Standing { load: Load { routers: 1, ..Load::default() }, ..Standing::default() }, 0);
+    let status = Case::new(none).status();
     is(&status, AVAILABLE, "False", "ScaledToZero");
     is(&status, READY, "False", "ScaledToZero");
 }
 
 #[test]
 fn the_plan_stands_before_any_pod() {
-    let status = planned(&object(spec()), &valid(spec()));
+    let status = planned(&object(spec()), &valid(spec()), &revision(&spec()), 0);
     let plan = status.plan.expect("a plan");
     assert_eq!((plan.stages.len(), plan.stages[0].ranks, plan.stages[1].first_layer), (2, 2, plan.stages[0].last_layer + 1));
     assert!(plan.stages[0].weight_bytes > 0 && status.model.expect("a model").parameters > 0);
@@ -103,13 +311,12 @@ fn the_plan_stands_before_any_pod() {
 
 #[test]
 fn refusals_keep_what_runs_and_times_keep_their_start() {
-    let (mut before, valid) = (object(spec()), valid(spec()));
-    let mut running = applied(&before, &valid, &standing(&valid, pods(&valid, true, &running()), 1, true), 2);
+    let mut running = answers().status();
     running.conditions.iter_mut().for_each(|c| c.last_transition_time = "2020-01-01T00:00:00Z".into());
-    before.status = Some(running.clone());
-    let same = applied(&before, &valid, &standing(&valid, pods(&valid, true, &self::running()), 1, true), 2);
-    assert_eq!(same, running, "nothing new is nothing to write");
+    let case = answers().before(&running);
+    assert_eq!(case.status(), running, "nothing new is nothing to write");
 
+    let mut before = case.object;
     before.metadata.generation = Some(4);
     let rejection = Rejection { condition: ACCEPTED, reason: "InvalidSpec", message: "why".into(), until: Until::Changed };
     let refused = rejected(&before, &rejection);
@@ -118,17 +325,45 @@ fn refusals_keep_what_runs_and_times_keep_their_start() {
     is(&refused, READY, "False", "InvalidSpec");
     let unchanged = refused.conditions.iter().find(|c| c.kind == AVAILABLE).expect("the condition");
     assert_eq!(unchanged.last_transition_time, "2020-01-01T00:00:00Z");
+    assert_eq!(before.owner(true).api_version, API_VERSION);
+}
+
+/// Reasons of the events between two statuses.
+fn reasons(old: Option<&Status>, new: &Status) -> Vec<String> {
+    news(old, new).into_iter().map(|e| e.reason).collect()
 }
 
 #[test]
 fn events_tell_news_once() {
-    let (object, valid) = (object(spec()), valid(spec()));
-    let first = planned(&object, &valid);
-    let reasons = |old: Option<&Status>, new: &Status| news(old, new).into_iter().map(|e| e.reason).collect::<Vec<_>>();
+    let first = planned(&object(spec()), &valid(spec()), &revision(&spec()), 0);
     assert_eq!(reasons(None, &first), ["ModelResolved", "PlanComputed"]);
     assert!(reasons(Some(&first), &first).is_empty());
-    let ready = applied(&object, &valid, &standing(&valid, pods(&valid, true, &running()), 1, true), 2);
-    assert_eq!(reasons(Some(&first), &ready), ["ReplicaCreated", "ReplicaReady"]);
+    let rolling = one().status();
+    assert_eq!(reasons(Some(&first), &rolling), ["ReplicaCreated"]);
+    let ready = answers().status();
+    assert_eq!(reasons(Some(&rolling), &ready), ["RolloutCompleted", "ReplicaReady"]);
     let rejection = Rejection { condition: ACCEPTED, reason: "PlanInfeasible", message: "why".into(), until: Until::Changed };
-    assert_eq!(reasons(Some(&first), &rejected(&object, &rejection)), ["PlanInfeasible"]);
+    assert_eq!(reasons(Some(&first), &rejected(&object(spec()), &rejection)), ["PlanInfeasible"]);
+}
+
+#[test]
+fn events_of_a_deployments_life() {
+    let ready = answers().status();
+    let mut next = ready.clone();
+    next.update_revision = Some("next".into());
+    assert_eq!(reasons(Some(&ready), &next), ["PlanComputed", "RolloutStarted"]);
+    let stalled = beside(one(), 0).progress(Progress::Stalled { ready: 0, others: 1 }).status();
+    assert!(reasons(Some(&beside(one(), 0).status()), &stalled).contains(&"RolloutStalled".to_owned()));
+    let more = two().status();
+    assert!(reasons(Some(&ready), &more).contains(&"ScaledUp".to_owned()));
+    assert!(reasons(Some(&more), &ready).contains(&"ScaledDown".to_owned()));
+    let fell = answers().ready(&[false]).before(&ready).status();
+    assert_eq!(reasons(Some(&ready), &fell), ["StageFailed"]);
+    let back = answers().before(&fell).status();
+    assert_eq!(reasons(Some(&fell), &back), ["StageRecovered"]);
+    let gone = answers().ready(&[false]).pods(true, &waiting("", "")).before(&ready).status();
+    assert!(reasons(Some(&ready), &gone).contains(&"ReplicaRestarted".to_owned()));
+    let wrong = one().pods(true, &ended("DigestMismatch")).status();
+    let found = reasons(Some(&one().status()), &wrong);
+    assert!(found.contains(&"DigestMismatch".to_owned()) && found.contains(&"StageFailed".to_owned()), "{found:?}");
 }

@@ -41,27 +41,13 @@ fn refusal(spec: Value, fetched: &Fetched) -> Rejection {
 }
 
 #[test]
-fn a_plan_and_a_revision() {
+fn a_plan_and_its_workers() {
     let one = valid(spec());
     assert_eq!((one.plan.stages.len(), one.plan.stages[0].shards.len(), one.replicas()), (2, 2, 1));
     assert_eq!(one.worker_specs().len(), 4);
-    // Serving settings are the routers'; they make no new workers.
-    let mut served = spec();
-    served["router"] = json!({ "policy": "Random" });
-    served["replicas"] = json!(3);
-    assert_eq!(valid(served).revision, one.revision);
-    let mut wider = spec();
-    wider["parallelism"]["tensor"] = json!(1);
-    assert_ne!(valid(wider).revision, one.revision);
-    assert_eq!(valid(spec()).replica_name(0), one.replica_name(0));
-}
-
-#[test]
-fn routers_are_told_what_the_plan_says() {
-    let fleet = valid(spec()).fleet(|replica, stage, rank| format!("{replica}.{stage}.{rank}"));
-    assert_eq!((fleet.name.as_str(), fleet.model.as_str()), ("llama", "llama"));
-    assert_eq!(fleet.replicas[0].workers, [["0.0.0", "0.0.1"], ["0.1.0", "0.1.1"]]);
-    assert_eq!(fleet.limits.kv, valid(spec()).plan.kv);
+    let mut asleep = spec();
+    asleep["suspend"] = json!(true);
+    assert_eq!(valid(asleep).replicas(), 0);
 }
 
 #[test]

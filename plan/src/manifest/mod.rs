@@ -3,6 +3,7 @@
 //! No field is accepted and ignored: what is not understood is refused with file, line, column, the field's path, and what was expected.
 
 mod quantity;
+mod rollout;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -10,6 +11,7 @@ mod types;
 mod validate;
 
 pub use quantity::{Bytes, Memory, parse_quantity};
+pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
     BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec, KvDTypeChoice,
     LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec,

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{Manifest, Memory};
+use super::{Manifest, Memory, RolloutStrategy};
 use crate::{
     fleet::{ChatTemplate, RoutingPolicy},
     planner::KvMemory,
@@ -61,6 +61,10 @@ fn every_field_has_an_effect() {
   router:
     policy: RoundRobin
     queue: {{maxRequests: 7, timeoutSeconds: 8}}
+  rollout: {{strategy: RollingUpdate, maxSurge: 25%, maxUnavailable: 1, paused: true, progressDeadlineSeconds: 9, revisionHistoryLimit: 2}}
+  recovery: {{drainSeconds: 10}}
+  scheduling: {{gang: false}}
+  suspend: true
 ",
             "a".repeat(64)
         ),
@@ -76,6 +80,10 @@ fn every_field_has_an_effect() {
     assert_eq!((serving.chat_template, serving.system_prompt.as_deref()), (Some(ChatTemplate::Gemma), Some("be brief")));
     assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::RoundRobin, 7, 8));
     assert!(!m.spec().engine.kv_cache.prefix_caching);
+    let rollout = &m.spec().rollout;
+    assert_eq!((rollout.strategy, rollout.bounds(5), rollout.paused), (RolloutStrategy::RollingUpdate, (2, 1), true));
+    assert_eq!((rollout.progress_deadline_seconds, rollout.revision_history_limit), (9, 2));
+    assert_eq!((m.spec().recovery.drain_seconds, m.spec().scheduling.gang, m.spec().suspend), (10, false, true));
 }
 
 #[test]
@@ -110,6 +118,12 @@ fn errors_name_line_column_field_and_expectation() {
         ("  engine: {maxContextTokens: 1.5}\n", &["spec.engine.maxContextTokens", "whole number", "1.5"]),
         ("  engine: {maxContextTokens: true}\n", &["spec.engine.maxContextTokens", "whole number", "true"]),
         ("  engine: {kvCache: {prefixCaching: yes}}\n", &["spec.engine.kvCache.prefixCaching", "true or false", "\"yes\""]),
+        ("  rollout: {maxSurge: 2}\n", &["m.yaml:8:23", "spec.rollout.maxSurge", "strategy RollingUpdate", "Auto"]),
+        ("  rollout: {strategy: RollingUpdate, maxSurge: 0}\n", &["spec.rollout", "maxSurge or maxUnavailable above 0"]),
+        ("  rollout: {strategy: RollingUpdate, maxSurge: 101%}\n", &["spec.rollout.maxSurge", "0% to 100%", "101%"]),
+        ("  rollout: {strategy: Canary}\n", &["spec.rollout.strategy", "Auto, RollingUpdate, Recreate"]),
+        ("  rollout: {progressDeadlineSeconds: 0}\n", &["spec.rollout.progressDeadlineSeconds", "1 to 86400"]),
+        ("  recovery: {drainSeconds: 86401}\n", &["spec.recovery.drainSeconds", "0 to 86400"]),
         ("  replicas: 1\n  replicas: 2\n", &["m.yaml:9:3", "replicas"]),
         ("  chat: {template: {inline: [x]}}\n", &["m.yaml:8:29", "spec.chat.template.inline", "text"]),
         ("  replicas: [1\n", &["m.yaml:"]),
@@ -196,15 +210,20 @@ fn fields_that_are_not_there_yet_say_so() {
         "engine.quantization",
         "engine.draft",
         "autoscaling",
-        "rollout",
-        "recovery",
-        "scheduling",
+        "rollout.partition",
+        "rollout.canary",
+        "recovery.policy",
+        "recovery.maxRestarts",
+        "recovery.backoffSeconds",
+        "scheduling.schedulerName",
+        "scheduling.priorityClassName",
+        "scheduling.queueName",
+        "scheduling.topology",
         "cache",
         "adapters",
         "access",
         "security",
         "observability",
-        "suspend",
         "experimental",
         "workers.image",
         "workers.nodeSelector",

@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 36] = [
+const LATER: [&str; 41] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.credentialsSecretRef",
@@ -32,9 +32,15 @@ const LATER: [&str; 36] = [
     "spec.engine.quantization",
     "spec.engine.draft",
     "spec.autoscaling",
-    "spec.rollout",
-    "spec.recovery",
-    "spec.scheduling",
+    "spec.rollout.partition",
+    "spec.rollout.canary",
+    "spec.recovery.policy",
+    "spec.recovery.maxRestarts",
+    "spec.recovery.backoffSeconds",
+    "spec.scheduling.schedulerName",
+    "spec.scheduling.priorityClassName",
+    "spec.scheduling.queueName",
+    "spec.scheduling.topology",
     "spec.workers.image",
     "spec.workers.resources.requests",
     "spec.workers.resources.claims",
@@ -55,7 +61,6 @@ const LATER: [&str; 36] = [
     "spec.access",
     "spec.security",
     "spec.observability",
-    "spec.suspend",
     "spec.experimental",
     "metadata.generateName",
     "metadata.finalizers",

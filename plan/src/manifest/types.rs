@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
-use super::quantity::{Bytes, Memory};
+use super::{
+    quantity::{Bytes, Memory},
+    rollout::{RecoverySpec, RolloutSpec, SchedulingSpec},
+};
 use crate::fleet::RoutingPolicy;
 
 /// A deployment of a model.
@@ -64,6 +67,18 @@ pub struct DeploymentSpec {
     /// How requests reach it.
     #[serde(default)]
     pub router: RouterSpec,
+    /// How replicas are replaced when the spec changes; of meaning on a cluster.
+    #[serde(default)]
+    pub rollout: RolloutSpec,
+    /// How replicas are let go; of meaning on a cluster.
+    #[serde(default)]
+    pub recovery: RecoverySpec,
+    /// How workers find nodes; of meaning on a cluster.
+    #[serde(default)]
+    pub scheduling: SchedulingSpec,
+    /// No workers, and requests are refused, until it is false again; of meaning on a cluster. Default false.
+    #[serde(default)]
+    pub suspend: bool,
 }
 
 /// Which model, and what it is called.

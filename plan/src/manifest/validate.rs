@@ -1,6 +1,6 @@
 //! Ranges and rules of the resource's fields.
 
-use super::types::ModelDeployment;
+use super::{rollout::RolloutStrategy, types::ModelDeployment};
 use crate::shard::BLOCK_TOKENS;
 
 /// A field and what is wrong with it; the field's position is found by whoever has the document.
@@ -61,11 +61,15 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         ("spec.replicas", Some(spec.replicas), 0, 1000),
         ("spec.router.queue.maxRequests", Some(spec.router.queue.max_requests), 1, 1_000_000),
         ("spec.router.queue.timeoutSeconds", Some(spec.router.queue.timeout_seconds), 1, 86_400),
+        ("spec.rollout.progressDeadlineSeconds", Some(spec.rollout.progress_deadline_seconds), 1, 86_400),
+        ("spec.rollout.revisionHistoryLimit", Some(spec.rollout.revision_history_limit), 0, 100),
+        ("spec.recovery.drainSeconds", Some(spec.recovery.drain_seconds), 0, 86_400),
     ] {
         if let Some(value) = value.filter(|v| !(low..=high).contains(v)) {
             return Err(Problem::new(path, format!("expected {low} to {high}, got {value}")));
         }
     }
+    rollout(deployment)?;
     let workers = parallelism.pipeline * parallelism.tensor;
     if workers > MAX_WORKERS {
         let message = format!("expected pipeline × tensor of at most {MAX_WORKERS}, got {workers}");
@@ -119,6 +123,23 @@ fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
         Some(digest) => Err(Problem::new("spec.model.digest", format!("expected sha256: and 64 hexadecimal digits, got {digest:?}"))),
         None => Ok(()),
     }
+}
+
+/// Bounds are those of `RollingUpdate`, and let something move.
+fn rollout(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let rollout = &deployment.spec.rollout;
+    let bounds = [("maxSurge", rollout.max_surge), ("maxUnavailable", rollout.max_unavailable)];
+    if rollout.strategy != RolloutStrategy::RollingUpdate
+        && let Some((field, _)) = bounds.iter().find(|(_, bound)| bound.is_some())
+    {
+        let message = format!("expected strategy RollingUpdate beside it, got {:?}", rollout.strategy);
+        return Err(Problem::new(&format!("spec.rollout.{field}"), message));
+    }
+    let none = |bound: Option<super::Share>, default: bool| bound.map_or(default, super::Share::is_zero);
+    if none(rollout.max_surge, false) && none(rollout.max_unavailable, true) {
+        return Err(Problem::new("spec.rollout", "expected maxSurge or maxUnavailable above 0, got both 0".to_owned()));
+    }
+    Ok(())
 }
 
 fn chat(deployment: &ModelDeployment) -> Result<(), Problem> {

@@ -1,0 +1,81 @@
+//! What is worth an event between two statuses.
+
+use kube::runtime::events::{Event, EventType};
+
+use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY};
+use crate::resource::{Condition, ReplicaPhase, ReplicaStatus, Status};
+
+/// Longest note that the API server takes.
+const NOTE: usize = 1000;
+
+fn event(type_: EventType, reason: &str, note: &str) -> Event {
+    let note = Some(note.chars().take(NOTE).collect());
+    Event { type_, reason: reason.to_owned(), note, action: "Reconcile".to_owned(), secondary: None }
+}
+
+/// The events: type, reason, note.
+pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
+    let mut events: Vec<Event> = Vec::new();
+    for condition in &new.conditions {
+        let before = old.and_then(|o| o.conditions.iter().find(|c| c.kind == condition.kind));
+        if before.is_none_or(|b| (&b.status, &b.reason) != (&condition.status, &condition.reason)) {
+            events.extend(of_condition(before, condition).map(|(type_, reason)| event(type_, reason, &condition.message)));
+        }
+    }
+    let moved = |revision: &Option<String>| revision.is_some() && *revision != new.update_revision;
+    if let Some(plan) = &new.plan
+        && old.is_none_or(|o| o.update_revision != new.update_revision)
+    {
+        events.push(event(EventType::Normal, "PlanComputed", &plan.message));
+        if old.is_some_and(|o| moved(&o.update_revision)) {
+            let note = format!("revision {} takes over", new.update_revision.as_deref().unwrap_or_default());
+            events.push(event(EventType::Normal, "RolloutStarted", &note));
+        }
+    }
+    if let Some(old) = old.filter(|o| o.update_revision.is_some() && o.desired_replicas != new.desired_replicas) {
+        let reason = if new.desired_replicas > old.desired_replicas { "ScaledUp" } else { "ScaledDown" };
+        let note = format!("from {} to {} replicas", old.desired_replicas, new.desired_replicas);
+        events.push(event(EventType::Normal, reason, &note));
+    }
+    for replica in &new.replica_states {
+        let before = old.and_then(|o| o.replica_states.iter().find(|r| r.name == replica.name));
+        events.extend(of_replica(before, replica));
+    }
+    events
+}
+
+/// What a condition's new value is called as an event, if it is one.
+fn of_condition(before: Option<&Condition>, condition: &Condition) -> Option<(EventType, &'static str)> {
+    let warning = |reason| Some((EventType::Warning, reason));
+    match (condition.kind.as_str(), condition.status.as_str(), condition.reason.as_str()) {
+        (MODEL_RESOLVED, "True", _) => Some((EventType::Normal, "ModelResolved")),
+        (ACCEPTED, "False", "PlanInfeasible") => warning("PlanInfeasible"),
+        (ACCEPTED, "False", _) | (ROUTER_READY, "False", "PortConflict") => warning("ReconcileError"),
+        (MODEL_RESOLVED, "False", "DigestMismatch") | (WEIGHTS_READY, "False", "VerificationFailed") => warning("DigestMismatch"),
+        (MODEL_RESOLVED, "False", _) | (WEIGHTS_READY, "False", "DownloadFailed" | "InsufficientDisk") => warning("DownloadFailed"),
+        (SCHEDULED, "False", "InsufficientCapacity" | "Unschedulable") => warning("InsufficientCapacity"),
+        (REPLICAS_READY, "False", "CrashLooping" | "ImagePullFailed") => warning("StageFailed"),
+        (PROGRESSING, "False", _) => warning("RolloutStalled"),
+        (PROGRESSING, "True", "RolloutComplete") if before.is_some() => Some((EventType::Normal, "RolloutCompleted")),
+        (DEGRADED, "True", "ReplicaUnavailable") => warning("ReplicaRestarted"),
+        _ => None,
+    }
+}
+
+fn of_replica(before: Option<&ReplicaStatus>, replica: &ReplicaStatus) -> Vec<Event> {
+    let name = &replica.name;
+    let counts = format!("{} of {} workers of {name} run", replica.ready_workers, replica.workers);
+    let created = before.is_none().then(|| event(EventType::Normal, "ReplicaCreated", &format!("{name} with {} workers", replica.workers)));
+    let moved = match (before.map(|b| b.phase), replica.phase) {
+        (Some(ReplicaPhase::Recovering), ReplicaPhase::Ready) => {
+            Some(event(EventType::Normal, "StageRecovered", &format!("{name} answers again")))
+        }
+        (Some(ReplicaPhase::Ready), ReplicaPhase::Ready) => None,
+        (_, ReplicaPhase::Ready) => {
+            Some(event(EventType::Normal, "ReplicaReady", &format!("a token came out of the last stage of {name}")))
+        }
+        (Some(ReplicaPhase::Ready), ReplicaPhase::Recovering) => Some(event(EventType::Warning, "StageFailed", &counts)),
+        _ => None,
+    };
+    created.into_iter().chain(moved).collect()
+}
