@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, error::Error, fs, path::Path};
 
 use protox::prost::Message as _;
 
-const FILES: [&str; 3] = ["skein/v1/inference.proto", "skein/worker/v1/worker.proto", "skein/fleet/v1/fleet.proto"];
+const FILES: [&str; 4] =
+    ["skein/v1/inference.proto", "skein/worker/v1/worker.proto", "skein/fleet/v1/fleet.proto", "skein/pool/v1/pool.proto"];
 
 /// Compiles the `.proto` files of the crate at `package`: file name in `src/generated/` → contents. `scratch` is an empty folder.
 pub(crate) fn generate(package: &Path, scratch: &Path) -> Result<BTreeMap<String, Vec<u8>>, Box<dyn Error>> {

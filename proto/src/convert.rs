@@ -9,8 +9,8 @@ mod tests;
 
 pub use error::ConvertError;
 pub use fleet::{decode_fleet, encode_fleet};
-pub use output::{decode_output, encode_output, f32s_from_bytes, f32s_to_bytes};
-pub use step::{decode_mask, decode_step, encode_mask, encode_step};
+pub use output::{decode_logprobs, decode_output, encode_logprobs, encode_output, f32s_from_bytes, f32s_to_bytes};
+pub use step::{decode_mask, decode_sampling, decode_step, decode_wants, encode_mask, encode_sampling, encode_step, encode_want};
 
 use plan::worker::Epoch;
 

@@ -21,6 +21,25 @@ pub mod worker {
     include!("generated/skein.worker.v1.rs");
 }
 
+/// `skein.pool.v1`: routers of a pool among themselves.
+pub use skein::pool::v1 as pool;
+
+/// The packages as generated code of one names types of another: relative to where both would lie.
+mod skein {
+    pub(crate) mod pool {
+        pub mod v1 {
+            #![expect(missing_docs, unused_qualifications, reason = "generated")]
+            include!("generated/skein.pool.v1.rs");
+        }
+    }
+    pub(crate) mod fleet {
+        pub(crate) use crate::fleet as v1;
+    }
+    pub(crate) mod worker {
+        pub(crate) use crate::worker as v1;
+    }
+}
+
 /// `skein.fleet.v1`: the fleet and its load.
 pub mod fleet {
     #![expect(missing_docs, unused_qualifications, reason = "generated")]

@@ -2,29 +2,23 @@
 //!
 //! The state taken last is kept on a file, so that a router which starts while the control plane is away serves what was served before.
 
-use std::{
-    fs::{self, File},
-    io::{self, Write},
-    path::{Path, PathBuf},
-    time::Duration,
-};
+mod store;
+
+use std::{io, path::PathBuf, time::Duration};
 
 use identity::{Dialer, Identity, Name};
-use plan::fleet::FleetState;
 use proto::{
     bearer::Bearer,
     convert::{ConvertError, decode_fleet},
     fleet::{self as wire, fleet_client::FleetClient},
 };
-use tokio::{
-    sync::watch,
-    time::{interval, sleep},
-};
+use tokio::time::{interval, sleep};
 use tokio_stream::{StreamExt, wrappers::IntervalStream};
 use tokio_util::sync::CancellationToken;
 use tonic::transport::{Endpoint, Error as TransportError};
 use tracing::{info, warn};
 
+pub use self::store::FleetStore;
 use crate::edge::{DeploymentLoad, Edge};
 
 /// How often load is reported.
@@ -91,16 +85,14 @@ pub struct Control {
     endpoint: Endpoint,
     bearer: Bearer,
     identity: Option<Identity>,
-    kept: Option<PathBuf>,
 }
 
 impl Control {
-    /// Follows the control plane at `endpoint` (`http://host:port`) as the router `name`; calls carry `token`. The last state is kept in the
-    /// file `kept`.
+    /// Follows the control plane at `endpoint` (`http://host:port`) as the router `name`; calls carry `token`.
     ///
     /// # Errors
     /// When `endpoint` is not an address.
-    pub fn new(name: String, endpoint: &str, token: Option<String>, kept: Option<PathBuf>) -> Result<Self, ControlError> {
+    pub fn new(name: String, endpoint: &str, token: Option<String>) -> Result<Self, ControlError> {
         let parsed = Endpoint::from_shared(endpoint.to_owned())
             .map_err(|source| ControlError::Endpoint { endpoint: endpoint.to_owned(), source })?;
         let endpoint = parsed
@@ -109,7 +101,7 @@ impl Control {
             .http2_keep_alive_interval(KEEPALIVE.0)
             .keep_alive_timeout(KEEPALIVE.1)
             .keep_alive_while_idle(true);
-        Ok(Self { name, endpoint, bearer: Bearer::new(token), identity: None, kept })
+        Ok(Self { name, endpoint, bearer: Bearer::new(token), identity: None })
     }
 
     /// Proves to be `identity`, and has the control plane prove that it is the operator; without one, the connection is plain.
@@ -118,32 +110,18 @@ impl Control {
         Self { identity, ..self }
     }
 
-    /// The state kept by the last process; `None` when there is none.
-    ///
-    /// # Errors
-    /// When the file cannot be read, or holds something else.
-    pub fn restore(&self) -> Result<Option<FleetState>, ControlError> {
-        let Some(path) = &self.kept else { return Ok(None) };
-        let text = match fs::read(path) {
-            Ok(text) => text,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(source) => return Err(ControlError::File { action: "read", path: path.clone(), source }),
-        };
-        serde_json::from_slice(&text).map(Some).map_err(|source| ControlError::Damaged { path: path.clone(), source })
-    }
-
-    /// Puts each state that comes into `fleet`, and reports the load of `edge`, until `stop`. Dials again, with growing pauses, whenever the
+    /// Puts each state that comes into `store`, and reports the load of `edge`, until `stop`. Dials again, with growing pauses, whenever the
     /// stream ends; the state taken last stays in force meanwhile.
-    pub async fn follow(self, edge: Edge, fleet: watch::Sender<FleetState>, stop: CancellationToken) {
+    pub async fn follow(self, edge: Edge, store: FleetStore, stop: CancellationToken) {
         let mut pause = BACKOFF.0;
         loop {
-            let before = taken(&fleet);
+            let before = store.number();
             let ended = tokio::select! {
                 () = stop.cancelled() => return,
-                ended = self.stream(&edge, &fleet) => ended,
+                ended = self.stream(&edge, &store) => ended,
             };
             // A stream that brought something was a good one.
-            pause = if taken(&fleet) > before { BACKOFF.0 } else { (pause * 2).min(BACKOFF.1) };
+            pause = if store.number() > before { BACKOFF.0 } else { (pause * 2).min(BACKOFF.1) };
             warn_away(&ended, pause);
             tokio::select! {
                 () = stop.cancelled() => return,
@@ -153,16 +131,16 @@ impl Control {
     }
 
     /// One stream, until it ends.
-    async fn stream(&self, edge: &Edge, fleet: &watch::Sender<FleetState>) -> StreamError {
+    async fn stream(&self, edge: &Edge, store: &FleetStore) -> StreamError {
         let dialer = Dialer::new(self.identity.clone().map(|own| (own, Name::Operator)));
         let channel = match self.endpoint.connect_with_connector(dialer).await {
             Ok(channel) => channel,
             Err(error) => return StreamError::Connect(error),
         };
         let mut client = FleetClient::with_interceptor(channel, self.bearer.clone()).max_decoding_message_size(STATE);
-        let (name, edge, seen) = (self.name.clone(), edge.clone(), fleet.subscribe());
+        let (name, edge, seen) = (self.name.clone(), edge.clone(), store.clone());
         let reports = IntervalStream::new(interval(REPORT)).map(move |_| {
-            let (term, number) = number(&seen.borrow());
+            let (term, number) = seen.number();
             wire::RouterReport { router: name.clone(), term, number, loads: edge.load().iter().map(load).collect() }
         });
         let mut states = match client.watch(reports).await {
@@ -175,7 +153,7 @@ impl Control {
                 Ok(Some(state)) => {
                     let taken = decode_fleet(state).map_err(StreamError::State);
                     if let Err(error) = match taken {
-                        Ok(state) => self.take(fleet, state).await.map_err(StreamError::Kept),
+                        Ok(state) => store.take(state).await.map(|_| ()).map_err(StreamError::Kept),
                         Err(error) => Err(error),
                     } {
                         return error;
@@ -186,43 +164,11 @@ impl Control {
             }
         }
     }
-
-    /// Puts a state in force, then keeps it; one that is not later than what is in force changes nothing.
-    async fn take(&self, fleet: &watch::Sender<FleetState>, state: FleetState) -> Result<(), ControlError> {
-        if number(&state) <= taken(fleet) {
-            info!(term = state.term, number = state.number, "ignored a state that is not later");
-            return Ok(());
-        }
-        let text = serde_json::to_vec(&state).unwrap_or_else(|error| unreachable!("a state is plain data: {error}"));
-        info!(term = state.term, number = state.number, deployments = state.deployments.len(), "took a fleet state");
-        fleet.send_replace(state);
-        let Some(path) = self.kept.clone() else { return Ok(()) };
-        let at = path.clone();
-        let failed = |source| ControlError::File { action: "write", path, source };
-        tokio::task::spawn_blocking(move || keep(&at, &text)).await.map_err(io::Error::other).and_then(|kept| kept).map_err(failed)
-    }
 }
 
 fn warn_away(ended: &StreamError, pause: Duration) {
     let error: &dyn std::error::Error = ended;
     warn!(error, pause_ms = pause.as_millis() as u64, "the control plane is away; the last state stays in force");
-}
-
-/// Writes a file whole or not at all.
-fn keep(path: &Path, text: &[u8]) -> io::Result<()> {
-    let temporary = path.with_extension("new");
-    let mut file = File::create(&temporary)?;
-    file.write_all(text)?;
-    file.sync_all()?;
-    fs::rename(&temporary, path)
-}
-
-fn number(state: &FleetState) -> (u64, u64) {
-    (state.term, state.number)
-}
-
-fn taken(fleet: &watch::Sender<FleetState>) -> (u64, u64) {
-    number(&fleet.borrow())
 }
 
 fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {

@@ -1,4 +1,7 @@
-//! The fleet as this router drives it: an owner for every replica, and the choice of one for each sequence.
+//! The fleet as this router sees it: who drives each replica, and the choice of one for each sequence.
+
+mod driver;
+mod supervisor;
 
 use std::{
     collections::HashMap,
@@ -10,21 +13,15 @@ use std::{
 
 use plan::{
     card::ModelCard,
-    fleet::{FleetDeployment, FleetReplica, FleetState, RoutingPolicy},
+    fleet::{FleetDeployment, FleetReplica, RoutingPolicy},
     step::TokenId,
 };
-use tokio::{sync::watch, task::JoinSet};
-use tokio_util::sync::CancellationToken;
-use tracing::info;
 
-use crate::{
-    edge::stats::Stats,
-    replica::{
-        Connector, Replica,
-        owner::{Drive, Owner},
-    },
-    scheduler::BlockHash,
+pub(crate) use self::{
+    driver::{Condition, Driver, Ticket},
+    supervisor::Supervisor,
 };
+use crate::{edge::stats::Stats, replica::Replica, scheduler::BlockHash};
 
 /// A replica that holds this many sequences more than another, and twice as many, gets no further ones for its cache.
 const IMBALANCE: usize = 8;
@@ -33,9 +30,16 @@ const IMBALANCE: usize = 8;
 #[derive(Default)]
 pub(crate) struct View {
     pub(crate) deployments: Vec<Arc<Deployment>>,
+    /// Replicas that this router was told to let go of, and has not yet.
+    pub(crate) ending: Vec<String>,
 }
 
 impl View {
+    /// The replica called `name`, wherever it belongs.
+    pub(crate) fn member(&self, name: &str) -> Option<&Arc<Member>> {
+        self.deployments.iter().flat_map(|d| &d.members).find(|m| m.spec.name == name)
+    }
+
     /// The deployment whose model or alias is `model`.
     pub(crate) fn find(&self, model: &str) -> Option<&Arc<Deployment>> {
         let named = |d: &&Arc<Deployment>| d.spec.model == model;
@@ -69,11 +73,10 @@ pub(crate) struct Lasting {
 /// One replica as of the last state.
 pub(crate) struct Member {
     pub(crate) spec: FleetReplica,
-    pub(crate) owner: Arc<Owner>,
+    pub(crate) driver: Driver,
     /// Sequences of this router's clients that are on it or queued for it.
     pub(crate) sequences: Arc<AtomicUsize>,
     replica: Arc<dyn Replica>,
-    stop: CancellationToken,
 }
 
 impl Member {
@@ -82,8 +85,13 @@ impl Member {
         format!("{}\n{}", spec.revision, spec.numerics).into_bytes()
     }
 
+    /// Sequences submitted to it and not ended, of all routers.
+    pub(crate) fn live(&self) -> usize {
+        self.driver.live(self.sequences.load(Ordering::Relaxed))
+    }
+
     fn load(&self) -> f64 {
-        (self.owner.live() as f64 + 1.0) / f64::from(self.spec.weight.max(1))
+        (self.live() as f64 + 1.0) / f64::from(self.spec.weight.max(1))
     }
 }
 
@@ -91,7 +99,7 @@ impl Deployment {
     /// The replica for a sequence: ready, taking new ones, and of the given numerics id where the sequence has begun.
     pub(crate) fn choose(&self, ids: &[TokenId], numerics: Option<&str>) -> Option<&Arc<Member>> {
         let fits =
-            |m: &&Arc<Member>| !m.spec.draining && m.spec.weight > 0 && m.owner.ready() && numerics.is_none_or(|n| n == m.spec.numerics);
+            |m: &&Arc<Member>| !m.spec.draining && m.spec.weight > 0 && m.driver.ready() && numerics.is_none_or(|n| n == m.spec.numerics);
         let candidates: Vec<&Arc<Member>> = self.members.iter().filter(fits).collect();
         let (first, rest) = candidates.split_first()?;
         if rest.is_empty() {
@@ -107,7 +115,7 @@ impl Deployment {
             }
             RoutingPolicy::LeastLoad => least(&candidates),
             RoutingPolicy::PrefixAware => {
-                let loads = || candidates.iter().map(|m| m.owner.live());
+                let loads = || candidates.iter().map(|m| m.live());
                 let (low, high) = (loads().min().unwrap_or(0), loads().max().unwrap_or(0));
                 if high > low + IMBALANCE && high > 2 * low {
                     return least(&candidates);
@@ -116,7 +124,7 @@ impl Deployment {
                 let mut cached = |m: &Member| {
                     let revision = Member::revision(&m.spec);
                     let chain = chains.entry(revision).or_insert_with_key(|r| BlockHash::root(r, 0, b"").chain(ids));
-                    m.owner.cached_blocks(chain)
+                    m.driver.cached_blocks(chain)
                 };
                 let counts: Vec<usize> = candidates.iter().map(|m| cached(m)).collect();
                 let most = counts.iter().copied().max().unwrap_or(0);
@@ -163,124 +171,6 @@ impl Deployment {
 
 fn least<'a>(members: &[&'a Arc<Member>]) -> Option<&'a Arc<Member>> {
     members.iter().min_by(|a, b| a.load().total_cmp(&b.load())).copied()
-}
-
-/// The task that follows the fleet: starts and stops owners, moves streams off draining replicas.
-pub(crate) struct Supervisor {
-    pub(crate) connector: Arc<dyn Connector>,
-    pub(crate) view: watch::Sender<Arc<View>>,
-    pub(crate) stop: CancellationToken,
-    owners: JoinSet<()>,
-    /// (term, number) of the state in force.
-    taken: Option<(u64, u64)>,
-}
-
-impl Supervisor {
-    pub(crate) fn new(connector: Arc<dyn Connector>, view: watch::Sender<Arc<View>>, stop: CancellationToken) -> Self {
-        Self { connector, view, stop, owners: JoinSet::new(), taken: None }
-    }
-
-    /// Follows `fleet` until stopped, then waits for every owner to end.
-    pub(crate) async fn run(mut self, mut fleet: watch::Receiver<FleetState>) {
-        let mut view = self.view.subscribe();
-        let mut open = true;
-        loop {
-            tokio::select! {
-                biased;
-                () = self.stop.cancelled() => break,
-                changed = fleet.changed(), if open => {
-                    // Without a sender the last state stays in force.
-                    open = changed.is_ok();
-                    let state = fleet.borrow_and_update().clone();
-                    self.apply(state);
-                }
-                // The sender is this task's own, so this never fails.
-                _ = view.changed() => self.drain(),
-                Some(_) = self.owners.join_next() => {}
-            }
-        }
-        for deployment in &self.view.borrow().deployments {
-            deployment.members.iter().for_each(|m| m.stop.cancel());
-        }
-        while self.owners.join_next().await.is_some() {}
-        self.view.send_replace(Arc::default());
-    }
-
-    /// Puts a state in force, unless a later one is.
-    pub(crate) fn apply(&mut self, state: FleetState) {
-        let number = (state.term, state.number);
-        if self.taken.is_some_and(|taken| number < taken) {
-            info!(term = state.term, number = state.number, "ignored an old fleet state");
-            return;
-        }
-        self.taken = Some(number);
-        let before = self.view.borrow().clone();
-        let mut kept = Vec::new();
-        let deployments = state
-            .deployments
-            .into_iter()
-            .map(|spec| {
-                let old = before.deployment(&spec.name);
-                let lasting = old.map_or_else(|| Arc::new(Lasting::new()), |d| d.lasting.clone());
-                let member = |replica: &FleetReplica| {
-                    let same = |m: &&Arc<Member>| {
-                        let at = FleetReplica { weight: m.spec.weight, draining: m.spec.draining, ..replica.clone() };
-                        at == m.spec
-                    };
-                    let found = old.and_then(|d| d.members.iter().find(same));
-                    let member = match found {
-                        Some(m) => Member {
-                            spec: replica.clone(),
-                            owner: m.owner.clone(),
-                            sequences: m.sequences.clone(),
-                            replica: m.replica.clone(),
-                            stop: m.stop.clone(),
-                        },
-                        None => self.start(replica),
-                    };
-                    kept.push(Arc::as_ptr(&member.owner));
-                    Arc::new(member)
-                };
-                let members = spec.replicas.iter().map(member).collect();
-                Arc::new(Deployment { spec: spec.clone(), members, lasting })
-            })
-            .collect();
-        for member in before.deployments.iter().flat_map(|d| &d.members) {
-            if !kept.contains(&Arc::as_ptr(&member.owner)) {
-                member.stop.cancel();
-            }
-        }
-        self.view.send_replace(Arc::new(View { deployments }));
-    }
-
-    fn start(&mut self, replica: &FleetReplica) -> Member {
-        let (owner, stop) = (Arc::new(Owner::new()), self.stop.child_token());
-        let driver = self.connector.replica(replica);
-        let view = self.view.clone();
-        let drive = Drive {
-            name: replica.name.clone(),
-            owner: owner.clone(),
-            replica: driver.clone(),
-            limits: replica.limits.clone(),
-            revision: Member::revision(replica),
-            stop: stop.clone(),
-            changed: Box::new(move || view.send_modify(|_| ())),
-        };
-        self.owners.spawn(drive.run());
-        Member { spec: replica.clone(), owner, sequences: Arc::default(), replica: driver, stop }
-    }
-
-    /// Hands back the sequences of draining replicas where another one can go on with them.
-    fn drain(&self) {
-        let view = self.view.borrow().clone();
-        for deployment in &view.deployments {
-            for member in deployment.members.iter().filter(|m| m.spec.draining && m.owner.live() > 0) {
-                if deployment.choose(&[], Some(&member.spec.numerics)).is_some() {
-                    member.owner.release();
-                }
-            }
-        }
-    }
 }
 
 impl Lasting {

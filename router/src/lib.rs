@@ -6,6 +6,7 @@ pub mod decode;
 pub mod edge;
 pub mod encode;
 mod fleet;
+pub mod pool;
 pub mod replica;
 pub mod scheduler;
 

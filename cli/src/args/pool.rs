@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf};
 
-use clap::Args;
+use clap::{ArgAction, Args};
 
 /// Flags of `skein router`.
 #[derive(Clone, Debug, Args)]
@@ -19,6 +19,12 @@ pub(crate) struct RouterArgs {
     /// Address of the gRPC API.
     #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:8081")]
     pub(crate) grpc: SocketAddr,
+    /// Address where the other routers of the pool, and workers that announce themselves, reach this one.
+    #[arg(long, value_name = "ADDRESS:PORT", default_value = "0.0.0.0:7072")]
+    pub(crate) pool: SocketAddr,
+    /// Router to ask for the fleet state while none is known and the control plane is away, as http://host:port; may be repeated.
+    #[arg(long, value_name = "URL", action = ArgAction::Append)]
+    pub(crate) peer: Vec<String>,
     /// File that keeps the last fleet state.
     #[arg(long, value_name = "FILE")]
     pub(crate) state: Option<PathBuf>,
@@ -32,7 +38,10 @@ pub(crate) struct RouterArgs {
     /// Token for calls to the control plane.
     #[arg(long, env = "SKEIN_FLEET_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) fleet_token: Option<String>,
-    /// Token for calls to workers.
+    /// Token for calls among the routers of the pool.
+    #[arg(long, env = "SKEIN_POOL_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub(crate) pool_token: Option<String>,
+    /// Token for calls to workers, and of their announcements.
     #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) worker_token: Option<String>,
 }

@@ -1,17 +1,18 @@
 //! `skein router`: one router of a pool. It learns its fleet from a control plane, and goes on without it.
 
-use std::{sync::Arc, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context;
 use identity::Identity;
 use plan::fleet::FleetState;
 use router::{
     ApiOptions,
-    control::{Control, ControlError},
+    control::{Control, ControlError, FleetStore},
     edge::{Edge, EdgeOptions},
+    pool::PoolOptions,
     replica::WorkersConnector,
 };
-use tokio::{net::TcpListener, sync::watch};
+use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -29,15 +30,18 @@ const RESUME: Duration = Duration::from_secs(120);
 pub(crate) async fn router(args: RouterArgs, stop: &Stop) -> Outcome {
     let http = TcpListener::bind(args.http).await.with_context(|| format!("failed to listen on {}", args.http))?;
     let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("failed to listen on {}", args.grpc))?;
+    let listener = TcpListener::bind(args.pool).await.with_context(|| format!("failed to listen on {}", args.pool))?;
     let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
-    let control = Control::new(args.name, &args.fleet, args.fleet_token, args.state).bad_input()?.with_identity(identity.clone());
-    let fleet = watch::Sender::new(restore(&control)?);
-    let connector = Arc::new(WorkersConnector::new(args.worker_token).with_identity(identity));
-    let edge = Edge::start(fleet.subscribe(), EdgeOptions { connector, resume: RESUME, deadline: None });
+    let control = Control::new(args.name.clone(), &args.fleet, args.fleet_token).bad_input()?.with_identity(identity.clone());
+    let store = FleetStore::new(restore(args.state.as_deref())?, args.state);
+    let connector = Arc::new(WorkersConnector::new(args.worker_token.clone()).with_identity(identity.clone()));
+    let (token, worker_token) = (args.pool_token, args.worker_token);
+    let pool = PoolOptions { name: args.name, listener, token, worker_token, identity, seeds: args.peer };
+    let edge = Edge::join(&store, EdgeOptions { connector, resume: RESUME, deadline: None }, pool);
 
     let following = CancellationToken::new();
-    let mut states = fleet.subscribe();
-    let follow = tokio::spawn(control.follow(edge.clone(), fleet, following.clone()));
+    let mut states = store.subscribe();
+    let follow = tokio::spawn(control.follow(edge.clone(), store, following.clone()));
     // Without any state every model would be unknown, so nothing is accepted before one is in force.
     let known = async { states.wait_for(|state| state.term > 0).await.map(|_| ()).context("the fleet ended") };
     let first = stop.or(async { known.await.map_err(Into::into) }).await;
@@ -46,7 +50,12 @@ pub(crate) async fn router(args: RouterArgs, stop: &Stop) -> Outcome {
             info!(http = %args.http, grpc = %args.grpc, "serving");
             output::line(&format!("ready http://{} grpc http://{}", args.http, args.grpc))?;
             let options = ApiOptions { drain: Duration::from_secs(args.drain_seconds), ..ApiOptions::default() };
-            router::serve(edge.clone(), http, grpc, options, stop.wait()).await.context("the API failed").map_err(Into::into)
+            // The others drive its replicas from then on, while its own clients' streams go on.
+            let leave = async {
+                stop.wait().await;
+                edge.leave();
+            };
+            router::serve(edge.clone(), http, grpc, options, leave).await.context("the API failed").map_err(Into::into)
         }
         Err(failure) => Err(failure),
     };
@@ -57,8 +66,8 @@ pub(crate) async fn router(args: RouterArgs, stop: &Stop) -> Outcome {
 }
 
 /// The state in force before the control plane is reached. A damaged file is reported and stands for none: the control plane has the truth.
-fn restore(control: &Control) -> Outcome<FleetState> {
-    match control.restore() {
+fn restore(kept: Option<&Path>) -> Outcome<FleetState> {
+    match kept.map_or(Ok(None), FleetStore::read) {
         Ok(state) => Ok(state.unwrap_or_default()),
         Err(error @ ControlError::Damaged { .. }) => {
             warn!(error = &error as &dyn std::error::Error, "the kept state is not used");

@@ -76,8 +76,4 @@ impl Fleet for FleetService {
         });
         Ok(Response::new(Box::pin(states.take_until(self.stop.clone().cancelled_owned()))))
     }
-
-    async fn announce(&self, _: Request<wire::WorkerAnnouncement>) -> Result<Response<wire::AnnounceReply>, Status> {
-        Err(Status::unimplemented("workers announce themselves to routers; the operator knows them from their pods"))
-    }
 }

@@ -62,12 +62,17 @@ pub fn decode_output(output: wire::Output) -> Result<Output, ConvertError> {
     Ok(Output { sequence: output.sequence, position: output.position, value })
 }
 
-fn encode_logprobs(logprobs: &Logprobs) -> wire::Logprobs {
+/// Log-probabilities as they cross the wire.
+pub fn encode_logprobs(logprobs: &Logprobs) -> wire::Logprobs {
     let (top_ids, top) = logprobs.top.iter().copied().unzip();
     wire::Logprobs { token: logprobs.token, top_ids, top }
 }
 
-fn decode_logprobs(logprobs: wire::Logprobs) -> Result<Logprobs, ConvertError> {
+/// Log-probabilities from the wire.
+///
+/// # Errors
+/// If the lists of alternatives and of their values differ in length.
+pub fn decode_logprobs(logprobs: wire::Logprobs) -> Result<Logprobs, ConvertError> {
     if logprobs.top_ids.len() != logprobs.top.len() {
         let got = format!("{} long beside {} ids", logprobs.top.len(), logprobs.top_ids.len());
         return Err(ConvertError::value("top", got, "one value for each id"));

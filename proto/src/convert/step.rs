@@ -46,39 +46,38 @@ fn encode_sequence(sequence: &SequenceStep) -> wire::SequenceStep {
         Input::Sampled { step, drafts } => wire::sequence_step::Input::Sampled(wire::SampledInput { step: *step, drafts: drafts.clone() }),
     };
     let table = |t: &TableChange| wire::TableChange { group: t.group, first: t.first, blocks: t.blocks.clone() };
-    let want = |w: &Want| wire::Want {
-        offset: w.offset,
-        kind: Some(match w.kind {
-            WantKind::Sample => Kind::Sample(Sample {}),
-            WantKind::Score { target, top } => Kind::Score(Score { target, top }),
-            WantKind::Logits => Kind::Logits(Logits {}),
-            WantKind::Hidden => Kind::Pooled(Pooled {}),
-        }),
-    };
     wire::SequenceStep {
         sequence: sequence.sequence,
         first_position: sequence.first_position,
         input: Some(input),
         tables: sequence.tables.iter().map(table).collect(),
-        wants: sequence.wants.iter().map(want).collect(),
+        wants: sequence.wants.iter().map(encode_want).collect(),
         begin: sequence.begin.as_deref().map(encode_begin),
         adapter: sequence.adapter,
     }
 }
 
-fn decode_sequence(sequence: wire::SequenceStep) -> Result<SequenceStep, ConvertError> {
-    let input = match sequence.input.ok_or_else(|| ConvertError::missing("input"))? {
-        wire::sequence_step::Input::Ids(ids) => Input::Ids(ids.ids),
-        wire::sequence_step::Input::Sampled(sampled) => Input::Sampled { step: sampled.step, drafts: sampled.drafts },
+/// A want as it crosses the wire.
+pub fn encode_want(want: &Want) -> wire::Want {
+    let kind = match want.kind {
+        WantKind::Sample => Kind::Sample(Sample {}),
+        WantKind::Score { target, top } => Kind::Score(Score { target, top }),
+        WantKind::Logits => Kind::Logits(Logits {}),
+        WantKind::Hidden => Kind::Pooled(Pooled {}),
     };
-    if input.is_empty() {
-        return Err(ConvertError::value("input.ids", "empty", "at least one id"));
-    }
-    let mut wants = Vec::with_capacity(sequence.wants.len());
+    wire::Want { offset: want.offset, kind: Some(kind) }
+}
+
+/// Wants from the wire, of an input of `input` tokens.
+///
+/// # Errors
+/// If one is of no kind, past the input, or before the one before it.
+pub fn decode_wants(wants: Vec<wire::Want>, input: usize) -> Result<Vec<Want>, ConvertError> {
+    let mut decoded = Vec::with_capacity(wants.len());
     let mut least = 0;
-    for (i, want) in sequence.wants.into_iter().enumerate() {
+    for (i, want) in wants.into_iter().enumerate() {
         let offset = want.offset;
-        if offset as usize >= input.len() {
+        if offset as usize >= input {
             return Err(ConvertError::value(format!("wants[{i}].offset"), offset, "an offset within the input"));
         }
         if offset < least {
@@ -91,8 +90,20 @@ fn decode_sequence(sequence: wire::SequenceStep) -> Result<SequenceStep, Convert
             Kind::Logits(_) => WantKind::Logits,
             Kind::Pooled(_) => WantKind::Hidden,
         };
-        wants.push(Want { offset, kind });
+        decoded.push(Want { offset, kind });
     }
+    Ok(decoded)
+}
+
+fn decode_sequence(sequence: wire::SequenceStep) -> Result<SequenceStep, ConvertError> {
+    let input = match sequence.input.ok_or_else(|| ConvertError::missing("input"))? {
+        wire::sequence_step::Input::Ids(ids) => Input::Ids(ids.ids),
+        wire::sequence_step::Input::Sampled(sampled) => Input::Sampled { step: sampled.step, drafts: sampled.drafts },
+    };
+    if input.is_empty() {
+        return Err(ConvertError::value("input.ids", "empty", "at least one id"));
+    }
+    let wants = decode_wants(sequence.wants, input.len())?;
     let table = |t: wire::TableChange| TableChange { group: t.group, first: t.first, blocks: t.blocks };
     let begin = sequence.begin.map(decode_begin).transpose().map_err(|e| e.within("begin"))?;
     Ok(SequenceStep {
@@ -107,26 +118,26 @@ fn decode_sequence(sequence: wire::SequenceStep) -> Result<SequenceStep, Convert
 }
 
 fn encode_begin(begin: &Begin) -> wire::Begin {
-    let s = &begin.sampling;
-    wire::Begin {
-        ids: begin.ids.clone(),
-        prompt_len: begin.prompt_len,
-        sampling: Some(wire::Sampling {
-            temperature: s.temperature,
-            top_k: s.top_k,
-            top_p: s.top_p,
-            min_p: s.min_p,
-            repetition_penalty: s.repetition_penalty,
-            presence_penalty: s.presence_penalty,
-            frequency_penalty: s.frequency_penalty,
-            logit_bias: s.logit_bias.iter().map(|&(id, bias)| wire::LogitBias { id, bias }).collect(),
-            suppress: s.suppress.clone(),
-            min_tokens: s.min_tokens,
-            seed: s.seed,
-            choice: s.choice,
-            logprobs: s.logprobs,
-            masked: s.masked,
-        }),
+    wire::Begin { ids: begin.ids.clone(), prompt_len: begin.prompt_len, sampling: Some(encode_sampling(&begin.sampling)) }
+}
+
+/// Sampling settings as they cross the wire.
+pub fn encode_sampling(s: &Sampling) -> wire::Sampling {
+    wire::Sampling {
+        temperature: s.temperature,
+        top_k: s.top_k,
+        top_p: s.top_p,
+        min_p: s.min_p,
+        repetition_penalty: s.repetition_penalty,
+        presence_penalty: s.presence_penalty,
+        frequency_penalty: s.frequency_penalty,
+        logit_bias: s.logit_bias.iter().map(|&(id, bias)| wire::LogitBias { id, bias }).collect(),
+        suppress: s.suppress.clone(),
+        min_tokens: s.min_tokens,
+        seed: s.seed,
+        choice: s.choice,
+        logprobs: s.logprobs,
+        masked: s.masked,
     }
 }
 
@@ -138,7 +149,11 @@ fn decode_begin(begin: wire::Begin) -> Result<Begin, ConvertError> {
     Ok(Begin { ids: begin.ids, prompt_len: begin.prompt_len, sampling })
 }
 
-fn decode_sampling(s: wire::Sampling) -> Result<Sampling, ConvertError> {
+/// Sampling settings from the wire.
+///
+/// # Errors
+/// If one is out of its range, or the biases are not in the order of their ids.
+pub fn decode_sampling(s: wire::Sampling) -> Result<Sampling, ConvertError> {
     let checked = |field: &'static str, value: f32, ok: fn(f32) -> bool, expected: &'static str| {
         if value.is_finite() && ok(value) { Ok(value) } else { Err(ConvertError::value(field, value, expected)) }
     };

@@ -165,23 +165,6 @@ pub struct ReplicaState {
     #[prost(uint32, tag = "5")]
     pub sequences: u32,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct WorkerAnnouncement {
-    #[prost(string, tag = "1")]
-    pub replica: ::prost::alloc::string::String,
-    #[prost(uint32, tag = "2")]
-    pub stage: u32,
-    #[prost(uint32, tag = "3")]
-    pub rank: u32,
-    #[prost(string, tag = "4")]
-    pub revision: ::prost::alloc::string::String,
-    #[prost(string, tag = "5")]
-    pub address: ::prost::alloc::string::String,
-    #[prost(fixed64, tag = "6")]
-    pub incarnation: u64,
-}
-#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-pub struct AnnounceReply {}
 /// Generated client implementations.
 pub mod fleet_client {
     #![allow(
@@ -298,28 +281,6 @@ pub mod fleet_client {
                 .insert(GrpcMethod::new("skein.fleet.v1.Fleet", "Watch"));
             self.inner.streaming(req, path, codec).await
         }
-        /// A starting worker announces itself to a router, so that it is found while the operator is away.
-        pub async fn announce(
-            &mut self,
-            request: impl tonic::IntoRequest<super::WorkerAnnouncement>,
-        ) -> std::result::Result<tonic::Response<super::AnnounceReply>, tonic::Status> {
-            self.inner
-                .ready()
-                .await
-                .map_err(|e| {
-                    tonic::Status::unknown(
-                        format!("Service was not ready: {}", e.into()),
-                    )
-                })?;
-            let codec = tonic_prost::ProstCodec::default();
-            let path = http::uri::PathAndQuery::from_static(
-                "/skein.fleet.v1.Fleet/Announce",
-            );
-            let mut req = request.into_request();
-            req.extensions_mut()
-                .insert(GrpcMethod::new("skein.fleet.v1.Fleet", "Announce"));
-            self.inner.unary(req, path, codec).await
-        }
     }
 }
 /// Generated server implementations.
@@ -346,11 +307,6 @@ pub mod fleet_server {
             &self,
             request: tonic::Request<tonic::Streaming<super::RouterReport>>,
         ) -> std::result::Result<tonic::Response<Self::WatchStream>, tonic::Status>;
-        /// A starting worker announces itself to a router, so that it is found while the operator is away.
-        async fn announce(
-            &self,
-            request: tonic::Request<super::WorkerAnnouncement>,
-        ) -> std::result::Result<tonic::Response<super::AnnounceReply>, tonic::Status>;
     }
     #[derive(Debug)]
     pub struct FleetServer<T> {
@@ -470,49 +426,6 @@ pub mod fleet_server {
                                 max_encoding_message_size,
                             );
                         let res = grpc.streaming(method, req).await;
-                        Ok(res)
-                    };
-                    Box::pin(fut)
-                }
-                "/skein.fleet.v1.Fleet/Announce" => {
-                    #[allow(non_camel_case_types)]
-                    struct AnnounceSvc<T: Fleet>(pub Arc<T>);
-                    impl<T: Fleet> tonic::server::UnaryService<super::WorkerAnnouncement>
-                    for AnnounceSvc<T> {
-                        type Response = super::AnnounceReply;
-                        type Future = BoxFuture<
-                            tonic::Response<Self::Response>,
-                            tonic::Status,
-                        >;
-                        fn call(
-                            &mut self,
-                            request: tonic::Request<super::WorkerAnnouncement>,
-                        ) -> Self::Future {
-                            let inner = Arc::clone(&self.0);
-                            let fut = async move {
-                                <T as Fleet>::announce(&inner, request).await
-                            };
-                            Box::pin(fut)
-                        }
-                    }
-                    let accept_compression_encodings = self.accept_compression_encodings;
-                    let send_compression_encodings = self.send_compression_encodings;
-                    let max_decoding_message_size = self.max_decoding_message_size;
-                    let max_encoding_message_size = self.max_encoding_message_size;
-                    let inner = self.inner.clone();
-                    let fut = async move {
-                        let method = AnnounceSvc(inner);
-                        let codec = tonic_prost::ProstCodec::default();
-                        let mut grpc = tonic::server::Grpc::new(codec)
-                            .apply_compression_config(
-                                accept_compression_encodings,
-                                send_compression_encodings,
-                            )
-                            .apply_max_message_size_config(
-                                max_decoding_message_size,
-                                max_encoding_message_size,
-                            );
-                        let res = grpc.unary(method, req).await;
                         Ok(res)
                     };
                     Box::pin(fut)

@@ -17,7 +17,7 @@ use tokio_stream::{Stream, StreamExt, wrappers::WatchStream};
 use tokio_util::sync::CancellationToken;
 use tonic::{Request, Response, Status, Streaming, transport::server::TcpIncoming};
 
-use super::Control;
+use super::{Control, FleetStore};
 use crate::{
     edge::{Edge, EdgeOptions},
     replica::WorkersConnector,
@@ -47,10 +47,6 @@ impl fleet_server::Fleet for Plane {
         });
         let states = WatchStream::new(self.states.clone()).map(|state| Ok(encode_fleet(&state)));
         Ok(Response::new(Box::pin(states)))
-    }
-
-    async fn announce(&self, _: Request<wire::WorkerAnnouncement>) -> Result<Response<wire::AnnounceReply>, Status> {
-        Err(Status::unimplemented("not asked for here"))
     }
 }
 
@@ -111,11 +107,11 @@ async fn states_come_down_reports_go_up_and_the_last_state_is_kept() {
     let stop = CancellationToken::new();
     let (address, mut reports) = serve(states, stop.clone()).await;
 
-    let control = Control::new("router-0".into(), &address, Some(TOKEN.into()), Some(kept.clone())).expect("an address");
-    assert_eq!(control.restore().expect("no file is no error"), None);
-    let fleet = watch::Sender::new(FleetState::default());
-    let mut seen = fleet.subscribe();
-    let follow = tokio::spawn(control.clone().follow(edge(fleet.subscribe()), fleet, stop.clone()));
+    let control = Control::new("router-0".into(), &address, Some(TOKEN.into())).expect("an address");
+    assert_eq!(FleetStore::read(&kept).expect("no file is no error"), None);
+    let store = FleetStore::new(FleetState::default(), Some(kept.clone()));
+    let mut seen = store.subscribe();
+    let follow = tokio::spawn(control.follow(edge(store.subscribe()), store, stop.clone()));
     seen.wait_for(|s| s.number == 1).await.expect("a state comes");
     sender.send_replace(state(2));
     seen.wait_for(|s| s.number == 2).await.expect("the next state comes");
@@ -134,10 +130,10 @@ async fn states_come_down_reports_go_up_and_the_last_state_is_kept() {
     assert_eq!(last, 3);
     stop.cancel();
     follow.await.expect("it ends");
-    let restored = control.restore().expect("a kept state").expect("a kept state");
+    let restored = FleetStore::read(&kept).expect("a kept state").expect("a kept state");
     assert!((2..=3).contains(&restored.number), "{}", restored.number);
     std::fs::write(&kept, "{").expect("a file");
-    assert!(control.restore().is_err(), "a damaged file is no state");
+    assert!(FleetStore::read(&kept).is_err(), "a damaged file is no state");
 }
 
 #[tokio::test]
@@ -145,10 +141,10 @@ async fn a_router_without_the_token_gets_nothing() {
     let (_sender, states) = watch::channel(state(1));
     let stop = CancellationToken::new();
     let (address, _reports) = serve(states, stop.clone()).await;
-    let control = Control::new("router-0".into(), &address, Some("other".into()), None).expect("an address");
-    let fleet = watch::Sender::new(FleetState::default());
-    let ended = control.stream(&edge(fleet.subscribe()), &fleet).await;
+    let control = Control::new("router-0".into(), &address, Some("other".into())).expect("an address");
+    let store = FleetStore::new(FleetState::default(), None);
+    let ended = control.stream(&edge(store.subscribe()), &store).await;
     assert!(matches!(&ended, super::StreamError::Status(s) if s.code() == tonic::Code::Unauthenticated), "{ended}");
-    assert_eq!(fleet.borrow().number, 0);
+    assert_eq!(store.number(), (0, 0));
     stop.cancel();
 }

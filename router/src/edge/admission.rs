@@ -71,7 +71,7 @@ impl Edge {
                 return None;
             };
             slot.count_as(deployment.holds());
-            let ready = deployment.members.iter().any(|m| m.owner.ready());
+            let ready = deployment.members.iter().any(|m| m.driver.ready());
             if !deployment.members.is_empty() && (ready || !held) {
                 match deployment.card().await {
                     Ok(card) => return Some(card),

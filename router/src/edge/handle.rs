@@ -17,7 +17,9 @@ use super::{
     stream::{Course, Limits},
 };
 use crate::{
+    control::FleetStore,
     fleet::{Deployment, Supervisor, View},
+    pool::{Pool, PoolOptions},
     replica::Connector,
     scheduler::Submission,
 };
@@ -43,6 +45,7 @@ struct Inner {
     view: watch::Receiver<Arc<View>>,
     options: EdgeOptions,
     stop: CancellationToken,
+    pool: Option<Arc<Pool>>,
     supervisor: std::sync::Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -56,14 +59,36 @@ impl Edge {
     /// Starts driving the replicas of `fleet` and of every state that follows it. Must be called in a tokio runtime.
     ///
     /// The state of the moment is in force when this returns.
-    pub fn start(mut fleet: watch::Receiver<FleetState>, options: EdgeOptions) -> Self {
+    pub fn start(fleet: watch::Receiver<FleetState>, options: EdgeOptions) -> Self {
+        Self::supervise(fleet, options, |_, _| None)
+    }
+
+    /// The same as one router of a pool: it drives its share of the replicas of `store`, and reaches the others through the routers that
+    /// drive them.
+    pub fn join(store: &FleetStore, options: EdgeOptions, pool: PoolOptions) -> Self {
+        Self::supervise(store.subscribe(), options, |view, stop| Some(Pool::start(pool, store.clone(), view, stop)))
+    }
+
+    fn supervise(
+        mut fleet: watch::Receiver<FleetState>,
+        options: EdgeOptions,
+        pool: impl FnOnce(watch::Receiver<Arc<View>>, CancellationToken) -> Option<Arc<Pool>>,
+    ) -> Self {
         let stop = CancellationToken::new();
         let (sender, view) = watch::channel(Arc::default());
-        let mut supervisor = Supervisor::new(options.connector.clone(), sender, stop.clone());
+        let pool = pool(view.clone(), stop.clone());
+        let mut supervisor = Supervisor::new(options.connector.clone(), sender, stop.clone(), pool.clone());
         let state = fleet.borrow_and_update().clone();
         supervisor.apply(state);
         let task = tokio::spawn(supervisor.run(fleet));
-        Self { inner: Arc::new(Inner { view, options, stop, supervisor: std::sync::Mutex::new(Some(task)) }) }
+        Self { inner: Arc::new(Inner { view, options, stop, pool, supervisor: std::sync::Mutex::new(Some(task)) }) }
+    }
+
+    /// Hands the replicas that this router drives over to the others of its pool. Its own clients' streams go on.
+    pub fn leave(&self) {
+        if let Some(pool) = &self.inner.pool {
+            pool.leave();
+        }
     }
 
     /// Queues a generation. The stream waits for a replica when none is ready yet.
@@ -98,20 +123,20 @@ impl Edge {
             limits: d.spec.limits.clone(),
             serving: d.spec.serving.clone(),
             replicas: d.members.len(),
-            ready_replicas: d.members.iter().filter(|m| m.owner.ready()).count(),
+            ready_replicas: d.members.iter().filter(|m| m.driver.ready()).count(),
         };
         self.inner.view.borrow().deployments.iter().map(status).collect()
     }
 
     /// Whether a real token came out of the last stage of at least one replica of `model`.
     pub fn ready(&self, model: &str) -> bool {
-        self.find(model).is_ok_and(|d| d.members.iter().any(|m| m.owner.ready()))
+        self.find(model).is_ok_and(|d| d.members.iter().any(|m| m.driver.ready()))
     }
 
     /// Waits until [`Edge::ready`], or until the edge stops (`false`).
     pub async fn wait_ready(&self, model: &str) -> bool {
         let mut view = self.inner.view.clone();
-        let ready = |view: &Arc<View>| view.find(model).is_some_and(|d| d.members.iter().any(|m| m.owner.ready()));
+        let ready = |view: &Arc<View>| view.find(model).is_some_and(|d| d.members.iter().any(|m| m.driver.ready()));
         view.wait_for(ready).await.is_ok()
     }
 
@@ -119,7 +144,7 @@ impl Edge {
     pub async fn wait_complete(&self, model: &str) -> bool {
         let mut view = self.inner.view.clone();
         let complete =
-            |view: &Arc<View>| view.find(model).is_some_and(|d| !d.members.is_empty() && d.members.iter().all(|m| m.owner.ready()));
+            |view: &Arc<View>| view.find(model).is_some_and(|d| !d.members.is_empty() && d.members.iter().all(|m| m.driver.ready()));
         view.wait_for(complete).await.is_ok()
     }
 
@@ -164,18 +189,21 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
     let replicas: Vec<ReplicaLoad> = deployment
         .members
         .iter()
-        .map(|m| ReplicaLoad {
-            name: m.spec.name.clone(),
-            ready: m.owner.ready(),
-            draining: m.spec.draining,
-            drives: true,
-            sequences: read(&m.sequences),
-            queued: read(&m.owner.queued),
-            running: read(&m.owner.running),
-            kv_used: m.owner.kv_used(),
-            steps_total: m.owner.steps.load(Ordering::Relaxed),
-            failures_total: m.owner.failures.load(Ordering::Relaxed),
-            last_failure: m.owner.last_failure(),
+        .map(|m| {
+            let (condition, (steps_total, failures_total, _)) = (m.driver.condition(), m.driver.totals());
+            ReplicaLoad {
+                name: m.spec.name.clone(),
+                ready: m.driver.ready(),
+                draining: m.spec.draining,
+                drives: m.driver.is_here(),
+                sequences: read(&m.sequences),
+                queued: condition.queued,
+                running: condition.running,
+                kv_used: condition.kv_used,
+                steps_total,
+                failures_total,
+                last_failure: condition.last_failure,
+            }
         })
         .collect();
     let ready = replicas.iter().filter(|r| r.ready).count().max(1);
@@ -184,7 +212,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         model: deployment.spec.model.clone(),
         queued: read(&stats.waiting),
         held: read(&stats.held),
-        running: replicas.iter().map(|r| r.running).sum(),
+        running: replicas.iter().filter(|r| r.drives).map(|r| r.running).sum(),
         kv_used: replicas.iter().filter(|r| r.ready).map(|r| r.kv_used).sum::<f32>() / ready as f32,
         ttft_p90_seconds: rates.ttft_p90,
         itl_p90_seconds: rates.itl_p90,
@@ -196,7 +224,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         ..DeploymentLoad::default()
     };
     for member in &deployment.members {
-        let counters = member.owner.counters();
+        let (_, _, counters) = member.driver.totals();
         load.prompt_tokens_total += counters.prompt_tokens;
         load.prefix_query_tokens_total += counters.prefix_query_tokens;
         load.prefix_hit_tokens_total += counters.prefix_hit_tokens;
@@ -218,7 +246,7 @@ impl Edge {
     /// Waits until a replica is ready.
     pub(super) async fn wait_replica(&self, name: &str) {
         let mut view = self.inner.view.clone();
-        let ready = |v: &Arc<View>| v.deployments.iter().flat_map(|d| &d.members).any(|m| m.spec.name == name && m.owner.ready());
+        let ready = |v: &Arc<View>| v.deployments.iter().flat_map(|d| &d.members).any(|m| m.spec.name == name && m.driver.ready());
         view.wait_for(ready).await.expect("the supervisor runs");
     }
 }

@@ -13,8 +13,8 @@ use super::{
     stats::{Counted, QueueSlot, Stats},
 };
 use crate::{
-    fleet::View,
-    replica::owner::{EventSink, Owner, SequenceEvent},
+    fleet::{Driver, Ticket, View},
+    replica::owner::{EventSink, SequenceEvent, StreamSink},
     scheduler::{EventKind, Submission},
 };
 
@@ -87,8 +87,8 @@ enum Place {
         since: Instant,
     },
     Running {
-        owner: Arc<Owner>,
-        ticket: u64,
+        driver: Driver,
+        ticket: Ticket,
         events: mpsc::Receiver<SequenceEvent>,
         started: bool,
     },
@@ -196,24 +196,24 @@ impl Course {
         // Every token with its logits, every want, and: started, prompt, end, released.
         let most = left * (1 + usize::from(submission.logits)) + submission.wants.len() + 4;
         let (sender, events) = mpsc::channel(most);
-        let sink = EventSink {
+        let sink = EventSink::Stream(StreamSink {
             events: sender,
             slot: self.slot.take(),
             submitted: self.submitted,
             last_token: self.last_token,
             stats: self.stats.clone(),
             _counted: Counted::new(&member.sequences),
-        };
-        match member.owner.submit(submission, sink) {
+        });
+        match member.driver.submit(submission, sink) {
             Ok(ticket) => {
                 if self.begun {
                     self.stats.resumed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                 }
                 self.numerics.clone_from(&member.spec.numerics);
-                self.place = Place::Running { owner: member.owner.clone(), ticket, events, started: false };
+                self.place = Place::Running { driver: member.driver.clone(), ticket, events, started: false };
             }
             // It was lost between the choice and now; the view changes with it.
-            Err(sink) => self.slot = sink.slot,
+            Err(sink) => self.slot = sink.into_slot(),
         }
     }
 
@@ -300,8 +300,8 @@ impl Course {
     }
 
     fn cancel(&mut self) {
-        if let Place::Running { owner, ticket, .. } = std::mem::replace(&mut self.place, Place::Done) {
-            owner.cancel(ticket);
+        if let Place::Running { driver, ticket, .. } = std::mem::replace(&mut self.place, Place::Done) {
+            driver.cancel(ticket);
         }
         self.slot = None;
     }

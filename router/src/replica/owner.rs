@@ -1,10 +1,13 @@
 //! The owner of a replica: opens its session, runs the scheduler, and hands sequences back when the session is lost.
 //!
 //! Between an edge and an owner there are sequences one way and their events the other, and nothing else; the edge keeps
-//! what is needed to submit a sequence again. Here both are in one process.
+//! what is needed to submit a sequence again. Here is the owner's side, and the edge's where both are in one process.
+
+mod prefixes;
+mod sink;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering},
@@ -13,69 +16,21 @@ use std::{
 };
 
 use plan::{fleet::ReplicaLimits, step::Sampling};
-use tokio::{
-    sync::{Notify, mpsc},
-    time::Instant,
-};
+use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::{Replica, ReplicaError, Session};
-use crate::{
-    edge::stats::{Counted, QueueSlot, Stats},
-    scheduler::{BlockHash, Counters, EventKind, PrefixChange, Scheduler, SchedulerOptions, Submission},
+pub(crate) use self::{
+    prefixes::{PrefixDelta, Prefixes},
+    sink::{EventSink, SequenceEvent, StreamSink},
 };
+use super::{Replica, ReplicaError, Session};
+use crate::scheduler::{BlockHash, Counters, EventKind, Scheduler, SchedulerOptions, Submission};
 
 /// First and longest pause between attempts to open a session. It grows with what fails, not while workers load: they are asked again at the first.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
 /// Ticket of the one-token sequence that proves a session.
 const PROBE: u64 = 0;
-
-/// What an owner says about a sequence.
-#[derive(Debug)]
-pub(crate) enum SequenceEvent {
-    /// It went on.
-    Happened(EventKind),
-    /// It is handed back: its replica was lost, drained or stopped. The last event.
-    Released,
-}
-
-/// Where a sequence's events go.
-#[derive(Debug)]
-pub(crate) struct EventSink {
-    /// Its capacity is what the sequence can say, so it is never full.
-    pub(crate) events: mpsc::Sender<SequenceEvent>,
-    /// Given back when the sequence enters a batch.
-    pub(crate) slot: Option<QueueSlot>,
-    /// When the stream was submitted.
-    pub(crate) submitted: Instant,
-    /// When its last token came.
-    pub(crate) last_token: Option<Instant>,
-    pub(crate) stats: Arc<Stats>,
-    /// It is on the replica for as long as the owner has this.
-    pub(crate) _counted: Counted,
-}
-
-impl EventSink {
-    fn send(&mut self, kind: EventKind, now: Instant) {
-        match &kind {
-            EventKind::Started => {
-                self.slot = None;
-                self.stats.started(now);
-            }
-            EventKind::Token { .. } => {
-                match self.last_token {
-                    Some(last) => self.stats.token(now, Some(now - last)),
-                    None => self.stats.first_token(now, now - self.submitted),
-                }
-                self.last_token = Some(now);
-            }
-            _ => {}
-        }
-        // Closed when the stream was dropped; its cancellation is on the way.
-        let _ = self.events.try_send(SequenceEvent::Happened(kind));
-    }
-}
 
 enum Command {
     Submit(u64, Box<Submission>, EventSink),
@@ -105,7 +60,7 @@ pub(crate) struct Owner {
     pub(crate) failures: AtomicU64,
     last_failure: Mutex<Option<String>>,
     counters: Mutex<Counters>,
-    prefixes: Mutex<HashSet<BlockHash>>,
+    prefixes: Mutex<Prefixes>,
 }
 
 impl Owner {
@@ -126,9 +81,13 @@ impl Owner {
         }
     }
 
+    /// A number for a sequence to be submitted.
+    pub(crate) fn ticket(&self) -> u64 {
+        self.tickets.fetch_add(1, Ordering::Relaxed)
+    }
+
     /// Submits a sequence; gives the sink back when the replica is not ready.
-    pub(crate) fn submit(&self, submission: Submission, sink: EventSink) -> Result<u64, EventSink> {
-        let ticket = self.tickets.fetch_add(1, Ordering::Relaxed);
+    pub(crate) fn submit(&self, ticket: u64, submission: Submission, sink: EventSink) -> Result<(), EventSink> {
         {
             let mut inbox = lock(&self.inbox);
             if !inbox.open {
@@ -138,7 +97,7 @@ impl Owner {
             inbox.commands.push(Command::Submit(ticket, Box::new(submission), sink));
         }
         self.wake.notify_one();
-        Ok(ticket)
+        Ok(())
     }
 
     /// Drops a sequence with the next step.
@@ -184,8 +143,12 @@ impl Owner {
 
     /// How many blocks of a prefix are cached here.
     pub(crate) fn cached_blocks(&self, hashes: &[BlockHash]) -> usize {
-        let prefixes = lock(&self.prefixes);
-        hashes.iter().take_while(|h| prefixes.contains(h)).count()
+        lock(&self.prefixes).cached(hashes)
+    }
+
+    /// How the prefix cache changed since `cursor`, and the cursor for the next time.
+    pub(crate) fn prefixes_since(&self, cursor: u64) -> (PrefixDelta, u64) {
+        lock(&self.prefixes).since(cursor)
     }
 
     fn take(&self) -> Vec<Command> {
@@ -344,7 +307,7 @@ impl Run<'_> {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Submit(ticket, submission, sink) => {
-                if sink.events.is_closed() {
+                if sink.is_closed() {
                     self.end(1);
                     return;
                 }
@@ -361,7 +324,7 @@ impl Run<'_> {
             Command::Release => {
                 for (ticket, sink) in std::mem::take(&mut self.sinks) {
                     self.scheduler.cancel(ticket);
-                    let _ = sink.events.try_send(SequenceEvent::Released);
+                    sink.release();
                     self.end(1);
                 }
             }
@@ -407,13 +370,7 @@ impl Run<'_> {
         *lock(&owner.counters) = self.before + self.scheduler.counters();
         let changes = self.scheduler.take_prefix_changes();
         if !changes.is_empty() {
-            let mut prefixes = lock(&owner.prefixes);
-            for change in changes {
-                match change {
-                    PrefixChange::Added(hash) => prefixes.insert(hash),
-                    PrefixChange::Removed(hash) => prefixes.remove(&hash),
-                };
-            }
+            lock(&owner.prefixes).apply(changes);
         }
     }
 
@@ -429,8 +386,8 @@ impl Run<'_> {
             }
         }
         self.end(self.sinks.len());
-        for sink in self.sinks.values() {
-            let _ = sink.events.try_send(SequenceEvent::Released);
+        for (_, sink) in self.sinks.drain() {
+            sink.release();
         }
         for value in [&owner.queued, &owner.running] {
             value.store(0, Ordering::Relaxed);
