@@ -27,6 +27,12 @@ pub enum WorkerError {
         /// Its stage by the specification.
         stage: usize,
     },
+    /// The address of a router is not one.
+    #[error("{address} is not the address of a router, expected http://HOST:PORT")]
+    Router {
+        /// What was given.
+        address: String,
+    },
     /// The collective's socket cannot be made.
     #[error("failed to open a socket for the ranks of the stage")]
     Collective(#[source] io::Error),
@@ -76,6 +82,7 @@ impl WorkerError {
         match self {
             Self::Bind { .. } => "PortInUse",
             Self::Identity { .. } => "WrongIdentity",
+            Self::Router { .. } => "WrongAddress",
             Self::Collective(_) | Self::Thread { .. } | Self::Engine { .. } | Self::Server(_) => "WorkerFailed",
             Self::Source { source, .. } => source.reason(),
             Self::Load { source, .. } => source.reason(),

@@ -4,6 +4,7 @@
 //! one epoch: it begins with the router's hello and ends as a whole, on the first lost peer, missed deadline or broken stream. Its sequences
 //! end with it; the weights stay.
 
+mod announce;
 mod arbiter;
 mod card;
 pub mod collective;

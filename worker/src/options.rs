@@ -18,6 +18,8 @@ pub struct WorkerOptions {
     pub token: Option<String>,
     /// What it proves to be, and has others prove; connections are plain without.
     pub identity: Option<Identity>,
+    /// Routers, or a service that leads to any, to say where this worker is while it has no session: `http://host:port`.
+    pub announce: Vec<String>,
     /// Instructions of the kernels.
     pub isa: Isa,
     /// How weights are fetched; the digest of the spec, where it has one, replaces that of these.
@@ -29,7 +31,7 @@ pub struct WorkerOptions {
 impl WorkerOptions {
     /// Options with the usual deadlines.
     pub fn new(spec: WorkerSpec, listen: SocketAddr, token: Option<String>, isa: Isa, source: SourceOptions) -> Self {
-        Self { spec, listen, token, identity: None, isa, source, deadlines: Deadlines::default() }
+        Self { spec, listen, token, identity: None, announce: Vec::new(), isa, source, deadlines: Deadlines::default() }
     }
 }
 
@@ -42,6 +44,7 @@ impl fmt::Debug for WorkerOptions {
             .field("listen", &self.listen)
             .field("token", &self.token.as_ref().map(|_| "…"))
             .field("identity", &self.identity)
+            .field("announce", &self.announce)
             .field("isa", &self.isa)
             .field("source", &self.source)
             .field("deadlines", &self.deadlines)

@@ -6,10 +6,11 @@ use identity::{Incoming, Protocol};
 use proto::{bearer::Bearer, worker::worker_server::WorkerServer};
 use tokio::{net::TcpListener, runtime::Handle, sync::oneshot, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::Server;
+use tonic::transport::{Server, Uri};
 use tracing::{debug, info, warn};
 
 use crate::{
+    announce,
     collective::{Address, Listener, Lobby, Who},
     compute,
     error::WorkerError,
@@ -32,6 +33,7 @@ const MESSAGE: usize = 64 << 20;
 /// If the address cannot be bound, the shard cannot be loaded, or the engine's thread or the server fails.
 pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + Send, stop: CancellationToken) -> Result<(), WorkerError> {
     check_identity(&options)?;
+    let routers = options.announce.iter().map(|address| router(address)).collect::<Result<Vec<_>, _>>()?;
     let bind = |source| WorkerError::Bind { address: options.listen, source };
     let listener = TcpListener::bind(options.listen).await.map_err(bind)?;
     let address = listener.local_addr().map_err(bind)?;
@@ -58,6 +60,9 @@ pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + 
     });
     let mut engine = compute::start(worker.clone(), options.source, options.isa)?;
     let beats = heartbeat::start(worker.clone());
+    if !routers.is_empty() {
+        worker.tasks.spawn(announce::announce(worker.clone(), routers, address));
+    }
     let result = match &beats {
         Ok(_) => run(&worker, listener, ranks, &mut engine, (address, listening), &stop).await,
         Err(_) => Ok(()),
@@ -83,6 +88,12 @@ fn check_identity(options: &WorkerOptions) -> Result<(), WorkerError> {
         return Ok(());
     }
     Err(WorkerError::Identity { got: name.to_string(), replica: replica.clone(), stage })
+}
+
+/// The address of a router.
+fn router(address: &str) -> Result<Uri, WorkerError> {
+    let parsed = address.parse::<Uri>().ok().filter(|uri| uri.scheme_str() == Some("http") && uri.host().is_some() && uri.port().is_some());
+    parsed.ok_or_else(|| WorkerError::Router { address: address.to_owned() })
 }
 
 /// Serves until `stop`, or until the engine ends.

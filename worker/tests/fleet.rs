@@ -73,12 +73,28 @@ impl Running {
     }
 
     pub(crate) async fn start_as(spec: WorkerSpec, listen: SocketAddr, deadlines: Deadlines, identity: Option<Identity>) -> Self {
+        Self::start_with(spec, listen, deadlines, identity, Vec::new()).await
+    }
+
+    /// One that says to `routers` where it is.
+    pub(crate) async fn start_announced(spec: WorkerSpec, listen: SocketAddr, routers: Vec<String>) -> Self {
+        Self::start_with(spec, listen, Deadlines::default(), None, routers).await
+    }
+
+    async fn start_with(
+        spec: WorkerSpec,
+        listen: SocketAddr,
+        deadlines: Deadlines,
+        identity: Option<Identity>,
+        announce: Vec<String>,
+    ) -> Self {
         let stop = CancellationToken::new();
         let (listening, bound) = oneshot::channel();
         let isa = Isa::named("auto").expect("an instruction set");
         let mut options = WorkerOptions::new(spec.clone(), listen, Some(TOKEN.into()), isa, SourceOptions::default());
         options.deadlines = deadlines;
         options.identity = identity.clone();
+        options.announce = announce;
         let serve = worker::serve(options, move |at| listening.send(at).expect("a listener"), stop.clone());
         let task = tokio::spawn(serve);
         let address = timeout(LONG, bound).await.expect("a worker that binds").expect("a worker that lives");
@@ -136,15 +152,19 @@ impl Running {
     }
 }
 
-/// Starts every worker of a plan, stage by stage and rank by rank.
+/// Every worker of a plan, stage by stage and rank by rank.
+pub(crate) fn specs(plan: &ExecutionPlan, collective: CollectiveKind) -> Vec<WorkerSpec> {
+    planner::worker_specs(plan, &Origin { replica: "fixture-r0", uri: &model(), digest: None }, 1, collective)
+}
+
+/// Starts every worker of a plan.
 pub(crate) async fn start(plan: &ExecutionPlan, collective: CollectiveKind) -> Vec<Running> {
     start_with(plan, collective, Deadlines::default()).await
 }
 
 pub(crate) async fn start_with(plan: &ExecutionPlan, collective: CollectiveKind, deadlines: Deadlines) -> Vec<Running> {
-    let origin = Origin { replica: "fixture-r0", uri: &model(), digest: None };
     let mut workers = Vec::new();
-    for spec in planner::worker_specs(plan, &origin, 1, collective) {
+    for spec in specs(plan, collective) {
         workers.push(Running::start(spec, SocketAddr::from(([127, 0, 0, 1], 0)), deadlines).await);
     }
     workers

@@ -138,6 +138,9 @@ pub(crate) struct WorkerArgs {
     /// proves its name.
     #[arg(long, value_name = "DIR")]
     pub(crate) identity: Option<PathBuf>,
+    /// Router, or service that leads to any, to say where this worker is while it has no session, as http://host:port; may be repeated.
+    #[arg(long, value_name = "URL", action = ArgAction::Append)]
+    pub(crate) announce: Vec<String>,
     /// Token that every call must carry.
     #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,

@@ -52,6 +52,7 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
     let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
     let mut options = WorkerOptions::new(spec, args.listen, args.token, isa, source);
     options.identity = identity;
+    options.announce = args.announce;
     let signalled = ending.clone();
     let until = async {
         stop.wait().await;
@@ -124,7 +125,7 @@ fn say_address(address: SocketAddr) {
 /// Whose fault an error is.
 fn failure(error: WorkerError) -> Failure {
     let input = match &error {
-        WorkerError::Load { .. } => true,
+        WorkerError::Load { .. } | WorkerError::Router { .. } => true,
         WorkerError::Source { source, .. } => model::is_input(source),
         _ => false,
     };
