@@ -38,7 +38,7 @@ pub(crate) struct RouterArgs {
     /// Token for calls to the control plane.
     #[arg(long, env = "SKEIN_FLEET_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) fleet_token: Option<String>,
-    /// Token for calls among the routers of the pool.
+    /// Token for calls among the routers of the pool; without it, and without --identity, this router is a pool of its own.
     #[arg(long, env = "SKEIN_POOL_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) pool_token: Option<String>,
     /// Token for calls to workers, and of their announcements.

@@ -268,3 +268,23 @@ impl Guest {
         self.told = told;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_edge_that_takes_nothing_is_let_go_and_its_sequence_forgotten() {
+        let (outgoing, _messages) = mpsc::channel(1);
+        let (broken, sequences) = (CancellationToken::new(), Sequences::default());
+        let sequence = Sequence { replica: "r0".to_owned(), owner: Arc::new(Owner::new()), ticket: 1 };
+        lock(&sequences).insert(7, sequence);
+        let sink = PeerSink { ticket: 7, outgoing, broken: broken.clone(), sequences: sequences.clone() };
+        sink.send(&EventKind::Started);
+        assert!(!broken.is_cancelled(), "there was room for one");
+        sink.send(&EventKind::Started);
+        assert!(broken.is_cancelled() && sink.is_closed());
+        drop(sink);
+        assert!(lock(&sequences).is_empty());
+    }
+}

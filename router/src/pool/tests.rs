@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use identity::Identity;
 use plan::{
     card::ModelCard,
     fleet::{FleetDeployment, FleetReplica, FleetRouter, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings},
@@ -109,6 +110,17 @@ struct Router {
 
 impl Router {
     fn start(name: &str, listener: TcpListener, connector: &Arc<Shared>, state: FleetState, seeds: Vec<String>) -> Self {
+        Self::start_as(name, listener, connector, state, (seeds, None))
+    }
+
+    /// One that asks `seeds` for a state, and proves to be `identity`.
+    fn start_as(
+        name: &str,
+        listener: TcpListener,
+        connector: &Arc<Shared>,
+        state: FleetState,
+        (seeds, identity): (Vec<String>, Option<Identity>),
+    ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let listener = listener.into_std().expect("a socket");
         let store = FleetStore::new(state, None);
@@ -119,7 +131,7 @@ impl Router {
                 listener: TcpListener::from_std(listener).expect("a socket"),
                 token: Some(TOKEN.to_owned()),
                 worker_token: Some(WORKERS.to_owned()),
-                identity: None,
+                identity,
                 seeds,
             };
             let options = EdgeOptions { connector: connector.clone(), resume: SOON, deadline: None };

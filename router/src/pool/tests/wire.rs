@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use identity::{Dialer, testing::Authority};
 use proto::{
     bearer::Bearer,
     pool::{
@@ -15,27 +16,45 @@ use tonic::{Code, Request, Response, Status, Streaming, transport::server::TcpIn
 
 use super::*;
 
-/// A router that welcomes another and says that it drives everything, and then does nothing more.
+/// A router that says that it drives everything until it is sent a sequence, and then does nothing more.
 #[derive(Default)]
-struct Stalled(AtomicBool);
+struct Stalled(Arc<AtomicBool>);
 
 #[tonic::async_trait]
 impl pool_server::Pool for Stalled {
     type JoinStream = ReceiverStream<Result<OwnerMessage, Status>>;
 
-    async fn join(&self, _: Request<Streaming<EdgeMessage>>) -> Result<Response<Self::JoinStream>, Status> {
-        if self.0.swap(true, Ordering::Relaxed) {
+    async fn join(&self, request: Request<Streaming<EdgeMessage>>) -> Result<Response<Self::JoinStream>, Status> {
+        if self.0.load(Ordering::Relaxed) {
             std::future::pending::<()>().await;
         }
+        let (stalled, mut incoming) = (self.0.clone(), request.into_inner());
         let (sender, messages) = mpsc::channel(4);
-        let replica = |i: usize| proto::pool::ReplicaStatus { replica: format!("tiny-r{i}"), ready: true, ..Default::default() };
-        let status = Said { term: 1, number: 1, leaving: false, replicas: (0..REPLICAS).map(replica).collect() };
-        let welcome = proto::pool::Welcome { version: 1, name: "router-1".to_owned() };
-        for message in [owner_message::Message::Welcome(welcome), owner_message::Message::Status(status)] {
-            sender.send(Ok(OwnerMessage { message: Some(message) })).await.expect("room");
-        }
-        // The stream stays open, and nothing that comes is read.
-        tokio::spawn(async move { sender.closed().await });
+        let say = |message| Ok(OwnerMessage { message: Some(message) });
+        tokio::spawn(async move {
+            let welcome = proto::pool::Welcome { version: 1, name: "router-1".to_owned() };
+            sender.send(say(owner_message::Message::Welcome(welcome))).await.expect("room");
+            let mut ticks = tokio::time::interval(Duration::from_millis(100));
+            loop {
+                tokio::select! {
+                    message = incoming.message() => match message {
+                        Ok(Some(EdgeMessage { message: Some(edge_message::Message::Submit(_)) })) => break,
+                        Ok(Some(_)) => {}
+                        _ => return,
+                    },
+                    _ = ticks.tick() => {
+                        let replica = |i: usize| proto::pool::ReplicaStatus { replica: format!("tiny-r{i}"), ready: true, ..Default::default() };
+                        let status = Said { term: 1, number: 1, leaving: false, replicas: (0..REPLICAS).map(replica).collect() };
+                        if sender.send(say(owner_message::Message::Status(status))).await.is_err() {
+                            return;
+                        }
+                    }
+                }
+            }
+            // The stream stays open, and nothing more that comes is read.
+            stalled.store(true, Ordering::Relaxed);
+            sender.closed().await;
+        });
         Ok(Response::new(ReceiverStream::new(messages)))
     }
 
@@ -58,10 +77,11 @@ async fn a_peer_that_stalls_is_left_and_its_sequences_go_on() {
     );
     let connector = Arc::new(Shared::default());
     let router = Router::start("router-0", one, &connector, state(1, &[("router-0", one_at), ("router-1", two_at)]), Vec::new());
-    until("the other to say that it has everything", || router.is_complete()).await;
-    assert!(router.drives().is_empty());
+    let theirs = |r: &ReplicaLoad| r.ready && !r.drives;
+    until("the other to have replicas", || router.is_complete() && router.replicas().iter().any(theirs)).await;
     let generation = generation(5, 30);
-    let stuck: Vec<TokenStream> = (0..4).map(|_| router.edge.submit("tiny", generation.clone()).expect("admitted")).collect();
+    let stuck: Vec<TokenStream> = (0..2 * REPLICAS).map(|_| router.edge.submit("tiny", generation.clone()).expect("admitted")).collect();
+    assert!(router.replicas().iter().any(|r| theirs(r) && r.sequences > 0), "some are where nothing happens: {:?}", router.replicas());
     for stream in stuck {
         let (tokens, end) = rest(stream).await;
         assert_eq!(tokens, solo(&generation));
@@ -97,6 +117,39 @@ async fn strangers_are_refused() {
         said.try_send(hello).expect("room");
         let mut replies = client.join(with(Some(TOKEN), ReceiverStream::new(messages))).await.expect("a stream").into_inner();
         assert_eq!(replies.message().await.err().map(|s| s.code()), code, "{to}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn where_names_are_proven_each_caller_is_held_to_its_own() {
+    const ROUTER: &str = "spiffe://skein/ns/a/router";
+    let (authority, connector) = (Authority::new(), Arc::new(Shared::default()));
+    let processes = [authority.process(ROUTER), authority.process(ROUTER)];
+    let ((one, one_at), (two, two_at)) = (listener().await, listener().await);
+    let state = state(1, &[("router-0", one_at), ("router-1", two_at)]);
+    let identity = |i: usize| Some(processes[i].identity.clone());
+    let first = Router::start_as("router-0", one, &connector, state.clone(), (Vec::new(), identity(0)));
+    let second = Router::start_as("router-1", two, &connector, state, (Vec::new(), identity(1)));
+    until("every replica at both routers", || first.is_complete() && second.is_complete()).await;
+    assert!(!first.drives().is_empty() && !second.drives().is_empty(), "they found each other");
+    // A worker may say where it is, and nothing else, and nothing of others.
+    let worker = authority.process("spiffe://skein/ns/a/replica/tiny-r0/stage/0");
+    let router = worker.identity.name().router().expect("of its namespace");
+    let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{one_at}")).expect("an address");
+    let channel = endpoint.connect_with_connector(Dialer::new(Some((worker.identity.clone(), router)))).await.expect("it is admitted");
+    let mut client = PoolClient::new(channel);
+    let asked = client.state(with(Some(TOKEN), StateRequest {})).await;
+    assert_eq!(asked.err().map(|s| s.code()), Some(Code::PermissionDenied));
+    let announcement =
+        |replica: &str| Announcement { replica: replica.to_owned(), address: "10.9.8.7:7071".to_owned(), ..Announcement::default() };
+    for (replica, code) in [("tiny-r1", Some(Code::PermissionDenied)), ("tiny-r0", None)] {
+        let said = client.announce(with(Some(WORKERS), announcement(replica))).await;
+        assert_eq!(said.err().map(|s| s.code()), code, "{replica}");
+    }
+    // Who proves nothing gets no connection.
+    let plain = PoolClient::connect(format!("http://{one_at}")).await;
+    if let Ok(mut plain) = plain {
+        plain.state(with(Some(TOKEN), StateRequest {})).await.expect_err("no plain calls");
     }
 }
 
