@@ -339,3 +339,6 @@ impl Context {
         self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(object.uid());
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -195,6 +195,11 @@ impl Space {
         }
     }
 
+    /// Term and number of the state that routers are told, once there is one.
+    pub fn number(&self) -> Option<(u64, u64)> {
+        self.state.borrow().as_ref().map(|state| (state.term, state.number))
+    }
+
     /// What routers say of a deployment.
     pub fn load(&self, deployment: &str) -> Load {
         let inner = lock(&self.inner);
@@ -216,7 +221,7 @@ impl Space {
     }
 
     /// Takes a router's report; the deployments of which it says something new.
-    fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
+    pub(crate) fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
         let mut inner = lock(&self.inner);
         let said = |r: wire::ReplicaState| {
             let last_failure = Some(r.last_failure).filter(|f| !f.is_empty());

@@ -60,6 +60,12 @@ impl Models {
         Ok(header)
     }
 
+    /// Knows the header of a model without reading it.
+    #[cfg(test)]
+    pub(crate) fn know(&self, uri: &str, header: Arc<ModelHeader>) {
+        self.lock().insert(uri.to_owned(), header);
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<ModelHeader>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }

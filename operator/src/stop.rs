@@ -59,16 +59,24 @@ impl FromStr for Place {
 #[derive(Default)]
 pub struct Stops {
     at: Option<(Place, Notes)>,
+    #[cfg(test)]
+    watched: watched::Watched,
 }
 
 impl Stops {
     /// Ends at `place`, once; that it did is noted in `notes`.
     pub fn at(place: Place, notes: Notes) -> Self {
-        Self { at: Some((place, notes)) }
+        Self {
+            at: Some((place, notes)),
+            #[cfg(test)]
+            watched: watched::Watched::default(),
+        }
     }
 
     /// Comes to a place.
     pub async fn pass(&self, place: Place) {
+        #[cfg(test)]
+        self.watched.pass(place).await;
         let Some((_, notes)) = self.at.as_ref().filter(|(at, _)| *at == place) else { return };
         match notes.first(&place.to_string()).await {
             Ok(true) => {
@@ -77,6 +85,40 @@ impl Stops {
             }
             Ok(false) => {}
             Err(error) => warn!(%place, %error, "the place to end at cannot be noted, so nothing ends"),
+        }
+    }
+}
+
+/// Tests in this crate see where a reconcile was, and stop it there.
+#[cfg(test)]
+pub(crate) mod watched {
+    use std::{
+        future::pending,
+        sync::{Arc, Mutex},
+    };
+
+    use super::{Place, Stops};
+
+    /// Places that were passed; one that is never left.
+    #[derive(Default)]
+    pub(super) struct Watched {
+        passed: Arc<Mutex<Vec<Place>>>,
+        halt: Option<Place>,
+    }
+
+    impl Watched {
+        pub(super) async fn pass(&self, place: Place) {
+            self.passed.lock().expect("nobody panics with it").push(place);
+            if self.halt == Some(place) {
+                pending::<()>().await;
+            }
+        }
+    }
+
+    impl Stops {
+        /// Notes places in `passed`, and never leaves `halt`.
+        pub(crate) fn watched(passed: Arc<Mutex<Vec<Place>>>, halt: Option<Place>) -> Self {
+            Self { at: None, watched: Watched { passed, halt } }
         }
     }
 }

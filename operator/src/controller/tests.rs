@@ -1,0 +1,282 @@
+//! Rollouts on an API server that is a map of objects: step by step, and cut off wherever a process can end.
+
+use std::{collections::BTreeMap, convert::Infallible};
+
+use http::{Method, Request, Response};
+use kube::client::Body;
+use plan::fleet::FleetDeployment;
+use proto::fleet::{DeploymentLoad, ReplicaState, RouterReport};
+use serde_json::{Value, json};
+use tokio::time::timeout;
+use tower::service_fn;
+
+use super::*;
+use crate::{
+    build::tests::settings,
+    stop::{PLACES, Place},
+    validate::tests::{header, spec},
+};
+
+/// Objects by their path.
+type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
+
+const DEPLOYMENT_PATH: &str = "/apis/skein.dev/v1alpha1/namespaces/models/modeldeployments/llama";
+
+/// What an API server does with a request.
+async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Body>, Infallible> {
+    let (parts, body) = request.into_parts();
+    let body = body.collect_bytes().await.expect("a body in memory");
+    let path = parts.uri.path().to_owned();
+    let mut objects = objects.lock().expect("nobody panics with it");
+    let found = match parts.method {
+        Method::GET => {
+            let inside = |p: &&String| p.strip_prefix(&path).is_some_and(|rest| rest.starts_with('/'));
+            let items: Vec<Value> = objects.keys().filter(inside).map(|p| objects[p].clone()).collect();
+            Some(json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items }))
+        }
+        Method::PATCH if path.ends_with("/status") => {
+            let patch: Value = serde_json::from_slice(&body).expect("JSON");
+            let object = objects.get_mut(path.trim_end_matches("/status")).expect("the object stands");
+            object["status"] = patch["status"].clone();
+            Some(object.clone())
+        }
+        Method::PATCH | Method::POST => {
+            let mut object: Value = serde_json::from_slice(&body).expect("JSON");
+            if parts.method == Method::PATCH {
+                let made = objects.get(&path).map(|o| o["metadata"]["creationTimestamp"].clone());
+                object["metadata"]["creationTimestamp"] = made.unwrap_or_else(|| json!("2026-01-01T00:00:00Z"));
+                objects.insert(path, object.clone());
+            }
+            Some(object)
+        }
+        Method::DELETE => objects.remove(&path).map(|_| json!({ "kind": "Status", "status": "Success" })),
+        _ => None,
+    };
+    let status = if found.is_some() { 200 } else { 404 };
+    let body = found.unwrap_or_else(|| json!({ "kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404, "message": "" }));
+    let response = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
+    Ok(response.expect("a response"))
+}
+
+/// A cluster with one deployment, and the process that looks after it.
+struct World {
+    objects: Objects,
+    passed: Arc<Mutex<Vec<Place>>>,
+    context: Arc<Context>,
+    term: u64,
+}
+
+impl World {
+    fn new() -> Self {
+        let objects = Objects::default();
+        let passed = Arc::<Mutex<Vec<Place>>>::default();
+        let context = context(&objects, 1, Stops::watched(passed.clone(), None));
+        let world = Self { objects, passed, context, term: 1 };
+        let metadata = json!({ "name": "llama", "namespace": "models", "uid": "0b0c", "generation": 1 });
+        let object = json!({ "apiVersion": "skein.dev/v1alpha1", "kind": "ModelDeployment", "metadata": metadata, "spec": spec() });
+        world.objects.lock().expect("nobody panics with it").insert(DEPLOYMENT_PATH.to_owned(), object);
+        world
+    }
+
+    /// Another process takes over, and never leaves `halt`.
+    fn restart(&mut self, halt: Option<Place>) {
+        self.term += 1;
+        self.context = context(&self.objects, self.term, Stops::watched(self.passed.clone(), halt));
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Value)) {
+        let mut objects = self.objects.lock().expect("nobody panics with it");
+        let object = objects.get_mut(DEPLOYMENT_PATH).expect("the deployment");
+        change(&mut object["spec"]);
+        object["metadata"]["generation"] = json!(object["metadata"]["generation"].as_i64().unwrap_or_default() + 1);
+    }
+
+    fn object(&self) -> Arc<ModelDeployment> {
+        let object = self.objects.lock().expect("nobody panics with it")[DEPLOYMENT_PATH].clone();
+        Arc::new(serde_json::from_value(object).expect("a deployment"))
+    }
+
+    /// One reconcile; whether it came to an end.
+    async fn reconcile(&self) -> bool {
+        timeout(Duration::from_secs(1), reconcile(self.object(), self.context.clone())).await.is_ok()
+    }
+
+    fn told(&self) -> FleetDeployment {
+        self.context.hub.space("models").told("llama").expect("routers are told")
+    }
+
+    /// A router says that every replica it is told of is ready, but for those of `broken`, and that nothing is left on any.
+    fn report(&self, broken: Option<&str>) {
+        let space = self.context.hub.space("models");
+        let Some((term, number)) = space.number() else { return };
+        let state = |r: plan::fleet::FleetReplica| ReplicaState {
+            ready: Some(r.revision.as_str()) != broken,
+            name: r.name,
+            ..ReplicaState::default()
+        };
+        let replicas = self.told().replicas.into_iter().map(state).collect();
+        let load = DeploymentLoad { deployment: "llama".into(), replicas, ..DeploymentLoad::default() };
+        space.report(1, RouterReport { router: "one".into(), term, number, loads: vec![load] });
+    }
+
+    /// Reconciles and reports until nothing is left to do.
+    async fn settle(&self) {
+        for _ in 0..12 {
+            assert!(self.reconcile().await);
+            self.report(None);
+            self.serves();
+        }
+    }
+
+    /// A replica takes requests.
+    fn serves(&self) {
+        let told = self.told();
+        assert!(told.replicas.iter().any(|r| !r.draining), "nothing takes requests: {told:?}");
+    }
+
+    fn revisions(&self) -> Vec<String> {
+        self.told().replicas.into_iter().map(|r| r.revision).collect()
+    }
+
+    fn reason(&self, kind: &str) -> String {
+        self.object().condition(kind).map(|c| c.reason.clone()).unwrap_or_default()
+    }
+
+    fn count(&self, kind: &str) -> usize {
+        self.objects.lock().expect("nobody panics with it").keys().filter(|path| path.contains(kind)).count()
+    }
+}
+
+fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
+    let objects = objects.clone();
+    let client = Client::new(service_fn(move |request| answer(objects.clone(), request)), "models");
+    let (deployments, mut writer) = reflector::store();
+    let object: ModelDeployment =
+        serde_json::from_value(json!({ "metadata": { "name": "llama", "namespace": "models", "uid": "0b0c" } })).expect("an object");
+    writer.apply_watcher_event(&watcher::Event::Apply(object));
+    let models = Models::new(None);
+    models.know("hf://org/llama", header());
+    let (wake, _woken) = mpsc::channel(8);
+    let reporter = Reporter { controller: MANAGER.to_owned(), instance: None };
+    Arc::new(Context {
+        recorder: Recorder::new(client.clone(), reporter),
+        client,
+        settings: settings(),
+        models,
+        hub: Arc::new(Hub::new(term, wake)),
+        pools: Arc::default(),
+        deployments,
+        metrics: Arc::default(),
+        failures: Mutex::default(),
+        rollouts: Mutex::default(),
+        stops,
+    })
+}
+
+fn two_workers(spec: &mut Value) {
+    spec["parallelism"]["tensor"] = json!(1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_rollout_passes_every_place_and_leaves_nothing_of_the_old() {
+    let mut world = World::new();
+    world.settle().await;
+    let first = world.object().status.clone().expect("a status");
+    assert_eq!((world.reason(status::PROGRESSING), first.ready_replicas), ("RolloutComplete".to_owned(), 1));
+    assert_eq!((world.count("/statefulsets/"), world.count("/configmaps/"), world.count("/controllerrevisions/")), (2, 2, 1));
+    world.passed.lock().expect("nobody panics with it").clear();
+    world.change(two_workers);
+    world.settle().await;
+    let second = world.object().status.clone().expect("a status");
+    assert_ne!(first.update_revision, second.update_revision);
+    assert_eq!(
+        (second.current_revision.clone(), world.reason(status::PROGRESSING)),
+        (second.update_revision.clone(), "RolloutComplete".into())
+    );
+    assert_eq!(world.told().replicas.len(), 1);
+    assert_eq!((world.count("/statefulsets/"), world.count("/configmaps/"), world.count("/controllerrevisions/")), (2, 2, 2));
+    let passed = world.passed.lock().expect("nobody panics with it").clone();
+    assert!(PLACES.iter().all(|place| passed.contains(place)), "{passed:?}");
+    // Going back is the revision that was.
+    world.change(|s| s["parallelism"]["tensor"] = json!(2));
+    world.restart(None);
+    world.settle().await;
+    assert_eq!(Some(world.revisions()), first.update_revision.map(|name| vec![name]));
+    assert_eq!(world.count("/controllerrevisions/"), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_process_that_ends_anywhere_in_a_rollout_is_taken_over_from() {
+    for place in PLACES {
+        let mut world = World::new();
+        world.settle().await;
+        world.change(two_workers);
+        world.restart(Some(place));
+        world.reconcile().await;
+        let mut ended = false;
+        for _ in 0..12 {
+            world.report(None);
+            if !world.reconcile().await {
+                ended = true;
+                break;
+            }
+            world.serves();
+        }
+        assert!(ended || world.passed.lock().expect("nobody panics with it").contains(&place), "{place} was not come to");
+        world.restart(None);
+        world.settle().await;
+        assert_eq!(world.reason(status::PROGRESSING), "RolloutComplete", "{place}");
+        let revision = world.object().status.as_ref().and_then(|s| s.update_revision.clone()).expect("a revision");
+        assert_eq!(world.revisions(), [revision], "{place}");
+        assert_eq!((world.count("/statefulsets/"), world.count("/configmaps/")), (2, 2), "{place}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_broken_revision_leaves_the_old_one_and_can_be_gone_back_from() {
+    let world = World::new();
+    world.settle().await;
+    let old = world.revisions();
+    world.change(two_workers);
+    assert!(world.reconcile().await);
+    let broken = world.object().status.as_ref().and_then(|s| s.update_revision.clone()).expect("a revision");
+    for _ in 0..6 {
+        world.report(Some(&broken));
+        assert!(world.reconcile().await);
+        assert!(world.told().replicas.iter().any(|r| r.revision == old[0] && !r.draining));
+    }
+    let status = world.object().status.clone().expect("a status");
+    assert_eq!((status.ready_replicas, status.replicas, world.reason(status::PROGRESSING)), (1, 2, "RollingOut".into()));
+    assert_eq!(world.object().condition(status::READY).map(|c| c.status.as_str()), Some("True"));
+    world.change(|s| s["parallelism"]["tensor"] = json!(2));
+    world.settle().await;
+    assert_eq!((world.revisions(), world.count("/statefulsets/")), (old, 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_spec_that_is_refused_leaves_what_stands_to_routers() {
+    let mut world = World::new();
+    world.settle().await;
+    let told = world.told();
+    world.change(|s| s["parallelism"]["pipeline"] = json!(0));
+    world.restart(None);
+    assert!(world.reconcile().await);
+    assert_eq!(world.reason(status::ACCEPTED), "InvalidSpec");
+    assert_eq!(world.told().replicas, told.replicas);
+    world.change(|s| s["parallelism"]["pipeline"] = json!(2));
+    world.change(|s| s["suspend"] = json!(true));
+    world.reconcile().await;
+    world.report(None);
+    world.reconcile().await;
+    assert!(world.told().replicas.iter().all(|r| r.draining));
+    world.report(None);
+    world.report(None);
+    world.reconcile().await;
+    assert_eq!(
+        (world.told().replicas.len(), world.count("/statefulsets/"), world.reason(status::AVAILABLE)),
+        (0, 0, "ScaledToZero".into())
+    );
+    world.change(|s| s["suspend"] = json!(false));
+    world.settle().await;
+    assert_eq!(world.told().replicas, told.replicas, "it comes back as it was");
+}
