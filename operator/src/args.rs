@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use clap::{ArgAction, Parser};
+use clap::{ArgAction, Parser, value_parser};
 
 use crate::stop::Place;
 
@@ -40,6 +40,9 @@ pub struct Args {
     /// CPU that each worker asks for.
     #[arg(long, env = "SKEIN_WORKER_CPU", value_name = "QUANTITY", default_value = "100m")]
     pub worker_cpu: String,
+    /// Routers of each namespace.
+    #[arg(long, env = "SKEIN_POOL_SIZE", value_name = "N", default_value_t = 2, value_parser = value_parser!(u32).range(1..=64))]
+    pub pool_size: u32,
     /// CPU that each router asks for.
     #[arg(long, env = "SKEIN_ROUTER_CPU", value_name = "QUANTITY", default_value = "100m")]
     pub router_cpu: String,

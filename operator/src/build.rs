@@ -33,6 +33,8 @@ pub struct Settings {
     pub hf_endpoint: Option<String>,
     /// CPU that a worker asks for.
     pub worker_cpu: String,
+    /// Routers of a namespace.
+    pub pool_size: u32,
     /// CPU that a router asks for.
     pub router_cpu: String,
     /// Memory that a router asks for.

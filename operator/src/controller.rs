@@ -101,6 +101,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
     let Options { client, settings, namespace, identity, hub, woken, metrics, stops } = options;
     let (deployments, writer) = reflector::store();
     let pools = Arc::new(Pools::default());
+    let asking = pools.clone();
     let asked = (pools.clone(), hub.clone(), deployments.clone());
     let events = watcher(api::<ModelDeployment>(&client, namespace.as_deref()), watcher::Config::default()).default_backoff();
     let objects = events
@@ -141,7 +142,11 @@ pub async fn run(options: Options, stop: CancellationToken) {
         metrics,
     };
     let ours = watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
-    let of_pod = |pod: Pod| {
+    let of_pod = move |pod: Pod| {
+        let labels = pod.metadata.labels.as_ref();
+        if labels.and_then(|l| l.get("app.kubernetes.io/component")).is_some_and(|component| component == "router") {
+            asking.ask(pod.metadata.namespace.as_deref().unwrap_or_default());
+        }
         let name = pod.metadata.labels.as_ref().and_then(|l| l.get(DEPLOYMENT)).cloned();
         name.map(|name| ObjectRef::new(&name).within(pod.metadata.namespace.as_deref().unwrap_or_default()))
     };

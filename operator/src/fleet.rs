@@ -14,7 +14,7 @@ use std::{
 };
 
 use kube::runtime::reflector::ObjectRef;
-use plan::fleet::{FleetDeployment, FleetState};
+use plan::fleet::{FleetDeployment, FleetRouter, FleetState};
 use proto::{bearer::Bearer, fleet as wire};
 use tokio::{
     sync::{mpsc, watch},
@@ -57,6 +57,8 @@ struct Inner {
     /// Replicas that drain, and the number of the first state that said so.
     drains: HashMap<String, u64>,
     routers: HashMap<String, Router>,
+    /// The routers of the pool, connected or not; `None` until it was looked at, and then nobody is told anything.
+    pool: Option<Vec<FleetRouter>>,
 }
 
 /// A router that is connected.
@@ -151,6 +153,12 @@ impl Space {
         lock(&self.inner).token = Some(token);
     }
 
+    /// Sets the routers of the pool, who are told of each other. `expected` as in [`Space::settle`].
+    pub fn meet(&self, routers: Vec<FleetRouter>, expected: &[String]) {
+        lock(&self.inner).pool = Some(routers);
+        self.refresh(expected);
+    }
+
     /// Whether this process knows what routers are to be told of a deployment.
     pub fn knows(&self, deployment: &str) -> bool {
         lock(&self.inner).known.contains_key(deployment)
@@ -175,17 +183,18 @@ impl Space {
         if inner.known.len() < expected.len() {
             return;
         }
+        let Some(routers) = inner.pool.clone() else { return };
         let deployments: Vec<FleetDeployment> = inner.known.values().flatten().cloned().collect();
         let mut sent = 0;
         self.state.send_if_modified(|state| {
             let number = match state {
-                Some(state) if state.deployments == deployments => return false,
+                Some(state) if state.deployments == deployments && state.routers == routers => return false,
                 Some(state) => state.number + 1,
                 None => 1,
             };
             info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
             sent = number;
-            *state = Some(FleetState { term: self.term, number, deployments, routers: Vec::new() });
+            *state = Some(FleetState { term: self.term, number, deployments, routers });
             true
         });
         if sent > 0 {

@@ -9,6 +9,8 @@ use sha2::{Digest, Sha256};
 pub const MANAGER: &str = "skein-operator";
 /// Name of a namespace's pool of routers, and of its service.
 pub const POOL: &str = "skein-router";
+/// Name of the service at which the routers of a namespace reach each other.
+pub const POOL_PEERS: &str = "skein-pool";
 /// Name of the workers' service account.
 pub const WORKER_ACCOUNT: &str = "skein-worker";
 /// Secret with the tokens of a namespace.
@@ -17,6 +19,10 @@ pub const TOKENS: &str = "skein-tokens";
 pub const WORKER_TOKEN: &str = "worker";
 /// Key of the token for calls to the operator.
 pub const FLEET_TOKEN: &str = "fleet";
+/// Key of the token for calls among routers.
+pub const POOL_TOKEN: &str = "pool";
+/// Port that routers listen on for each other.
+pub const POOL_PORT: u16 = 7072;
 /// Port that workers listen on.
 pub const WORKER_PORT: u16 = 7071;
 /// Ports of a router's HTTP and gRPC APIs.

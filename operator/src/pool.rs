@@ -4,15 +4,23 @@ use std::{
     collections::{BTreeSet, HashMap},
     fs::File,
     io::{self, Read},
+    net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
 use k8s_openapi::api::{
     apps::v1::Deployment,
-    core::v1::{Secret, Service, ServiceAccount},
+    core::v1::{Pod, Secret, Service, ServiceAccount},
+    networking::v1::NetworkPolicy,
+    policy::v1::PodDisruptionBudget,
 };
-use kube::{Api, Client, api::PostParams, runtime::reflector::Store};
+use kube::{
+    Api, Client,
+    api::{ListParams, Patch, PatchParams, PostParams},
+    runtime::reflector::Store,
+};
+use plan::fleet::FleetRouter;
 use serde_json::json;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -22,11 +30,11 @@ use crate::{
     apply::{ApplyError, Conflicts, write},
     build::{
         Object, Settings,
-        pool::{PoolResources, build_pool},
+        pool::{PoolResources, build_pool, selector},
     },
     fleet::Hub,
     models::chain,
-    names::{FLEET_TOKEN, MANAGER, TOKENS, WORKER_TOKEN},
+    names::{FLEET_TOKEN, MANAGER, POOL_PORT, POOL_TOKEN, TOKENS, WORKER_TOKEN},
     resource::ModelDeployment,
 };
 
@@ -59,6 +67,8 @@ impl Pools {
 enum PoolError {
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    #[error("failed to list the routers of the namespace")]
+    Routers(#[source] kube::Error),
     #[error("failed to read the tokens of the namespace")]
     Tokens(#[source] kube::Error),
     #[error("secret {TOKENS} has no key {FLEET_TOKEN}; delete it, and it is made anew")]
@@ -123,6 +133,8 @@ impl PoolReconciler {
         if here.is_empty() {
             return Ok(None);
         }
+        let expected: Vec<String> = here.iter().map(|d| d.name().to_owned()).collect();
+        self.hub.space(namespace).meet(self.routers(namespace).await?, &expected);
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
         let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
         let built = build_pool(&owners, &self.settings);
@@ -132,15 +144,27 @@ impl PoolReconciler {
         {
             return Ok(Some((built, *at)));
         }
-        let PoolResources { accounts, tokens, service, deployment } = &built;
+        let PoolResources { accounts, tokens, service, peers, network_policy, disruption_budget, deployment } = &built;
         for account in accounts {
             write::<ServiceAccount>(&self.client, namespace, account, Conflicts::Ours).await?;
         }
         let token = self.tokens(namespace, tokens).await?;
         self.hub.space(namespace).let_in(token);
         write::<Service>(&self.client, namespace, service, Conflicts::Theirs).await?;
+        write::<Service>(&self.client, namespace, peers, Conflicts::Theirs).await?;
+        write::<NetworkPolicy>(&self.client, namespace, network_policy, Conflicts::Ours).await?;
+        write::<PodDisruptionBudget>(&self.client, namespace, disruption_budget, Conflicts::Ours).await?;
         write::<Deployment>(&self.client, namespace, deployment, Conflicts::Ours).await?;
         Ok(Some((built, Instant::now())))
+    }
+
+    /// The routers of a namespace that have an address, ready or not.
+    async fn routers(&self, namespace: &str) -> Result<Vec<FleetRouter>, PoolError> {
+        let labels: Vec<String> =
+            selector().as_object().into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
+        let pods = Api::<Pod>::namespaced(self.client.clone(), namespace);
+        let pods = pods.list(&ListParams::default().labels(&labels.join(","))).await.map_err(PoolError::Routers)?;
+        Ok(routers(&pods.items))
     }
 
     /// Makes the namespace's tokens where they are missing; the one that routers carry.
@@ -149,7 +173,7 @@ impl PoolReconciler {
         if api.get_opt(TOKENS).await.map_err(PoolError::Tokens)?.is_none() {
             let mut body = object.body.clone();
             let draw = || draw().map_err(PoolError::Draw);
-            body["stringData"] = json!({ FLEET_TOKEN: draw()?, WORKER_TOKEN: draw()? });
+            body["stringData"] = json!({ FLEET_TOKEN: draw()?, WORKER_TOKEN: draw()?, POOL_TOKEN: draw()? });
             let secret: Secret = serde_json::from_value(body).map_err(|e| PoolError::Tokens(kube::Error::SerdeError(e)))?;
             let params = PostParams { field_manager: Some(format!("{MANAGER}-tokens")), ..PostParams::default() };
             match api.create(&params, &secret).await {
@@ -159,9 +183,27 @@ impl PoolReconciler {
             }
         }
         let secret: Secret = write(&self.client, namespace, object, Conflicts::Ours).await?;
+        if !secret.data.as_ref().is_some_and(|data| data.contains_key(POOL_TOKEN)) {
+            // One that was made before routers had each other to talk to.
+            let params = PatchParams { field_manager: Some(format!("{MANAGER}-tokens")), ..PatchParams::default() };
+            let more = json!({ "stringData": { POOL_TOKEN: draw().map_err(PoolError::Draw)? } });
+            api.patch(TOKENS, &params, &Patch::Merge(more)).await.map_err(PoolError::Tokens)?;
+        }
         let token = secret.data.unwrap_or_default().remove(FLEET_TOKEN).ok_or(PoolError::NoToken)?;
         String::from_utf8(token.0).map_err(|_| PoolError::NoToken)
     }
+}
+
+/// Pods that are routers, or will be, or still are.
+fn routers(pods: &[Pod]) -> Vec<FleetRouter> {
+    let router = |pod: &Pod| {
+        let status = pod.status.as_ref().filter(|s| !matches!(s.phase.as_deref(), Some("Succeeded" | "Failed")))?;
+        let ip = status.pod_ip.as_deref()?.parse::<IpAddr>().ok()?;
+        Some(FleetRouter { name: pod.metadata.name.clone()?, address: SocketAddr::new(ip, POOL_PORT).to_string() })
+    };
+    let mut found: Vec<FleetRouter> = pods.iter().filter_map(router).collect();
+    found.sort_by(|a, b| a.name.cmp(&b.name));
+    found
 }
 
 async fn until(at: Option<Instant>) {
@@ -176,4 +218,25 @@ fn draw() -> io::Result<String> {
     let mut bytes = [0; 32];
     File::open("/dev/urandom")?.read_exact(&mut bytes)?;
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routers_with_an_address_are_told_of_each_other() {
+        let pod = |name: &str, status: serde_json::Value| {
+            serde_json::from_value(json!({ "metadata": { "name": name }, "status": status })).expect("a pod")
+        };
+        let pods: Vec<Pod> = vec![
+            pod("b", json!({ "phase": "Running", "podIP": "10.0.0.2" })),
+            pod("a", json!({ "phase": "Pending", "podIP": "10.0.0.1" })),
+            pod("c", json!({ "phase": "Pending" })),
+            pod("d", json!({ "phase": "Succeeded", "podIP": "10.0.0.4" })),
+        ];
+        let found = routers(&pods);
+        let told: Vec<(&str, &str)> = found.iter().map(|r| (r.name.as_str(), r.address.as_str())).collect();
+        assert_eq!(told, [("a", "10.0.0.1:7072"), ("b", "10.0.0.2:7072")]);
+    }
 }

@@ -134,6 +134,7 @@ fn settings(args: &Args) -> Settings {
         fleet_address: args.fleet_address.clone(),
         hf_endpoint: args.hf_endpoint.clone(),
         worker_cpu: args.worker_cpu.clone(),
+        pool_size: args.pool_size,
         router_cpu: args.router_cpu.clone(),
         router_memory: args.router_memory.clone(),
     }

@@ -8,10 +8,8 @@ use super::{
     pod::{restricted, template, token, volume_mount},
     router_service,
 };
-use crate::names::{self, FLEET_TOKEN, POOL, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN};
+use crate::names::{self, FLEET_TOKEN, POOL, POOL_PEERS, POOL_PORT, POOL_TOKEN, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN};
 
-/// Routers of a pool. More than one would need replicas to be shared out among them, which routers cannot do yet.
-const SIZE: u32 = 1;
 /// Folder of the state that a router keeps.
 const STATE: &str = "/var/lib/skein";
 /// Longest that running requests may go on when a router is told to stop, and when it is killed.
@@ -26,12 +24,18 @@ pub struct PoolResources {
     pub tokens: Object,
     /// Where requests go, whatever the model.
     pub service: Object,
+    /// Where routers find each other, ready or not.
+    pub peers: Object,
+    /// Who may reach which of a router's ports.
+    pub network_policy: Object,
+    /// How many routers may be evicted at once.
+    pub disruption_budget: Object,
     /// The routers.
     pub deployment: Object,
 }
 
 /// What selects the routers of a namespace.
-pub(super) fn selector() -> Value {
+pub(crate) fn selector() -> Value {
     json!({ "app.kubernetes.io/name": POOL, "app.kubernetes.io/component": "router" })
 }
 
@@ -46,8 +50,49 @@ pub fn build_pool(owners: &[OwnerReference], settings: &Settings) -> PoolResourc
         accounts: [account(POOL, "router"), account(WORKER_ACCOUNT, "worker")],
         tokens: owned(("v1", "Secret"), TOKENS.to_owned(), labels(), owners, json!({ "type": "Opaque" })),
         service: owned(("v1", "Service"), POOL.to_owned(), labels(), owners, json!({ "spec": router_service() })),
+        peers: owned(("v1", "Service"), POOL_PEERS.to_owned(), labels(), owners, json!({ "spec": peers() })),
+        network_policy: owned(
+            ("networking.k8s.io/v1", "NetworkPolicy"),
+            POOL.to_owned(),
+            labels(),
+            owners,
+            json!({ "spec": network_policy() }),
+        ),
+        disruption_budget: owned(
+            ("policy/v1", "PodDisruptionBudget"),
+            POOL.to_owned(),
+            labels(),
+            owners,
+            json!({ "spec": { "maxUnavailable": 1, "selector": { "matchLabels": selector() } } }),
+        ),
         deployment: owned(("apps/v1", "Deployment"), POOL.to_owned(), labels(), owners, json!({ "spec": routers(settings) })),
     }
+}
+
+/// Routers meet before they are ready: that is how a new one learns the state while the operator is away.
+fn peers() -> Value {
+    json!({
+        "type": "ClusterIP",
+        "publishNotReadyAddresses": true,
+        "selector": selector(),
+        "ports": [{ "name": "pool", "port": POOL_PORT, "targetPort": "pool", "protocol": "TCP" }],
+    })
+}
+
+/// Anybody reaches the API; the routers and workers of the namespace alone reach the port of the pool.
+fn network_policy() -> Value {
+    let workers = json!({ "app.kubernetes.io/component": "worker", "app.kubernetes.io/managed-by": names::MANAGER });
+    json!({
+        "podSelector": { "matchLabels": selector() },
+        "policyTypes": ["Ingress"],
+        "ingress": [
+            { "ports": [{ "port": ROUTER_PORTS.0, "protocol": "TCP" }, { "port": ROUTER_PORTS.1, "protocol": "TCP" }] },
+            {
+                "from": [{ "podSelector": { "matchLabels": selector() } }, { "podSelector": { "matchLabels": workers } }],
+                "ports": [{ "port": POOL_PORT, "protocol": "TCP" }],
+            },
+        ],
+    })
 }
 
 fn routers(settings: &Settings) -> Value {
@@ -62,17 +107,20 @@ fn routers(settings: &Settings) -> Value {
             "--fleet", settings.fleet_address,
             "--http", format!("0.0.0.0:{}", ROUTER_PORTS.0),
             "--grpc", format!("0.0.0.0:{}", ROUTER_PORTS.1),
+            "--pool", format!("0.0.0.0:{POOL_PORT}"),
             "--state", format!("{STATE}/fleet.json"),
             "--drain-seconds", DRAIN.0.to_string(),
         ],
         "env": [
             { "name": "POD_NAME", "valueFrom": { "fieldRef": { "apiVersion": "v1", "fieldPath": "metadata.name" } } },
             token("SKEIN_FLEET_TOKEN", FLEET_TOKEN),
+            token("SKEIN_POOL_TOKEN", POOL_TOKEN),
             token("SKEIN_WORKER_TOKEN", WORKER_TOKEN),
         ],
         "ports": [
             { "name": "http", "containerPort": ROUTER_PORTS.0, "protocol": "TCP" },
             { "name": "grpc", "containerPort": ROUTER_PORTS.1, "protocol": "TCP" },
+            { "name": "pool", "containerPort": POOL_PORT, "protocol": "TCP" },
         ],
         // A router answers from its first fleet state on, also for models that are not ready.
         "readinessProbe": { "httpGet": { "path": "/live", "port": "http" }, "periodSeconds": 2 },
@@ -83,7 +131,7 @@ fn routers(settings: &Settings) -> Value {
     let mut pod = template(POOL, DRAIN.1, container);
     pod["volumes"] = json!([{ "name": "state", "emptyDir": {} }]);
     json!({
-        "replicas": SIZE,
+        "replicas": settings.pool_size,
         "selector": { "matchLabels": selector() },
         "strategy": { "type": "RollingUpdate", "rollingUpdate": { "maxSurge": 1, "maxUnavailable": 0 } },
         "template": { "metadata": { "labels": names::labels("router") }, "spec": pod },

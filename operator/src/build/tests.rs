@@ -22,6 +22,7 @@ pub(crate) fn settings() -> Settings {
         fleet_address: "http://10.0.0.1:7070".into(),
         hf_endpoint: Some("http://mirror:8000".into()),
         worker_cpu: "250m".into(),
+        pool_size: 2,
         router_cpu: "100m".into(),
         router_memory: "256Mi".into(),
     }
@@ -77,7 +78,12 @@ fn objects_are_those_of_the_golden_file() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/build/golden.json");
     let resources = built(spec());
     let pool = build_pool(&[object(spec()).owner(false)], &settings());
-    let pool = pool.accounts.iter().chain([&pool.tokens, &pool.service, &pool.deployment]).cloned().collect::<Vec<_>>();
+    let pool = pool
+        .accounts
+        .iter()
+        .chain([&pool.tokens, &pool.service, &pool.peers, &pool.network_policy, &pool.disruption_budget, &pool.deployment])
+        .cloned()
+        .collect::<Vec<_>>();
     let mut bodies: Vec<Value> = all(&resources).into_iter().chain(&pool).map(|o| o.body.clone()).collect();
     // Specifications are the planner's business, and long.
     for data in bodies.iter_mut().filter_map(|b| b.get_mut("data")?.as_object_mut()) {
@@ -104,6 +110,9 @@ fn every_field_is_one_that_kubernetes_has() {
     pool.accounts.iter().for_each(keeps::<ServiceAccount>);
     keeps::<Secret>(&pool.tokens);
     keeps::<Service>(&pool.service);
+    keeps::<Service>(&pool.peers);
+    keeps::<NetworkPolicy>(&pool.network_policy);
+    keeps::<PodDisruptionBudget>(&pool.disruption_budget);
     keeps::<Deployment>(&pool.deployment);
 }
 

@@ -157,13 +157,15 @@ fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
     let models = Models::new(None);
     models.know("hf://org/llama", header());
     let (wake, _woken) = mpsc::channel(8);
+    let hub = Arc::new(Hub::new(term, wake));
+    hub.space("models").meet(Vec::new(), &["llama".to_owned()]);
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: None };
     Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),
         client,
         settings: settings(),
         models,
-        hub: Arc::new(Hub::new(term, wake)),
+        hub,
         pools: Arc::default(),
         deployments,
         metrics: Arc::default(),

@@ -31,6 +31,17 @@ fn at(address: &str, draining: bool) -> FleetDeployment {
     }
 }
 
+/// The namespace `n`, whose pool has one router.
+fn space(hub: &Hub) -> Arc<Space> {
+    let space = hub.space("n");
+    space.meet(pool(&["a"]), &names(&["unknown"]));
+    space
+}
+
+fn pool(names: &[&str]) -> Vec<FleetRouter> {
+    names.iter().map(|name| FleetRouter { name: (*name).to_owned(), address: format!("{name}:7072") }).collect()
+}
+
 fn names(all: &[&str]) -> Vec<String> {
     all.iter().map(|n| (*n).to_owned()).collect()
 }
@@ -44,7 +55,7 @@ fn report(router: &str, ready: bool) -> RouterReport {
 #[test]
 fn nothing_is_pushed_before_everything_is_known() {
     let (hub, _) = hub();
-    let space = hub.space("n");
+    let space = space(&hub);
     space.settle("llama", Some(entry()), &names(&["llama", "other"]));
     assert_eq!(*space.state.borrow(), None);
     space.settle("other", None, &names(&["llama", "other"]));
@@ -53,9 +64,23 @@ fn nothing_is_pushed_before_everything_is_known() {
 }
 
 #[test]
-fn only_news_has_a_new_number() {
+fn routers_are_told_of_each_other_and_of_nothing_before() {
     let (hub, _) = hub();
     let space = hub.space("n");
+    space.settle("llama", Some(entry()), &names(&["llama"]));
+    assert_eq!(space.number(), None, "a router that knows of no other would take every replica");
+    space.meet(pool(&["a"]), &names(&["llama"]));
+    space.meet(pool(&["a"]), &names(&["llama"]));
+    assert_eq!(space.number(), Some((7, 1)));
+    space.meet(pool(&["a", "b"]), &names(&["llama"]));
+    assert_eq!(space.number(), Some((7, 2)));
+    assert_eq!(space.state.borrow().as_ref().map(|s| s.routers.len()), Some(2));
+}
+
+#[test]
+fn only_news_has_a_new_number() {
+    let (hub, _) = hub();
+    let space = space(&hub);
     let number = || space.state.borrow().as_ref().map(|s| s.number);
     space.settle("llama", Some(entry()), &names(&["llama"]));
     space.settle("llama", Some(entry()), &names(&["llama"]));
@@ -70,7 +95,7 @@ fn only_news_has_a_new_number() {
 #[tokio::test(start_paused = true)]
 async fn reports_wake_what_they_change() {
     let (hub, mut woken) = hub();
-    let space = hub.space("n");
+    let space = space(&hub);
     space.settle("llama", Some(entry()), &names(&["llama"]));
     assert_eq!(space.report(1, report("a", false)), ["llama"]);
     assert!(space.report(1, report("a", false)).is_empty());
@@ -109,7 +134,7 @@ fn a_router_gets_in_with_its_namespaces_token_alone() {
 #[tokio::test(start_paused = true)]
 async fn a_replica_is_drained_when_every_router_knows_that_it_drains() {
     let (hub, _woken) = hub();
-    let space = hub.space("n");
+    let space = space(&hub);
     let say = |stream: u64, router: &str, number: u64, sequences: u32| {
         let mut report = report(router, true);
         report.number = number;
