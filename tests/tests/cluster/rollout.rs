@@ -67,12 +67,13 @@ fn a_broken_model_takes_nothing_away() {
     let before: Vec<_> = namespace.pods(WORKERS).iter().map(identity).collect();
     let load = Load::start(&namespace.http(SAMPLE_NAME), 2, requests());
     load.more(4);
-    patch(&namespace, &json!({"model": {"digest": format!("sha256:{}", "0".repeat(64))}}));
-    let why = namespace.watch_status(SAMPLE_NAME, "a wrong digest to be named", |status| {
-        let weights = condition(status, "WeightsReady");
-        (weights["status"] == "False" && weights["reason"] == "VerificationFailed").then(|| weights["message"].to_string())
+    let wrong = json!({"model": {"digest": format!("sha256:{}", "0".repeat(64))}, "rollout": {"progressDeadlineSeconds": 30}});
+    patch(&namespace, &wrong);
+    let why = namespace.watch_status(SAMPLE_NAME, "a stalled rollout", |status| {
+        let progress = condition(status, "Progressing");
+        (progress["reason"] == "ProgressDeadlineExceeded").then(|| progress["message"].to_string())
     });
-    assert!(why.contains("digest"), "{why}");
+    assert!(why.contains("ended with exit code 2") && why.contains(&"0".repeat(64)), "{why}");
     let status = &namespace.deployment(SAMPLE_NAME)["status"];
     assert_eq!(condition(status, "Available")["status"], "True", "{status:#}");
     load.more(8);
