@@ -50,7 +50,7 @@ enum Ended {
     #[error("it did not answer within {} ms", OPEN.as_millis())]
     Late,
     #[error("it ended the stream: {0}")]
-    Status(#[source] tonic::Status),
+    Status(tonic::Status),
     #[error("it closed the stream")]
     Closed,
     #[error("it has been silent for {} ms", (TICK * SILENT).as_millis())]

@@ -6,6 +6,7 @@ mod clients;
 mod exact;
 mod input;
 mod instructions;
+mod pool;
 mod run;
 mod runner;
 mod split;
