@@ -6,20 +6,21 @@ use k8s_openapi::{
     NamespaceResourceScope,
     api::{
         apps::v1::{ControllerRevision, StatefulSet},
-        core::v1::{ConfigMap, Service},
+        core::v1::{ConfigMap, Pod, Service},
         networking::v1::NetworkPolicy,
         policy::v1::PodDisruptionBudget,
     },
 };
 use kube::{
     Api, Client, Resource,
-    api::{DeleteParams, Patch, PatchParams},
+    api::{DeleteParams, Patch, PatchParams, Preconditions},
 };
 use serde::de::DeserializeOwned;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::{
     build::{Object, Resources},
+    lost::Named,
     names::MANAGER,
 };
 
@@ -128,6 +129,24 @@ where
     params.force = conflicts == Conflicts::Ours;
     let failed = |source| failed::<K>("apply", &object.name, source);
     api.patch(&object.name, &params, &Patch::Apply(&object.body)).await.map_err(failed)
+}
+
+/// Deletes pods without waiting for their nodes; one that was made anew meanwhile stays.
+///
+/// # Errors
+/// The first that is refused.
+pub async fn abandon(client: &Client, namespace: &str, pods: &[Named]) -> Result<(), ApplyError> {
+    for (name, uid) in pods {
+        warn!(namespace, name, "deleting by force a pod of a node that cannot be reached");
+        let only = Preconditions { uid: Some(uid.clone()), ..Preconditions::default() };
+        let how = DeleteParams::default().grace_period(0).preconditions(only);
+        match Api::<Pod>::namespaced(client.clone(), namespace).delete(name, &how).await {
+            Ok(_) => {}
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+            Err(source) => return Err(failed::<Pod>("delete", name, source)),
+        }
+    }
+    Ok(())
 }
 
 async fn delete<K>(client: &Client, namespace: &str, name: &str, how: &DeleteParams) -> Result<(), ApplyError>

@@ -2,9 +2,12 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use k8s_openapi::api::{
-    apps::v1::{ControllerRevision, StatefulSet},
-    core::v1::{ConfigMap, Pod},
+use k8s_openapi::{
+    api::{
+        apps::v1::{ControllerRevision, StatefulSet},
+        core::v1::{ConfigMap, Node, Pod},
+    },
+    jiff::Timestamp,
 };
 use kube::{
     Api, Client,
@@ -14,6 +17,7 @@ use plan::model::ModelHeader;
 
 use crate::{
     fleet::{Load, Space},
+    lost::{self, Named},
     models::{Models, Unresolved},
     names,
     resource::ModelDeployment,
@@ -44,6 +48,8 @@ pub struct Standing {
     pub config_maps: Vec<String>,
     /// Its workers.
     pub pods: Vec<Pod>,
+    /// Pods of nodes that cannot be reached.
+    pub lost: Vec<Named>,
     /// What routers say of its replicas.
     pub load: Load,
 }
@@ -98,12 +104,14 @@ pub async fn dereference(
             tokio::try_join!(revisions.list(&ours), sets.list(&ours), maps.list_metadata(&ours), pods.list(&ours))?;
         // One that was deleted with a deployment of this name is not this one's.
         let own = |r: &&ControllerRevision| r.metadata.owner_references.iter().flatten().any(|o| o.uid == object.uid());
+        let load = space.load(name);
         Ok::<_, kube::Error>(Standing {
+            lost: lost(client, &pods.items, &load).await?,
             revisions: revisions.items.iter().filter(own).filter_map(Revision::read).collect(),
             stateful_sets: sets.items,
             config_maps: maps.items.into_iter().filter_map(|m| m.metadata.name).collect(),
             pods: pods.items,
-            load: space.load(name),
+            load,
         })
     };
     let (header, template, standing) = tokio::join!(header, template, standing);
@@ -113,6 +121,21 @@ pub async fn dereference(
         taken: taken(object, others),
         standing: standing?,
     })
+}
+
+/// Pods of nodes that cannot be reached; nodes are looked at only where pods give a reason.
+async fn lost(client: &Client, pods: &[Pod], load: &Load) -> Result<Vec<Named>, kube::Error> {
+    let now = Timestamp::now();
+    let mut nodes = BTreeMap::new();
+    for name in lost::nodes(pods, load, now) {
+        match Api::<Node>::all(client.clone()).get_opt(&name).await {
+            Ok(node) => drop(nodes.insert(name, node)),
+            // An operator of one namespace may not look at nodes, and leaves such pods to those who may.
+            Err(kube::Error::Api(status)) if status.code == 403 => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(lost::pods(pods, load, &nodes, now))
 }
 
 /// Whether the operator may read a source itself. Paths are those of a node, and never opened here.

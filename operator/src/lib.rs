@@ -12,6 +12,7 @@ pub mod crd;
 pub mod dereference;
 pub mod fleet;
 pub mod lease;
+pub mod lost;
 pub mod metrics;
 pub mod models;
 pub mod names;

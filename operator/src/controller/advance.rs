@@ -79,6 +79,7 @@ impl<'a> Step<'a> {
         for (id, message) in &plan.taken_back {
             info!(namespace, name, replica = replica_name(object, id), message, "a replica without room is taken back");
         }
+        apply::abandon(client, namespace, &self.standing.lost).await?;
         let recorded = self.standing.revisions.iter().any(|r| r.name == self.revision.name);
         apply::record(client, namespace, &self.built).await?;
         if !recorded {
