@@ -14,6 +14,7 @@ mod load;
 mod many;
 mod models;
 mod plugin;
+mod pool;
 mod refusals;
 mod rollout;
 mod scale;
