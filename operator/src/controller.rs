@@ -10,7 +10,10 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use k8s_openapi::api::{apps::v1::StatefulSet, core::v1::Pod};
+use k8s_openapi::{
+    api::{apps::v1::StatefulSet, core::v1::Pod},
+    jiff::Timestamp,
+};
 use kube::{
     Api, Client, Resource,
     runtime::{
@@ -39,6 +42,7 @@ use crate::{
     resource::{ModelDeployment, Status},
     revision::Revision,
     rollout::Memory,
+    scaling::Scaling,
     status::{self, MODEL_RESOLVED},
     stop::Stops,
     validate::{Rejection, Until, validate},
@@ -69,6 +73,7 @@ pub struct Context {
     deployments: Store<ModelDeployment>,
     recorder: Recorder,
     metrics: Arc<Metrics>,
+    scaling: Scaling,
     /// Failures in a row, by unique id.
     failures: Mutex<HashMap<String, u32>>,
     /// What rollouts remember, by unique id.
@@ -136,6 +141,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
         failures: Mutex::default(),
         rollouts: Mutex::default(),
         stops,
+        scaling: Scaling::default(),
         settings,
         hub,
         pools,
@@ -233,6 +239,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     let object = &mut ModelDeployment::clone(object);
     if object.is_deleted() {
         // Owner references take everything along.
+        context.scaling.forget(object);
         return Ok(Done { result: "Deleted", again: Action::await_change() });
     }
     let space = context.hub.space(object.namespace());
@@ -241,10 +248,13 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         context.say(object, status::resolving(object)).await?;
     }
     let fetched = dereference(&context.client, &context.models, &space, &others, object).await?;
-    let valid = match validate(object, &fetched) {
+    let mut valid = match validate(object, &fetched) {
         Ok(valid) => valid,
         Err(rejection) => return context.reject(object, &space, &fetched, &rejection).await,
     };
+    let now = Timestamp::now().as_second();
+    let ready = fetched.standing.load.replicas.values().filter(|said| said.ready).count() as u32;
+    let decision = context.scaling.decide(object, &mut valid.manifest, ready, &space.reports(object.name()), now);
     let revision = Revision::of(&valid, object, &context.settings, &fetched.standing.revisions, collisions(object));
     let (revision, collisions) = match revision {
         Ok(found) => found,
@@ -272,11 +282,13 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
     }
     let again = step.again();
-    let status = status::applied(object, &step.view(collisions));
+    let mut status = status::applied(object, &step.view(collisions));
+    status::scaled(&mut status, object, &valid, decision.as_ref());
     let ready = status.ready_replicas == valid.replicas();
     context.say(object, status).await?;
     let idle = if ready { IDLE } else { STARTING };
-    Ok(Done { result: "Applied", again: Action::requeue(again.map_or(idle, |again| again.min(idle))) })
+    let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
+    Ok(Done { result: "Applied", again: Action::requeue(again.into_iter().chain(looks).fold(idle, Duration::min)) })
 }
 
 fn too_large(error: &TooLarge) -> Rejection {

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object, rule, message.
-const RULES: [(&str, &str, &str); 11] = [
+const RULES: [(&str, &str, &str); 17] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     ("", "self.metadata.name != 'skein-router'", "metadata.name skein-router is that of the namespace's router pool"),
@@ -29,6 +29,32 @@ const RULES: [(&str, &str, &str); 11] = [
         "spec.parallelism",
         "!has(self.stages) || self.stages.size() == self.pipeline",
         "stages must have one entry for each of the pipeline's stages",
+    ),
+    ("spec.autoscaling", "self.mode != 'Builtin' || has(self.maxReplicas)", "maxReplicas must be set in mode Builtin"),
+    (
+        "spec.autoscaling",
+        "self.mode != 'Builtin' || (has(self.targets) && self.targets.size() > 0)",
+        "targets must hold at least one in mode Builtin",
+    ),
+    (
+        "spec.autoscaling",
+        "!has(self.maxReplicas) || (has(self.minReplicas) ? self.minReplicas : 1) <= self.maxReplicas",
+        "maxReplicas must be at least minReplicas",
+    ),
+    (
+        "spec.autoscaling",
+        "self.mode != 'External' || (!has(self.minReplicas) && !has(self.maxReplicas) && (!has(self.targets) || self.targets.size() == 0) && !has(self.behavior) && !has(self.coldStart))",
+        "minReplicas, maxReplicas, targets, behavior and coldStart are of mode Builtin, and must be absent in mode External",
+    ),
+    (
+        "spec.autoscaling",
+        "self.mode != 'Builtin' || (has(self.minReplicas) && self.minReplicas == 0) || !has(self.coldStart)",
+        "coldStart must be absent where minReplicas is not 0",
+    ),
+    (
+        "spec.autoscaling",
+        "self.mode != 'Builtin' || (has(self.minReplicas) && self.minReplicas == 0) || !has(self.behavior) || !has(self.behavior.idleSecondsToZero)",
+        "behavior.idleSecondsToZero must be absent where minReplicas is not 0",
     ),
     ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
     (

@@ -24,10 +24,13 @@ use tonic::Request;
 use tracing::info;
 
 pub use self::service::{FleetService, Leader};
-use crate::resource::ModelDeployment;
+use crate::{autoscale::Report, resource::ModelDeployment};
 
 /// A router that has not reported for this long counts as gone.
 const SILENCE: Duration = Duration::from_secs(5);
+
+/// One that has been silent for this long, and whose stream did not end, is not coming back with what it knew.
+const GONE: Duration = Duration::from_secs(60);
 
 /// All namespaces.
 #[derive(Debug)]
@@ -72,6 +75,8 @@ struct Router {
     number: u64,
     /// By deployment and replica.
     replicas: HashMap<String, HashMap<String, Said>>,
+    /// What autoscaling goes by, by deployment.
+    measured: HashMap<String, Report>,
 }
 
 /// What a router says of a replica.
@@ -229,6 +234,14 @@ impl Space {
         load
     }
 
+    /// What each router of the namespace measures of a deployment, and how long ago; a silent one's last report is among them for a while.
+    pub fn reports(&self, deployment: &str) -> Vec<Report> {
+        let routers = &lock(&self.inner).routers;
+        let known = routers.values().map(|router| (router.seen.elapsed(), router.measured.get(deployment)));
+        let known = known.filter(|(age, _)| *age < GONE);
+        known.map(|(age, measured)| Report { age: age.as_secs().cast_signed(), ..measured.copied().unwrap_or_default() }).collect()
+    }
+
     /// Takes a router's report; the deployments of which it says something new.
     pub(crate) fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
         let mut inner = lock(&self.inner);
@@ -236,18 +249,20 @@ impl Space {
             let last_failure = Some(r.last_failure).filter(|f| !f.is_empty());
             (r.name, Said { ready: r.ready, last_failure, sequences: Some(r.sequences) })
         };
+        let measured = report.loads.iter().map(|load| (load.deployment.clone(), measured(load))).collect();
         let loads = report.loads.into_iter().map(|load| (load.deployment, load.replicas.into_iter().map(said).collect()));
         let number = if report.term == self.term { report.number } else { 0 };
         let last = inner.routers.get(&report.router).filter(|r| r.stream == stream && r.seen.elapsed() < SILENCE);
         let before = last.map_or(0, |r| r.number);
-        let new = Router { stream, seen: Instant::now(), before, number, replicas: loads.collect() };
+        let new = Router { stream, seen: Instant::now(), before, number, replicas: loads.collect(), measured };
         let changed = match inner.routers.get(&report.router) {
             Some(old) if old.seen.elapsed() < SILENCE => {
                 let draining = |name: &String| {
                     let told = inner.known.get(name).and_then(Option::as_ref);
                     told.is_some_and(|d| d.replicas.iter().any(|r| r.draining))
                 };
-                let differs = |name: &&String| draining(name) || differ(old.replicas.get(*name), new.replicas.get(*name));
+                let turned = |name: &String| is_busy(old.measured.get(name)) != is_busy(new.measured.get(name));
+                let differs = |name: &&String| draining(name) || turned(name) || differ(old.replicas.get(*name), new.replicas.get(*name));
                 let names: BTreeSet<&String> = old.replicas.keys().chain(new.replicas.keys()).filter(differs).collect();
                 names.into_iter().cloned().collect()
             }
@@ -272,4 +287,24 @@ fn differ(old: Option<&HashMap<String, Said>>, new: Option<&HashMap<String, Said
         (Some(old), Some(new)) => old.len() != new.len() || new.iter().any(|(name, said)| old.get(name).is_none_or(|o| said.differs(o))),
         _ => true,
     }
+}
+
+/// What a router measures, for autoscaling. Nothing measured is sent as 0.
+fn measured(load: &wire::DeploymentLoad) -> Report {
+    let latency = |seconds: f32| (seconds > 0.0).then_some(f64::from(seconds));
+    Report {
+        age: 0,
+        queued: load.queued,
+        running: load.running,
+        held: load.held,
+        kv_used: f64::from(load.kv_used).clamp(0.0, 1.0),
+        ttft_p90: latency(load.ttft_p90_seconds),
+        itl_p90: latency(load.itl_p90_seconds),
+        tokens_per_second: f64::from(load.tokens_per_second).max(0.0),
+    }
+}
+
+/// Whether a router has requests of a deployment.
+fn is_busy(report: Option<&Report>) -> bool {
+    report.is_some_and(|r| r.queued > 0 || r.running > 0 || r.held > 0)
 }

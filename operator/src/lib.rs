@@ -5,6 +5,7 @@
 
 pub mod apply;
 pub mod args;
+pub mod autoscale;
 pub mod build;
 pub mod certificates;
 pub mod controller;
@@ -21,6 +22,7 @@ pub mod pool;
 pub mod resource;
 pub mod revision;
 pub mod rollout;
+pub mod scaling;
 pub mod serve;
 pub mod status;
 pub mod stop;

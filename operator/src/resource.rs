@@ -155,13 +155,16 @@ pub struct Status {
     /// The first 64 replicas.
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub replica_states: Vec<ReplicaStatus>,
+    /// What built-in autoscaling decided, in its mode.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub autoscaling: Option<AutoscalingStatus>,
     /// Where requests go, inside the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
     /// Every address, by protocol.
     #[schemars(length(max = 8), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub addresses: Vec<Address>,
-    /// Accepted, ModelResolved, Scheduled, WeightsReady, ReplicasReady, RouterReady, Available, Progressing, Degraded, Ready.
+    /// Accepted, ModelResolved, Scheduled, WeightsReady, ReplicasReady, RouterReady, Available, Progressing, Degraded, ScalingActive, Ready.
     #[schemars(length(max = 16), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["type"]))]
     pub conditions: Vec<Condition>,
 }
@@ -257,6 +260,40 @@ pub enum ReplicaPhase {
     Ready,
     Recovering,
     Draining,
+}
+
+/// What built-in autoscaling decided.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AutoscalingStatus {
+    /// Replicas it wants.
+    pub desired_replicas: u32,
+    /// When that changed last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(extend("format" = "date-time"))]
+    pub last_scale_time: Option<String>,
+    /// Why it changed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub last_reason: Option<String>,
+    /// The last 10 changes, the latest first.
+    #[schemars(length(max = 10))]
+    pub history: Vec<ScaleRecord>,
+}
+
+/// One change of the number of replicas.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ScaleRecord {
+    /// When.
+    #[schemars(extend("format" = "date-time"))]
+    pub time: String,
+    /// Replicas before.
+    pub from: u32,
+    /// Replicas after.
+    pub to: u32,
+    /// Why.
+    #[schemars(length(max = 1024))]
+    pub reason: String,
 }
 
 /// One address of the deployment.

@@ -15,6 +15,7 @@ use serde_json::json;
 pub use self::news::news;
 use self::replicas::{degraded, progressing, replicas_ready, scheduled, weights_ready};
 use crate::{
+    autoscale::Decision,
     build::urls,
     dereference::Standing,
     names::{self, MANAGER},
@@ -23,6 +24,7 @@ use crate::{
     },
     revision::Revision,
     rollout::{Goal, Plan, Progress},
+    scaling::{self, SCALING_ACTIVE},
     validate::{Rejection, ValidatedDeployment},
 };
 
@@ -155,6 +157,9 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
         (0, _) if valid.manifest.spec().suspend => {
             (false, "ScaledToZero", "the deployment is suspended; set spec.suspend to false".to_owned())
         }
+        (0, _) if scaling::wakes(object) => {
+            (true, "ScaledToZero", "there are no replicas while there is no request; the next one wakes it".to_owned())
+        }
         (0, _) => (false, "ScaledToZero", "no replicas are wanted; raise spec.replicas".to_owned()),
         (_, 0) => (false, "Unavailable", "no replica answers".to_owned()),
         (wanted, n) => (true, "MinimumReplicasAvailable", format!("{n} of {wanted} replicas answer")),
@@ -176,6 +181,12 @@ fn revisions(view: &View<'_>, replicas: &[ReplicaStatus]) -> Vec<RevisionStatus>
     all.into_iter().take(REVISIONS).map(|r| RevisionStatus { name: r.name.clone(), replicas: of(&r.name) }).collect()
 }
 
+/// Adds what autoscaling decided, or that it decides nothing, to the status of a deployment whose objects stand.
+pub fn scaled(status: &mut Status, object: &ModelDeployment, valid: &ValidatedDeployment, decision: Option<&Decision>) {
+    let note = scaling::note(status, object, &valid.manifest.spec().autoscaling, decision, &now());
+    set(status, object, SCALING_ACTIVE, note);
+}
+
 /// The old status as the start of the next, for this generation.
 fn begin(object: &ModelDeployment) -> Status {
     let mut status = object.status.clone().unwrap_or_default();
@@ -183,7 +194,7 @@ fn begin(object: &ModelDeployment) -> Status {
     status.selector = names::scale_selector(object.name());
     status.desired_replicas = match object.spec["suspend"].as_bool() {
         Some(true) => 0,
-        _ => object.spec["replicas"].as_u64().unwrap_or(1) as u32,
+        _ => scaling::wanted(object),
     };
     status
 }

@@ -5,7 +5,7 @@ use std::{fs, io, num::NonZeroUsize, path::Path};
 use anyhow::Context;
 use plan::{
     fleet::{RoutingPolicy, ServingSettings},
-    manifest::Manifest,
+    manifest::{AutoscalingMode, Manifest},
     planner,
     shard::ExecutionPlan,
 };
@@ -57,6 +57,16 @@ pub(crate) async fn plans(global: &Global, target: &Target, placement: &Placemen
 /// Plans every deployment of a manifest; the command line's placement wins over its.
 async fn manifests(global: &Global, file: &Path, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
     let parsed = read_manifests(file)?;
+    for manifest in &parsed {
+        let mode = manifest.spec().autoscaling.mode;
+        if mode != AutoscalingMode::Disabled {
+            return Err(bad_input!(
+                "{}: deployment {}: spec.autoscaling.mode: {mode:?} needs a cluster, expected Disabled here",
+                file.display(),
+                manifest.name()
+            ));
+        }
+    }
     let size = |manifest: &Manifest| -> Outcome<usize> {
         let spec = overridden(manifest.planner_spec(), placement, context)?;
         Ok(manifest.spec().replicas as usize * spec.pipeline * spec.tensor)

@@ -169,6 +169,7 @@ fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
         pools: Arc::default(),
         deployments,
         metrics: Arc::default(),
+        scaling: Scaling::default(),
         failures: Mutex::default(),
         rollouts: Mutex::default(),
         stops,

@@ -167,3 +167,36 @@ async fn a_replica_is_drained_when_every_router_knows_that_it_drains() {
     space.report(2, report("b", true));
     assert_eq!(left(), None);
 }
+
+#[tokio::test(start_paused = true)]
+async fn what_routers_measure_is_known_with_its_age_and_a_request_wakes() {
+    let (hub, _) = hub();
+    let space = hub.space("n");
+    space.settle("llama", Some(entry()), &names(&["llama"]));
+    let load = |router: &str, held: u32, kv_used: f32| {
+        let load =
+            DeploymentLoad { deployment: "llama".into(), held, running: 2, kv_used, ttft_p90_seconds: 0.5, ..DeploymentLoad::default() };
+        RouterReport { router: router.into(), term: 7, number: 1, loads: vec![load] }
+    };
+    let idle = |router: &str| RouterReport {
+        loads: vec![DeploymentLoad { deployment: "llama".into(), ..Default::default() }],
+        ..load(router, 0, 0.0)
+    };
+    assert_eq!(space.reports("llama"), []);
+    space.report(1, idle("a"));
+    assert_eq!(space.report(1, idle("a")), names(&[]));
+    assert_eq!(space.report(1, load("a", 3, 0.25)), names(&["llama"]), "it has become busy");
+    assert_eq!(space.report(1, load("a", 4, f32::NAN)), names(&[]), "it is busy still");
+    tokio::time::advance(Duration::from_secs(7)).await;
+    space.report(2, load("b", 0, 0.75));
+    let mut reports = space.reports("llama");
+    reports.sort_by_key(|r| r.age);
+    assert_eq!((reports[0].age, reports[0].held, reports[0].kv_used, reports[0].ttft_p90), (0, 0, 0.75, Some(0.5)));
+    assert_eq!((reports[1].age, reports[1].held, reports[1].itl_p90), (7, 4, None));
+    assert_eq!(space.reports("other").len(), 2, "both routers say that there is nothing of it");
+    tokio::time::advance(GONE).await;
+    assert_eq!(space.reports("llama"), []);
+    space.report(2, idle("b"));
+    space.leave(2);
+    assert_eq!(space.reports("llama"), [], "one whose stream ended is gone at once");
+}

@@ -33,8 +33,13 @@ pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
         }
     }
     if let Some(old) = old.filter(|o| o.update_revision.is_some() && o.desired_replicas != new.desired_replicas) {
-        let reason = if new.desired_replicas > old.desired_replicas { "ScaledUp" } else { "ScaledDown" };
-        let note = format!("from {} to {} replicas", old.desired_replicas, new.desired_replicas);
+        let reason = match (old.desired_replicas, new.desired_replicas) {
+            (0, _) if new.autoscaling.is_some() => "ActivatedFromZero",
+            (before, after) if after > before => "ScaledUp",
+            _ => "ScaledDown",
+        };
+        let why = new.autoscaling.as_ref().and_then(|a| a.last_reason.as_deref()).map(|why| format!(": {why}")).unwrap_or_default();
+        let note = format!("from {} to {} replicas{why}", old.desired_replicas, new.desired_replicas);
         events.push(event(EventType::Normal, reason, &note));
     }
     for replica in &new.replica_states {

@@ -302,6 +302,44 @@ fn zero_by_hand_is_not_ready() {
 }
 
 #[test]
+fn zero_that_a_request_ends_is_ready() {
+    let mut idle = spec();
+    idle["autoscaling"] =
+        json!({ "mode": "Builtin", "minReplicas": 0, "maxReplicas": 2, "targets": [{ "type": "InflightPerReplica", "value": 4 }] });
+    let (mut object, scaling) = (object(idle.clone()), scaling::Scaling::default());
+    let mut look = |report: crate::autoscale::Report, now| {
+        let mut case = Case::new(idle.clone());
+        case.object = object.clone();
+        let decision = scaling.decide(&object, &mut case.valid.manifest, 0, &[report], now);
+        case.goal.replicas = case.valid.replicas();
+        case.plan.exist = slots(&case.revision, case.goal.replicas);
+        let mut status = case.status();
+        scaled(&mut status, &object, &case.valid, decision.as_ref());
+        let events: Vec<(String, String)> =
+            news(object.status.as_ref(), &status).into_iter().map(|e| (e.reason, e.note.unwrap_or_default())).collect();
+        object.status = Some(status.clone());
+        (status, events, case.valid)
+    };
+    let note = |events: &[(String, String)], reason: &str| events.iter().find(|e| e.0 == reason).map(|e| e.1.clone());
+    let empty = crate::autoscale::Report::default();
+    let (first, ..) = look(empty, 0);
+    assert_eq!(first.desired_replicas, 1);
+    let (asleep, events, valid) = look(empty, 1000);
+    is(&asleep, AVAILABLE, "True", "ScaledToZero");
+    is(&asleep, SCALING_ACTIVE, "True", "AtZero");
+    is(&asleep, READY, "True", "Ready");
+    assert_eq!((asleep.desired_replicas, valid.replicas()), (0, 0));
+    assert!(note(&events, "ScaledDown").is_some_and(|why| why.contains("no request for 300 s")), "{events:?}");
+    assert!(valid.manifest.serving().hold.is_some(), "routers hold what comes");
+    let (awake, events, valid) = look(crate::autoscale::Report { held: 6, ..empty }, 1001);
+    assert_eq!((awake.desired_replicas, valid.replicas()), (2, 2));
+    assert!(note(&events, "ActivatedFromZero").is_some_and(|why| why.contains("6 requests in flight")), "{events:?}");
+    assert_eq!(reason(&awake, READY).0, "False");
+    let (_, events, _) = look(crate::autoscale::Report { held: 6, ..empty }, 1006);
+    assert_eq!(events, [], "nothing new");
+}
+
+#[test]
 fn the_plan_stands_before_any_pod() {
     let status = planned(&object(spec()), &valid(spec()), &revision(&spec()), 0);
     let plan = status.plan.expect("a plan");

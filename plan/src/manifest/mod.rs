@@ -2,6 +2,7 @@
 //!
 //! No field is accepted and ignored: what is not understood is refused with file, line, column, the field's path, and what was expected.
 
+mod autoscaling;
 mod quantity;
 mod rollout;
 #[cfg(test)]
@@ -10,6 +11,7 @@ mod tree;
 mod types;
 mod validate;
 
+pub use autoscaling::{Amount, AutoscalingMode, AutoscalingSpec, BehaviorSpec, Builtin, ColdStartSpec, TargetKind, TargetSpec};
 pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
@@ -232,14 +234,14 @@ impl Manifest {
 
     /// Settings of the API.
     pub fn serving(&self) -> ServingSettings {
-        let DeploymentSpec { chat, router, .. } = &self.deployment.spec;
+        let DeploymentSpec { chat, router, autoscaling, .. } = &self.deployment.spec;
         ServingSettings {
             chat_template: self.chat_template.clone(),
             system_prompt: chat.as_ref().and_then(|c| c.system_prompt.clone()),
             policy: router.policy,
             queue_requests: router.queue.max_requests as usize,
             queue_seconds: router.queue.timeout_seconds.into(),
-            hold: None,
+            hold: autoscaling.hold(),
         }
     }
 }

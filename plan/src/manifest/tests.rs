@@ -95,7 +95,8 @@ fn errors_name_line_column_field_and_expectation() {
         ("  replicas: 1001\n", &["m.yaml:8:13", "spec.replicas", "0 to 1000", "1001"]),
         ("  engine:\n    device: CUDA\n", &["m.yaml:9:13", "spec.engine.device", "CUDA is not supported yet", "CPU"]),
         ("  engine:\n    device: TPU\n", &["spec.engine.device", "Auto, CPU", "\"TPU\""]),
-        ("  autoscaling:\n    mode: Builtin\n", &["m.yaml:8:3", "spec.autoscaling", "not supported yet"]),
+        ("  autoscaling: {coldStart: {progressEvents: true}}\n", &["m.yaml:8:29", "progressEvents", "not supported yet"]),
+        ("  autoscaling: {behavior: {schedules: []}}\n", &["m.yaml:8:28", "schedules", "not supported yet"]),
         ("  parallelism: 3\n", &["m.yaml:8:16", "spec.parallelism", "a mapping", "3"]),
         ("  parallelism: {pipeline: 0}\n", &["m.yaml:8:27", "spec.parallelism.pipeline", "1 to 256"]),
         ("  parallelism: {pipeline: 64, tensor: 32}\n", &["spec.parallelism", "1024", "2048"]),
@@ -209,7 +210,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "chat.defaults",
         "engine.quantization",
         "engine.draft",
-        "autoscaling",
         "rollout.partition",
         "rollout.canary",
         "recovery.policy",
@@ -326,4 +326,68 @@ proptest! {
             let _ = Manifest::parse_all("m.yaml", &text);
         }
     }
+}
+
+#[test]
+fn autoscaling_is_read_with_its_defaults() {
+    use super::{AutoscalingMode, Builtin, TargetKind};
+    let of = |tail: &str| Manifest::parse("m.yaml", &format!("{LEAST}{tail}")).unwrap();
+    let absent = of("");
+    assert_eq!((absent.spec().autoscaling.mode, absent.spec().autoscaling.builtin()), (AutoscalingMode::Disabled, None));
+    assert_eq!(absent.serving().hold, None);
+    let least = of("  autoscaling: {mode: Builtin, maxReplicas: 3, targets: [{type: QueueDepth, value: 4}]}\n");
+    let expected =
+        Builtin { min: 1, max: 3, targets: vec![(TargetKind::QueueDepth, 4.0)], up_seconds: 0, down_seconds: 300, idle_seconds: 300 };
+    assert_eq!(least.spec().autoscaling.builtin(), Some(expected));
+    assert_eq!(least.serving().hold, None, "there is always a replica");
+    let zero = of(
+        "  autoscaling: {mode: Builtin, minReplicas: 0, maxReplicas: 3, targets: [{type: TTFTP90, value: 500m}, {type: KVCacheUtilization, \
+                   value: 0.8}], behavior: {scaleUpStabilizationSeconds: 5, scaleDownStabilizationSeconds: 6, idleSecondsToZero: 7}, coldStart: \
+                   {maxHeldRequests: 8, holdTimeoutSeconds: 9}}\n",
+    );
+    let builtin = zero.spec().autoscaling.builtin().unwrap();
+    assert_eq!(builtin.targets, [(TargetKind::TTFTP90, 0.5), (TargetKind::KVCacheUtilization, 0.8)]);
+    assert_eq!((builtin.min, builtin.up_seconds, builtin.down_seconds, builtin.idle_seconds), (0, 5, 6, 7));
+    assert_eq!(zero.serving().hold, Some(crate::fleet::HoldSettings { requests: 8, seconds: 9 }));
+    let external = of("  autoscaling: {mode: External}\n");
+    assert_eq!((external.spec().autoscaling.builtin(), external.serving().hold), (None, None));
+    // What is written is what was read.
+    let again = serde_json::to_string(zero.spec()).unwrap();
+    assert_eq!(serde_yaml::from_str::<super::DeploymentSpec>(&again).unwrap(), *zero.spec());
+}
+
+#[test]
+fn autoscaling_that_makes_no_sense_is_refused() {
+    let target = "targets: [{type: QueueDepth, value: 4}]";
+    let builtin = format!("mode: Builtin, maxReplicas: 3, {target}");
+    for (text, parts) in [
+        ("mode: Sometimes", &["spec.autoscaling.mode", "Builtin", "Sometimes"][..]),
+        (&format!("mode: Builtin, {target}"), &["spec.autoscaling.maxReplicas", "mode Builtin, got none"]),
+        ("mode: Builtin, maxReplicas: 3", &["spec.autoscaling.targets", "at least one"]),
+        (
+            &format!("mode: Builtin, minReplicas: 4, maxReplicas: 3, {target}"),
+            &["spec.autoscaling.maxReplicas", "at least minReplicas 4, got 3"],
+        ),
+        (&format!("mode: Builtin, maxReplicas: 1001, {target}"), &["spec.autoscaling.maxReplicas", "1 to 1000, got 1001"]),
+        ("mode: External, maxReplicas: 3", &["spec.autoscaling.maxReplicas", "got External"]),
+        (&format!("mode: External, {target}"), &["spec.autoscaling.targets", "got External"]),
+        (&format!("{builtin}, coldStart: {{}}"), &["spec.autoscaling.coldStart", "minReplicas 0 beside it, got 1"]),
+        (&format!("{builtin}, behavior: {{idleSecondsToZero: 5}}"), &["spec.autoscaling.behavior.idleSecondsToZero", "minReplicas 0"]),
+        (&format!("{builtin}, behavior: {{scaleUpStabilizationSeconds: 3601}}"), &["scaleUpStabilizationSeconds", "0 to 3600"]),
+        ("mode: Builtin, maxReplicas: 3, targets: [{type: QueueDepth, value: 0}]", &["targets[0].value", "above 0"]),
+        ("mode: Builtin, maxReplicas: 3, targets: [{type: QueueDepth, value: much}]", &["targets[0].value", "above 0", "much"]),
+        ("mode: Builtin, maxReplicas: 3, targets: [{type: KVCacheUtilization, value: 80}]", &["targets[0].value", "up to 1", "80"]),
+        (
+            "mode: Builtin, maxReplicas: 3, targets: [{type: TTFTP90, value: 1}, {type: TTFTP90, value: 2}]",
+            &["targets[1].type", "TTFTP90 again"],
+        ),
+        ("mode: Builtin, maxReplicas: 3, targets: [{type: CPU, value: 1}]", &["targets[0].type", "QueueDepth", "CPU"]),
+    ] {
+        let got = error(&format!("{LEAST}  autoscaling: {{{text}}}\n"));
+        for part in parts {
+            assert!(got.contains(part), "{text:?} says {got:?}, without {part:?}");
+        }
+    }
+    // Switched off, settings may stay for another time.
+    assert!(Manifest::parse("m.yaml", &format!("{LEAST}  autoscaling: {{mode: Disabled, maxReplicas: 3, {target}}}\n")).is_ok());
 }

@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 41] = [
+const LATER: [&str; 42] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.credentialsSecretRef",
@@ -31,7 +31,8 @@ const LATER: [&str; 41] = [
     "spec.chat.defaults",
     "spec.engine.quantization",
     "spec.engine.draft",
-    "spec.autoscaling",
+    "spec.autoscaling.behavior.schedules",
+    "spec.autoscaling.coldStart.progressEvents",
     "spec.rollout.partition",
     "spec.rollout.canary",
     "spec.recovery.policy",

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    autoscaling::AutoscalingSpec,
     quantity::{Bytes, Memory},
     rollout::{RecoverySpec, RolloutSpec, SchedulingSpec},
 };
@@ -61,6 +62,9 @@ pub struct DeploymentSpec {
     #[serde(default = "one")]
     #[cfg_attr(feature = "schema", schemars(range(max = 1000)))]
     pub replicas: u32,
+    /// How the number of replicas follows the load; of meaning on a cluster.
+    #[serde(default)]
+    pub autoscaling: AutoscalingSpec,
     /// What its workers may use.
     #[serde(default)]
     pub workers: WorkersSpec,

@@ -69,6 +69,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
             return Err(Problem::new(path, format!("expected {low} to {high}, got {value}")));
         }
     }
+    spec.autoscaling.check()?;
     rollout(deployment)?;
     let workers = parallelism.pipeline * parallelism.tensor;
     if workers > MAX_WORKERS {

@@ -92,6 +92,24 @@ fn what_the_interface_names_but_does_not_have_yet_is_refused_as_such() {
 }
 
 #[test]
+fn autoscaling_needs_a_cluster() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let plan = |mode: &str| {
+        let file = folder.path().join("m.yaml");
+        let model = files::fixture("llama");
+        let text = format!(
+            "apiVersion: skein.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: a}}\nspec:\n  model: {{uri: 'file:{}'}}\n  autoscaling: \
+             {{mode: {mode}}}\n",
+            model.display()
+        );
+        fs::write(&file, text).expect("a manifest");
+        run(&["plan", "-f", &file.to_string_lossy()])
+    };
+    refused("a mode of clusters", &plan("External"), &["m.yaml", "spec.autoscaling.mode: External needs a cluster", "expected Disabled"]);
+    assert!(plan("Disabled").status.success());
+}
+
+#[test]
 fn a_truncated_gguf_file_is_refused() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("model.gguf");
