@@ -13,6 +13,7 @@
 //!   the last are back. With `s` stages a step takes one s-th of them, those that waited longest first: a token's way is then
 //!   `s` stages of `weights + share`, which fewer steps would not shorten and more would lengthen by another reading of the
 //!   weights. One step more than there are stages is in flight, so that no stage waits for the router.
+//! - **A prompt that is alone** in a pipeline goes in pieces of what is left of it, so that the stages work on it at the same time.
 //! - **Prompts share.** The oldest prompt under way gets at least half of what decodes leave; the other half goes to prompts
 //!   behind it, new ones first, then those that lack least. A short prompt thus passes a long one, which it slows by half at
 //!   most, and since the oldest always goes on, none starves. What the others do not need is the oldest's.

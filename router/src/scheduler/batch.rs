@@ -10,6 +10,9 @@ use super::{
     prefix::{first_needed, longest_hit},
 };
 
+/// Fewest tokens that a prompt is cut into for the sake of a pipeline: below this the products get slower than the pipeline gains.
+const LEAST_PIECE: usize = 128;
+
 /// What a step is built in.
 struct Draft {
     step: Step,
@@ -217,7 +220,15 @@ impl Scheduler {
     fn chunk(&self, arrival: u64, budget: usize) -> Option<usize> {
         let (sequence, admission) = self.running.get(&arrival)?;
         let left = sequence.ids.len().checked_sub(admission.sent).filter(|left| *left > 0)?;
-        Some(left.min(budget).min(sequence.submission.chunk.unwrap_or(usize::MAX).max(1)))
+        Some(left.min(budget).min(self.piece(left)).min(sequence.submission.chunk.unwrap_or(usize::MAX).max(1)))
+    }
+
+    /// Most tokens of a chunk of a prompt that has the pipeline to itself and lacks `left` tokens: so few that every stage soon has a chunk
+    /// to work on, where one chunk of them all would have the stages work one after the other.
+    fn piece(&self, left: usize) -> usize {
+        let stages = self.options.stages;
+        let alone = self.running.len() == 1 && self.waiting.is_empty();
+        if stages > 1 && alone { (left / (2 * stages)).max(LEAST_PIECE) } else { usize::MAX }
     }
 
     /// Allocates blocks for the next `tokens` tokens of a sequence, pre-empting younger ones; returns how many tokens fit.

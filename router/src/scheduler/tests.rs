@@ -467,3 +467,36 @@ fn a_thousand_sequences_in_virtual_time() {
         assert!(filled > 0.8, "{stages} stages are busy {filled} of the time");
     }
 }
+
+#[test]
+fn a_lone_prompt_keeps_every_stage_busy() {
+    let cost = CostModel { step: Duration::from_millis(8), token: Duration::from_millis(1) };
+    // Time to the first token, and what the stages would need one after the other in one chunk.
+    let first_token = |stages: usize, tokens: usize, others: u32| {
+        let limits = ReplicaLimits { max_context: 1024, ..limits(&[(None, 400), (Some(64), 400)], 64, 512) };
+        let mut scheduler = Scheduler::new(SchedulerOptions { limits: limits.clone(), stages, revision: Vec::new() });
+        let (mut engine, mut pipeline) = (SimulatedEngine::new(MODEL, limits.kv.clone()), Pipeline::new(stages, cost));
+        scheduler.submit(0, generate(prompt(1, tokens), 1, 1)).expect("admissible");
+        for i in 0..others {
+            scheduler.submit(1 + u64::from(i), generate(prompt(2 + i, tokens), 1, 1)).expect("admissible");
+        }
+        let (mut now, mut due, mut largest) = (Duration::ZERO, VecDeque::new(), 0);
+        loop {
+            while let Some(step) = scheduler.next_step() {
+                largest = largest.max(step.tokens());
+                due.push_back((pipeline.run(now, &step), step.id, engine.run(&step).expect("consistent")));
+            }
+            let (at, step, outputs) = due.pop_front().expect("the first token is still to come");
+            now = at;
+            scheduler.reply(step, outputs).expect("in order");
+            if scheduler.take_events().iter().any(|e| matches!(e.kind, EventKind::Token { .. })) {
+                return (now.as_secs_f64() / (stages as f64 * cost.of(tokens).as_secs_f64()), largest);
+            }
+        }
+    };
+    let (two, four) = (first_token(2, 512, 0).0, first_token(4, 512, 0).0);
+    assert!(two < 0.7 && four < 0.55, "{two} {four} of one chunk's time");
+    assert_eq!(first_token(1, 512, 0).1, 512, "one stage gains nothing by pieces");
+    assert_eq!(first_token(2, 512, 3).1, 512, "nor do prompts that fill the pipeline together");
+    assert_eq!(first_token(2, 100, 0), (1.0, 100), "nor does what is small");
+}
