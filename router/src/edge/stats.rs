@@ -15,6 +15,8 @@ use tokio::time::Instant;
 const TTFT_SAMPLES: usize = 512;
 /// Tokens whose distance to the one before is remembered.
 const ITL_SAMPLES: usize = 4096;
+/// Seconds after which a latency says nothing of the load now.
+const LATENCY_SECONDS: u64 = 60;
 /// Seconds that rates are taken over.
 const RATE_SECONDS: u64 = 10;
 
@@ -33,12 +35,15 @@ pub(crate) struct Stats {
 
 #[derive(Debug, Default)]
 struct Inner {
-    ttft: VecDeque<f32>,
-    itl: VecDeque<f32>,
+    ttft: VecDeque<Sample>,
+    itl: VecDeque<Sample>,
     tokens: u64,
     /// (second, tokens, sequences started), ascending by second.
     seconds: VecDeque<(u64, u32, u32)>,
 }
+
+/// A latency in seconds, and the second it was measured in.
+type Sample = (u64, f32);
 
 /// What [`Stats`] says now.
 #[derive(Clone, Copy, Debug, Default)]
@@ -68,7 +73,7 @@ impl Stats {
 
     pub(crate) fn first_token(&self, now: Instant, after: Duration) {
         let mut inner = self.lock();
-        push(&mut inner.ttft, after.as_secs_f32(), TTFT_SAMPLES);
+        push(&mut inner.ttft, (self.at(now), after.as_secs_f32()), TTFT_SAMPLES);
         inner.tokens += 1;
         self.second(&mut inner, now).1 += 1;
     }
@@ -76,18 +81,21 @@ impl Stats {
     pub(crate) fn token(&self, now: Instant, after: Option<Duration>) {
         let mut inner = self.lock();
         if let Some(after) = after {
-            push(&mut inner.itl, after.as_secs_f32(), ITL_SAMPLES);
+            push(&mut inner.itl, (self.at(now), after.as_secs_f32()), ITL_SAMPLES);
         }
         inner.tokens += 1;
         self.second(&mut inner, now).1 += 1;
     }
 
     pub(crate) fn rates(&self, now: Instant) -> Rates {
+        let elapsed = now.saturating_duration_since(self.start);
+        let since = (elapsed.as_secs() + 1).saturating_sub(LATENCY_SECONDS);
+        let recent =
+            |samples: &VecDeque<Sample>| samples.iter().filter(|(second, _)| *second >= since).map(|(_, s)| *s).collect::<Vec<f32>>();
         let (mut ttft, mut itl, tokens, seconds) = {
             let inner = self.lock();
-            (Vec::from(inner.ttft.clone()), Vec::from(inner.itl.clone()), inner.tokens, inner.seconds.clone())
+            (recent(&inner.ttft), recent(&inner.itl), inner.tokens, inner.seconds.clone())
         };
-        let elapsed = now.saturating_duration_since(self.start);
         let from = elapsed.as_secs().saturating_sub(RATE_SECONDS);
         let over = elapsed.as_secs_f32().clamp(1.0, RATE_SECONDS as f32);
         let recent = seconds.iter().filter(|(second, ..)| *second >= from);
@@ -111,8 +119,12 @@ impl Stats {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn at(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.start).as_secs()
+    }
+
     fn second<'a>(&self, inner: &'a mut Inner, now: Instant) -> &'a mut (u64, u32, u32) {
-        let second = now.saturating_duration_since(self.start).as_secs();
+        let second = self.at(now);
         if inner.seconds.back().is_none_or(|(last, ..)| *last < second) {
             inner.seconds.push_back((second, 0, 0));
             if inner.seconds.len() > RATE_SECONDS as usize + 1 {
@@ -124,7 +136,7 @@ impl Stats {
     }
 }
 
-fn push(samples: &mut VecDeque<f32>, value: f32, most: usize) {
+fn push(samples: &mut VecDeque<Sample>, value: Sample, most: usize) {
     if samples.len() == most {
         samples.pop_front();
     }
@@ -206,6 +218,8 @@ mod tests {
         assert_eq!(rates.tokens_per_second, 5.0);
         let later = stats.rates(start + Duration::from_secs(60));
         assert_eq!((later.tokens_per_second, later.tokens), (0.0, 10));
+        assert_eq!(stats.rates(start + Duration::from_secs(59)).ttft_p90, Some(10.0));
+        assert_eq!(later.ttft_p90, None, "what was slow a minute ago says nothing of now");
         assert_eq!(later.itl_p90, None);
     }
 
