@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use plan::{shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
-use self::pod::{CACHE, SPEC, restricted, volume_mount};
+use self::pod::{CACHE, SPEC, restricted, volume_mount, with_args};
 use crate::{
     names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
@@ -89,7 +89,8 @@ pub struct TooLarge {
 }
 
 /// Builds everything: `slots` are the replicas that are to exist, each of one of the `revisions`; `present` is the spec's. A replica of a
-/// revision that is not known stays as it is.
+/// revision that is not known stays as it is. `meeting` is where workers find a router that does not find them; it is no part of a revision,
+/// since it changes nothing about a worker.
 ///
 /// # Errors
 /// When a worker's specification does not fit into a ConfigMap.
@@ -99,8 +100,9 @@ pub fn build(
     present: &Revision,
     revisions: &BTreeMap<&str, &Revision>,
     slots: &[Slot],
+    meeting: Option<&str>,
 ) -> Result<Resources, TooLarge> {
-    let deployment = Build { object, owner: object.owner(true) };
+    let deployment = Build { object, owner: object.owner(true), meeting };
     let specs = valid.worker_specs();
     let mut config_maps = Vec::new();
     for stage in 0..valid.plan.stages.len() {
@@ -215,6 +217,7 @@ fn worker(settings: &Settings, need: u64, limit: Option<u64>, config_maps: &[Str
 struct Build<'a> {
     object: &'a ModelDeployment,
     owner: OwnerReference,
+    meeting: Option<&'a str>,
 }
 
 impl Build<'_> {
@@ -253,6 +256,10 @@ impl Build<'_> {
         of_pod[names::REPLICA_NAME] = name.as_str().into();
         let mut selector = json!({ DEPLOYMENT: self.object.name() });
         identity.iter().for_each(|(key, value)| selector[*key] = (*value).into());
+        let mut pod = record.stages[stage].pod.clone();
+        if let Some(meeting) = self.meeting {
+            with_args(&mut pod["containers"][0], ["--announce", meeting]);
+        }
         let rest = json!({ "spec": {
             "replicas": record.stages[stage].ranks,
             "serviceName": names::workers(self.object.name()),
@@ -260,7 +267,7 @@ impl Build<'_> {
             // Workers are replaced by the operator's decision alone, never because a template changed.
             "updateStrategy": { "type": "OnDelete" },
             "selector": { "matchLabels": selector },
-            "template": { "metadata": { "labels": of_pod }, "spec": record.stages[stage].pod },
+            "template": { "metadata": { "labels": of_pod }, "spec": pod },
         }});
         let mut set = self.object(("apps/v1", "StatefulSet"), names::stateful_set(&name, stage), labels, rest);
         if let Some(since) = slot.draining {

@@ -265,7 +265,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         context.say(object, status::planned(object, &valid, &revision, collisions)).await?;
     }
     context.pools.ask(object.namespace());
-    let step = match Step::new(object, &valid, &revision, &fetched.standing, context) {
+    let step = match Step::new(object, &valid, &revision, &fetched.standing, (context, &space)) {
         Ok(step) => step,
         Err(error) => return context.reject(object, &space, &fetched, &too_large(&error)).await,
     };

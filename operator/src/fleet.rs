@@ -62,6 +62,8 @@ struct Inner {
     routers: HashMap<String, Router>,
     /// The routers of the pool, connected or not; `None` until it was looked at, and then nobody is told anything.
     pool: Option<Vec<FleetRouter>>,
+    /// Where any of them is reached by those that know none, as http://HOST:PORT.
+    meeting: Option<String>,
 }
 
 /// A router that is connected.
@@ -162,6 +164,16 @@ impl Space {
     pub fn meet(&self, routers: Vec<FleetRouter>, expected: &[String]) {
         lock(&self.inner).pool = Some(routers);
         self.refresh(expected);
+    }
+
+    /// Notes where any router of the pool is reached.
+    pub fn meet_at(&self, url: String) {
+        lock(&self.inner).meeting = Some(url);
+    }
+
+    /// Where any router of the pool is reached, once that is known: never anywhere else while the namespace has deployments.
+    pub fn meeting(&self) -> Option<String> {
+        lock(&self.inner).meeting.clone()
     }
 
     /// Whether this process knows what routers are to be told of a deployment.

@@ -18,6 +18,16 @@ pub fn id(labels: Option<&BTreeMap<String, String>>) -> Option<Id> {
     Some(Id { revision: labels.get(REVISION)?.clone(), number: labels.get(REPLICA)?.parse().ok()? })
 }
 
+/// Where workers were told to find a router.
+pub fn meeting(sets: &[StatefulSet]) -> Option<String> {
+    let told = |set: &StatefulSet| {
+        let args = set.spec.as_ref()?.template.spec.as_ref()?.containers.first()?.args.as_ref()?;
+        let at = args.iter().position(|arg| arg == "--announce")?;
+        args.get(at + 1).cloned()
+    };
+    sets.iter().find_map(told)
+}
+
 /// The replicas that stand. `wanted` is the record of the spec's revision.
 pub fn replicas(object: &ModelDeployment, standing: &Standing, revisions: &BTreeMap<&str, &Revision>, wanted: &Record) -> Vec<Seen> {
     let mut found: BTreeMap<Id, Vec<&StatefulSet>> = BTreeMap::new();

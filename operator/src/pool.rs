@@ -137,21 +137,26 @@ impl PoolReconciler {
         self.hub.space(namespace).meet(self.routers(namespace).await?, &expected);
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
         let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
-        let built = build_pool(&owners, &self.settings);
+        let space = self.hub.space(namespace);
+        let mut built = build_pool(&owners, &self.settings, space.meeting().as_deref());
         if let Some((applied, at)) = before.and_then(|s| s.applied.as_ref())
             && *applied == built
             && at.elapsed() < SETTLED
         {
             return Ok(Some((built, *at)));
         }
-        let PoolResources { accounts, tokens, service, peers, network_policy, disruption_budget, deployment } = &built;
-        for account in accounts {
+        for account in &built.accounts {
             write::<ServiceAccount>(&self.client, namespace, account, Conflicts::Ours).await?;
         }
-        let token = self.tokens(namespace, tokens).await?;
-        self.hub.space(namespace).let_in(token);
-        write::<Service>(&self.client, namespace, service, Conflicts::Theirs).await?;
-        write::<Service>(&self.client, namespace, peers, Conflicts::Theirs).await?;
+        let token = self.tokens(namespace, &built.tokens).await?;
+        space.let_in(token);
+        write::<Service>(&self.client, namespace, &built.service, Conflicts::Theirs).await?;
+        let peers = write::<Service>(&self.client, namespace, &built.peers, Conflicts::Theirs).await?;
+        if let Some(url) = meeting(&peers).filter(|url| space.meeting().as_ref() != Some(url)) {
+            built = build_pool(&owners, &self.settings, Some(&url));
+            space.meet_at(url);
+        }
+        let PoolResources { network_policy, disruption_budget, deployment, .. } = &built;
         write::<NetworkPolicy>(&self.client, namespace, network_policy, Conflicts::Ours).await?;
         write::<PodDisruptionBudget>(&self.client, namespace, disruption_budget, Conflicts::Ours).await?;
         write::<Deployment>(&self.client, namespace, deployment, Conflicts::Ours).await?;
@@ -192,6 +197,12 @@ impl PoolReconciler {
         let token = secret.data.unwrap_or_default().remove(FLEET_TOKEN).ok_or(PoolError::NoToken)?;
         String::from_utf8(token.0).map_err(|_| PoolError::NoToken)
     }
+}
+
+/// Where a service is reached, by its own address: nothing depends on cluster DNS.
+fn meeting(service: &Service) -> Option<String> {
+    let ip: IpAddr = service.spec.as_ref()?.cluster_ip.as_ref()?.parse().ok()?;
+    Some(format!("http://{}", SocketAddr::new(ip, POOL_PORT)))
 }
 
 /// Pods that are routers, or will be, or still are.

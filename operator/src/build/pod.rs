@@ -29,6 +29,13 @@ pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> V
     })
 }
 
+/// Appends arguments of a container.
+pub(super) fn with_args(container: &mut Value, more: [&str; 2]) {
+    if let Some(args) = container["args"].as_array_mut() {
+        args.extend(more.map(Value::from));
+    }
+}
+
 /// What a container may not do.
 pub(super) fn restricted() -> Value {
     json!({ "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] } })

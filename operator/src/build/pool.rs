@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::{
     Object, Settings, owned,
-    pod::{restricted, template, token, volume_mount},
+    pod::{restricted, template, token, volume_mount, with_args},
     router_service,
 };
 use crate::names::{self, FLEET_TOKEN, POOL, POOL_PEERS, POOL_PORT, POOL_TOKEN, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN};
@@ -39,8 +39,8 @@ pub(crate) fn selector() -> Value {
     json!({ "app.kubernetes.io/name": POOL, "app.kubernetes.io/component": "router" })
 }
 
-/// Builds the pool of a namespace whose deployments are `owners`.
-pub fn build_pool(owners: &[OwnerReference], settings: &Settings) -> PoolResources {
+/// Builds the pool of a namespace whose deployments are `owners`; `meeting` is where a new router finds another, once that is known.
+pub fn build_pool(owners: &[OwnerReference], settings: &Settings, meeting: Option<&str>) -> PoolResources {
     let labels = || names::labels("router");
     let account = |name: &str, component: &str| {
         let rest = json!({ "automountServiceAccountToken": false });
@@ -65,7 +65,7 @@ pub fn build_pool(owners: &[OwnerReference], settings: &Settings) -> PoolResourc
             owners,
             json!({ "spec": { "maxUnavailable": 1, "selector": { "matchLabels": selector() } } }),
         ),
-        deployment: owned(("apps/v1", "Deployment"), POOL.to_owned(), labels(), owners, json!({ "spec": routers(settings) })),
+        deployment: owned(("apps/v1", "Deployment"), POOL.to_owned(), labels(), owners, json!({ "spec": routers(settings, meeting) })),
     }
 }
 
@@ -95,8 +95,8 @@ fn network_policy() -> Value {
     })
 }
 
-fn routers(settings: &Settings) -> Value {
-    let container = json!({
+fn routers(settings: &Settings, meeting: Option<&str>) -> Value {
+    let mut container = json!({
         "name": "router",
         "image": settings.image,
         "imagePullPolicy": settings.image_pull_policy,
@@ -128,6 +128,9 @@ fn routers(settings: &Settings) -> Value {
         "securityContext": restricted(),
         "volumeMounts": [volume_mount("state", STATE, false)],
     });
+    if let Some(meeting) = meeting {
+        with_args(&mut container, ["--peer", meeting]);
+    }
     let mut pod = template(POOL, DRAIN.1, container);
     pod["volumes"] = json!([{ "name": "state", "emptyDir": {} }]);
     json!({

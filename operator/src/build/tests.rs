@@ -15,6 +15,9 @@ use super::{pool::build_pool, *};
 use crate::validate::tests::{object, spec, valid};
 
 /// What the operator was started with.
+/// Where workers and new routers find a router.
+const MEETING: &str = "http://10.0.0.2:7072";
+
 pub(crate) fn settings() -> Settings {
     Settings {
         image: "docker.io/local/skein:dev".into(),
@@ -41,7 +44,7 @@ pub(crate) fn slots(revision: &Revision, replicas: u32) -> Vec<Slot> {
 fn built(spec: Value) -> Resources {
     let (valid, revision) = (valid(spec.clone()), revision(&spec));
     let slots = slots(&revision, valid.replicas());
-    build(&valid, &object(spec), &revision, &revision::by_name(&[], &revision), &slots).expect("it can be built")
+    build(&valid, &object(spec), &revision, &revision::by_name(&[], &revision), &slots, Some(MEETING)).expect("it can be built")
 }
 
 fn all(resources: &Resources) -> Vec<&Object> {
@@ -77,7 +80,7 @@ fn sorted(value: &Value) -> Value {
 fn objects_are_those_of_the_golden_file() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/build/golden.json");
     let resources = built(spec());
-    let pool = build_pool(&[object(spec()).owner(false)], &settings());
+    let pool = build_pool(&[object(spec()).owner(false)], &settings(), Some(MEETING));
     let pool = pool
         .accounts
         .iter()
@@ -106,7 +109,7 @@ fn every_field_is_one_that_kubernetes_has() {
     keeps::<Service>(&resources.worker_service);
     keeps::<NetworkPolicy>(&resources.network_policy);
     keeps::<PodDisruptionBudget>(&resources.disruption_budget);
-    let pool = build_pool(&[object(spec()).owner(false)], &settings());
+    let pool = build_pool(&[object(spec()).owner(false)], &settings(), Some(MEETING));
     pool.accounts.iter().for_each(keeps::<ServiceAccount>);
     keeps::<Secret>(&pool.tokens);
     keeps::<Service>(&pool.service);
@@ -145,7 +148,7 @@ fn replicas_share_specifications_and_nothing_else() {
 #[test]
 fn pods_pass_restricted_and_hold_no_credentials() {
     let resources = built(spec());
-    let pool = build_pool(&[], &settings());
+    let pool = build_pool(&[], &settings(), None);
     let sets = resources.stateful_sets.iter().map(|s| &s.body["spec"]["template"]["spec"]);
     for pod in sets.chain([&pool.deployment.body["spec"]["template"]["spec"]]) {
         assert_eq!(pod["automountServiceAccountToken"], false);
@@ -195,10 +198,20 @@ fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written
     let read = Revision::read(&written).expect("it is understood");
     assert_eq!((&read.name, &read.record), (&first.name, &first.record));
     let known = [read];
-    let after = build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots).expect("it can be built");
+    let after = build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots, Some(MEETING))
+        .expect("it can be built");
     let mut sets = after.stateful_sets;
     assert_eq!(sets[0].body["metadata"]["annotations"][DRAINING], "1700000000");
     sets.iter_mut().for_each(|set| drop(set.body["metadata"].as_object_mut().expect("metadata").shift_remove("annotations")));
     assert_eq!(sets, before.stateful_sets, "not a byte of it changes");
     assert_ne!(after.config_maps, before.config_maps);
+}
+
+#[test]
+fn where_workers_find_a_router_is_no_part_of_a_revision() {
+    let resources = built(spec());
+    let sets: Vec<StatefulSet> = resources.stateful_sets.iter().map(|s| serde_json::from_value(s.body.clone()).expect("a set")).collect();
+    assert_eq!(crate::observe::meeting(&sets).as_deref(), Some(MEETING));
+    assert!(!resources.revision.body.to_string().contains(MEETING));
+    assert_eq!(crate::observe::meeting(&[]), None);
 }

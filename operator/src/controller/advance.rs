@@ -54,7 +54,7 @@ impl<'a> Step<'a> {
         valid: &'a ValidatedDeployment,
         revision: &'a Revision,
         standing: &'a Standing,
-        context: &Context,
+        (context, space): (&Context, &Space),
     ) -> Result<Self, TooLarge> {
         let revisions = revision::by_name(&standing.revisions, revision);
         let seen = observe::replicas(object, standing, &revisions, &revision.record);
@@ -68,7 +68,9 @@ impl<'a> Step<'a> {
         let memory = rollouts.entry(object.uid().to_owned()).or_insert_with(|| recall(object, revision, standing));
         let plan = rollout::plan(&goal, &seen, standing.load.routers > 0, memory, now);
         let shortage = memory.shortage().map(|(id, message)| (replica_name(object, id), message.to_owned()));
-        let built = build::build(valid, object, revision, &revisions, &plan.exist)?;
+        // A process that has just started may not know yet what stands already.
+        let meeting = space.meeting().or_else(|| observe::meeting(&standing.stateful_sets));
+        let built = build::build(valid, object, revision, &revisions, &plan.exist, meeting.as_deref())?;
         Ok(Self { valid, revision, revisions, standing, goal, seen, plan, built, shortage, now })
     }
 

@@ -126,3 +126,31 @@ fn a_minute_without_the_api_server_goes_unnoticed() {
     let uids = |pods: &[Value]| pods.iter().map(|pod| identity(pod).0).collect::<Vec<_>>();
     assert_eq!(uids(&namespace.pods(&format!("{WORKERS},skein.dev/replica=0"))), uids(&before));
 }
+
+/// A worker's pod comes back at another address while the operator is away: it says itself where it is.
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn a_worker_at_a_new_address_is_found_without_the_operator() {
+    let namespace = sample("moved");
+    let operator = |replicas: &str| succeed(&["--namespace", SYSTEM, "scale", "deployment/skein-operator", "--replicas", replicas]);
+    let load = Load::start(&namespace.http(SAMPLE_NAME), 2, requests());
+    load.more(4);
+    let before = namespace.pods(WORKERS);
+    operator("0");
+    program::until("the operator's end", || {
+        let pods = ["--namespace", SYSTEM, "get", "pods", "--selector", "app.kubernetes.io/name=skein-operator", "--output=name"];
+        succeed(&pods).trim().is_empty().then_some(())
+    });
+    namespace.succeed(&["delete", "pod", name(&before[0]), "--grace-period=0", "--force"]);
+    let after = namespace.watch(&["pods", "--selector", WORKERS], "a pod in its place", |pod| {
+        let anew = name(pod) == name(&before[0]) && pod["metadata"]["uid"] != before[0]["metadata"]["uid"];
+        (anew && pod["status"]["containerStatuses"][0]["ready"] == true).then(|| pod.clone())
+    });
+    assert_ne!(after["status"]["podIP"], before[0]["status"]["podIP"], "the pod came back at the same address: nothing is shown");
+    load.more(8);
+    operator("1");
+    succeed(&["--namespace", SYSTEM, "rollout", "status", "deployment/skein-operator", "--timeout=120s"]);
+    namespace.ready(SAMPLE_NAME, 1);
+    load.more(4);
+    load.stop().assert_whole("a worker at a new address");
+}
