@@ -276,8 +276,9 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         context.say(object, status::failed(planned, object, reason, &chain(error))).await?;
     }
     applied?;
-    let was_ready = object.condition(status::READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
-    if was_ready && fetched.standing.load.routers == 0 && context.hub.age() < RETURN {
+    let had_routers =
+        object.condition(status::ROUTER_READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
+    if had_routers && fetched.standing.load.routers == 0 && context.hub.age() < RETURN {
         // Routers are on their way back to an operator that has just started; until then nothing is known to be worse.
         return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
     }

@@ -12,10 +12,14 @@ use crate::resource::{GROUP, PLURAL, Status, VERSION};
 const RULES: [(&str, &str, &str); 17] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
-    ("", "self.metadata.name != 'skein-router'", "metadata.name skein-router is that of the namespace's router pool"),
     (
-        "spec.model",
-        "self.uri.startsWith('hf://') || self.uri.startsWith('http://') || self.uri.startsWith('https://') || self.uri.startsWith('file:')",
+        "",
+        "!(self.metadata.name in ['skein-router', 'skein-pool'])",
+        "metadata.name skein-router and skein-pool are those of the namespace's router pool",
+    ),
+    (
+        "spec.model.uri",
+        "self.startsWith('hf://') || self.startsWith('http://') || self.startsWith('https://') || self.startsWith('file:')",
         "uri must begin with hf://, http://, https:// or file:",
     ),
     ("spec.model", "!has(self.aliases) || !has(self.name) || !(self.name in self.aliases)", "aliases must not hold name"),
@@ -316,7 +320,7 @@ mod tests {
         let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
         for (path, rule, _) in RULES {
             let place = path.split('.').filter(|k| !k.is_empty()).fold(schema, |node, key| &node["properties"][key]);
-            assert!(place["type"] == "object", "{path} is not a field");
+            assert!(place["type"].is_string(), "{path} is not a field");
             assert!(place["x-kubernetes-validations"].as_array().is_some_and(|rules| rules.iter().any(|r| r["rule"] == rule)), "{path}");
         }
     }

@@ -30,7 +30,7 @@ fn the_api_server_names_the_field_and_the_rule() {
     let long = "a".repeat(46);
     // What is said names the field by its path and gives the rule in words; rules over several fields stand at their parent.
     let cases = [
-        (manifest("x", "ftp://there", &json!({})), "spec.model: ", "uri must begin with hf://"),
+        (manifest("x", "ftp://there", &json!({})), "spec.model.uri: ", "uri must begin with hf://"),
         (manifest("x", good, &json!({"parallelism": {"pipeline": 0}})), "spec.parallelism.pipeline: ", "greater than or equal to 1"),
         (manifest("x", good, &json!({"parallelism": {"tensor": 65}})), "spec.parallelism.tensor: ", "less than or equal to 64"),
         (manifest("x", good, &json!({"parallelism": {"pipeline": 256, "tensor": 64}})), "spec.parallelism: ", "at most 1024"),

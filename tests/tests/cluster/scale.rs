@@ -1,10 +1,10 @@
 //! The number of replicas changes under load.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     answers::requests,
-    kubernetes::{Namespace, SAMPLE, SAMPLE_NAME, WORKERS, succeed},
+    kubernetes::{Namespace, SAMPLE, SAMPLE_NAME, WORKERS, condition, succeed},
     load::Load,
 };
 
@@ -33,4 +33,62 @@ fn scaling_by_hand_fails_no_request() {
     load.stop().assert_whole("1 → 2 → 1 replicas");
     namespace.gone(&format!("{WORKERS},skein.dev/replica=1"));
     assert_eq!(namespace.pods(WORKERS).len(), 4);
+}
+
+/// The sample, Ready with one replica, whose number follows the requests in flight.
+fn follows_load(name: &str, min: u32, behavior: Value) -> Namespace {
+    let namespace = Namespace::alone(name);
+    namespace.succeed(&["apply", "--filename", SAMPLE]);
+    namespace.ready(SAMPLE_NAME, 1);
+    let autoscaling = json!({
+        "mode": "Builtin",
+        "minReplicas": min,
+        "maxReplicas": 2,
+        "targets": [{ "type": "InflightPerReplica", "value": "2" }],
+        "behavior": behavior,
+    });
+    let patch = json!({ "spec": { "autoscaling": autoscaling } }).to_string();
+    namespace.succeed(&["patch", "modeldeployment", SAMPLE_NAME, "--type=merge", "--patch", &patch]);
+    namespace
+}
+
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn the_load_decides_and_no_request_fails() {
+    let namespace = follows_load("autoscale", 1, json!({ "scaleDownStabilizationSeconds": 10 }));
+    let base = namespace.http(SAMPLE_NAME);
+    let light = Load::start(&base, 1, requests());
+    light.more(2);
+    // Control: one request in flight asks for no second replica.
+    namespace.watch_status(SAMPLE_NAME, "the load to be measured", |status| {
+        let scaling = condition(status, "ScalingActive");
+        (scaling["reason"] == "ValidMetrics").then(|| assert_eq!(status["desiredReplicas"], 1, "{scaling}"))
+    });
+    let heavy = Load::start(&base, 4, requests());
+    namespace.ready(SAMPLE_NAME, 2);
+    heavy.more(8);
+    heavy.stop().assert_whole("load that asks for two replicas");
+    namespace.ready(SAMPLE_NAME, 1);
+    light.more(4);
+    light.stop().assert_whole("1 → 2 → 1 replicas by load");
+    namespace.gone(&format!("{WORKERS},skein.dev/replica=1"));
+    // What a person wrote stays what it was.
+    assert_eq!(namespace.deployment(SAMPLE_NAME)["spec"]["replicas"], 1);
+}
+
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn a_request_wakes_what_sleeps() {
+    let namespace = follows_load("sleep", 0, json!({ "idleSecondsToZero": 5, "scaleDownStabilizationSeconds": 5 }));
+    namespace.watch_status(SAMPLE_NAME, "no replicas", |status| {
+        let asleep = status["replicas"] == 0 && condition(status, "ScalingActive")["reason"] == "AtZero";
+        // A request would be answered, so it is Ready.
+        asleep.then(|| assert_eq!(condition(status, "Ready")["status"], "True", "{status}"))
+    });
+    namespace.gone(WORKERS);
+    // All of these wait for the same first replica.
+    let load = Load::start(&namespace.http(SAMPLE_NAME), 3, requests());
+    load.more(6);
+    load.stop().assert_whole("0 → 1 replicas by held requests");
+    namespace.watch_status(SAMPLE_NAME, "no replicas again", |status| (status["replicas"] == 0).then_some(()));
 }
