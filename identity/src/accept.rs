@@ -72,11 +72,6 @@ impl Incoming {
         let _task = AbortOnDropHandle::new(tokio::spawn(take(listener, identity, protocol, sender)));
         Self { accepted, _task }
     }
-
-    /// The next connection.
-    pub async fn next(&mut self) -> Option<io::Result<Accepted>> {
-        self.accepted.recv().await
-    }
 }
 
 impl Items for Incoming {

@@ -2,6 +2,7 @@
 
 use std::{fs, net::SocketAddr, time::SystemTime};
 
+use futures_util::StreamExt;
 use tempfile::TempDir;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},

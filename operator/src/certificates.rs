@@ -3,7 +3,7 @@
 //! A new authority is trusted before it signs, for as long as it takes to reach every process (`settle`), and is trusted until the last
 //! certificate it signed has run out. So at any time everybody trusts everybody, whichever of their files are on the way.
 
-use std::{fmt::Write, time::Duration};
+use std::time::Duration;
 
 use identity::Name;
 use rcgen::{
@@ -11,8 +11,9 @@ use rcgen::{
     string::Ia5String,
 };
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 use time::OffsetDateTime;
+
+use crate::names;
 
 /// Clocks of nodes may be this far apart.
 const SKEW: Duration = Duration::from_secs(300);
@@ -152,11 +153,7 @@ impl Authorities {
     }
 
     fn digest(&self) -> String {
-        Sha256::digest(self.trusted()).iter().take(8).fold(String::new(), |mut hex, byte| {
-            // Writing to a string does not fail.
-            let _ = write!(hex, "{byte:02x}");
-            hex
-        })
+        names::digest(&[&self.trusted()], 16)
     }
 
     /// Whether a process called `name` needs other files than those that `note` was written beside.

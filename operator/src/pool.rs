@@ -134,10 +134,10 @@ impl PoolReconciler {
             return Ok(None);
         }
         let expected: Vec<String> = here.iter().map(|d| d.name().to_owned()).collect();
-        self.hub.space(namespace).meet(self.routers(namespace).await?, &expected);
+        let space = self.hub.space(namespace);
+        space.meet(self.routers(namespace).await?, &expected);
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
         let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
-        let space = self.hub.space(namespace);
         let mut built = build_pool(&owners, &self.settings, space.meeting().as_deref());
         if let Some((applied, at)) = before.and_then(|s| s.applied.as_ref())
             && *applied == built
