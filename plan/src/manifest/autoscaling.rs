@@ -2,9 +2,12 @@
 
 use std::fmt;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::{quantity::parse_quantity, validate::Problem};
+use super::{
+    quantity::{NumberOrText, number_or_text},
+    validate::Problem,
+};
 
 /// How the number of replicas follows the load; of meaning on a cluster.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -233,12 +236,12 @@ pub struct Builtin {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Amount(pub f64);
 
-/// What an amount looks like, for messages.
-const EXPECTED: &str = "a quantity above 0, such as 8, 0.7 or 500m";
 /// The largest; beyond it there is only a mistake.
 const MOST: f64 = 1e12;
 
-impl Amount {
+impl NumberOrText for Amount {
+    const EXPECTED: &'static str = "a quantity above 0, such as 8, 0.7 or 500m";
+
     fn from_number(value: f64) -> Option<Self> {
         (value > 0.0 && value <= MOST).then_some(Self(value))
     }
@@ -258,26 +261,7 @@ impl Serialize for Amount {
 
 impl<'de> Deserialize<'de> for Amount {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl de::Visitor<'_> for Visitor {
-            type Value = Amount;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(EXPECTED)
-            }
-            fn visit_u64<E: de::Error>(self, v: u64) -> Result<Amount, E> {
-                Amount::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(v), &self))
-            }
-            fn visit_i64<E: de::Error>(self, v: i64) -> Result<Amount, E> {
-                Amount::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Signed(v), &self))
-            }
-            fn visit_f64<E: de::Error>(self, v: f64) -> Result<Amount, E> {
-                Amount::from_number(v).ok_or_else(|| E::invalid_value(de::Unexpected::Float(v), &self))
-            }
-            fn visit_str<E: de::Error>(self, v: &str) -> Result<Amount, E> {
-                parse_quantity(v).and_then(Amount::from_number).ok_or_else(|| E::invalid_value(de::Unexpected::Str(v), &self))
-            }
-        }
-        from.deserialize_any(Visitor)
+        number_or_text(from)
     }
 }
 

@@ -1,6 +1,6 @@
 //! Kubernetes quantities, and the memory of a KV cache.
 
-use std::fmt;
+use std::{fmt, marker::PhantomData};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
@@ -30,9 +30,6 @@ const SUFFIXES: [(&str, f64); 13] = [
     ("", 1.0),
 ];
 
-/// What a quantity looks like, for messages.
-const EXPECTED: &str = "bytes such as 512Mi or 2G, or a fraction above 0 and up to 1";
-
 /// Parses a quantity such as `1.5Gi`, `200M` or `1024`; `None` when it is not one.
 pub fn parse_quantity(text: &str) -> Option<f64> {
     let (suffix, factor) = SUFFIXES.iter().find(|(s, _)| text.ends_with(s))?;
@@ -42,7 +39,50 @@ pub fn parse_quantity(text: &str) -> Option<f64> {
     Some(value * factor).filter(|v| v.is_finite())
 }
 
-impl Memory {
+/// What a manifest writes as a number or as text.
+pub(super) trait NumberOrText: Sized {
+    /// What it looks like, for messages.
+    const EXPECTED: &'static str;
+
+    /// `None` when the number is out of bounds.
+    fn from_number(value: f64) -> Option<Self>;
+
+    /// A quantity, unless said otherwise; `None` when the text is none.
+    fn from_text(text: &str) -> Option<Self> {
+        parse_quantity(text).and_then(Self::from_number)
+    }
+}
+
+/// Reads one.
+///
+/// # Errors
+/// When it is neither, or out of bounds; says what was expected.
+pub(super) fn number_or_text<'de, T: NumberOrText, D: Deserializer<'de>>(from: D) -> Result<T, D::Error> {
+    struct Visitor<T>(PhantomData<T>);
+    impl<T: NumberOrText> de::Visitor<'_> for Visitor<T> {
+        type Value = T;
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str(T::EXPECTED)
+        }
+        fn visit_u64<E: de::Error>(self, v: u64) -> Result<T, E> {
+            T::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(v), &self))
+        }
+        fn visit_i64<E: de::Error>(self, v: i64) -> Result<T, E> {
+            T::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Signed(v), &self))
+        }
+        fn visit_f64<E: de::Error>(self, v: f64) -> Result<T, E> {
+            T::from_number(v).ok_or_else(|| E::invalid_value(de::Unexpected::Float(v), &self))
+        }
+        fn visit_str<E: de::Error>(self, v: &str) -> Result<T, E> {
+            T::from_text(v).ok_or_else(|| E::invalid_value(de::Unexpected::Str(v), &self))
+        }
+    }
+    from.deserialize_any(Visitor(PhantomData))
+}
+
+impl NumberOrText for Memory {
+    const EXPECTED: &'static str = "bytes such as 512Mi or 2G, or a fraction above 0 and up to 1";
+
     fn from_number(value: f64) -> Option<Self> {
         if value > 0.0 && value <= 1.0 {
             return Some(Self::Fraction(value));
@@ -50,6 +90,12 @@ impl Memory {
         (value > 1.0 && value < 9e18).then_some(Self::Bytes(value as u64))
     }
 
+    fn from_text(text: &str) -> Option<Self> {
+        Self::parse(text)
+    }
+}
+
+impl Memory {
     /// Parses a quantity or a fraction; `None` when it is neither.
     pub fn parse(text: &str) -> Option<Self> {
         if let Some(percent) = text.strip_suffix('%') {
@@ -76,26 +122,7 @@ impl Serialize for Memory {
 
 impl<'de> Deserialize<'de> for Memory {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl de::Visitor<'_> for Visitor {
-            type Value = Memory;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(EXPECTED)
-            }
-            fn visit_u64<E: de::Error>(self, v: u64) -> Result<Memory, E> {
-                Memory::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(v), &self))
-            }
-            fn visit_i64<E: de::Error>(self, v: i64) -> Result<Memory, E> {
-                Memory::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Signed(v), &self))
-            }
-            fn visit_f64<E: de::Error>(self, v: f64) -> Result<Memory, E> {
-                Memory::from_number(v).ok_or_else(|| E::invalid_value(de::Unexpected::Float(v), &self))
-            }
-            fn visit_str<E: de::Error>(self, v: &str) -> Result<Memory, E> {
-                Memory::parse(v).ok_or_else(|| E::invalid_value(de::Unexpected::Str(v), &self))
-            }
-        }
-        from.deserialize_any(Visitor)
+        number_or_text(from)
     }
 }
 
@@ -111,30 +138,13 @@ impl Serialize for Bytes {
 
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        struct Visitor;
-        impl de::Visitor<'_> for Visitor {
-            type Value = Bytes;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("bytes such as 512Mi or 2G")
-            }
-            fn visit_u64<E: de::Error>(self, v: u64) -> Result<Bytes, E> {
-                Bytes::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Unsigned(v), &self))
-            }
-            fn visit_i64<E: de::Error>(self, v: i64) -> Result<Bytes, E> {
-                Bytes::from_number(v as f64).ok_or_else(|| E::invalid_value(de::Unexpected::Signed(v), &self))
-            }
-            fn visit_f64<E: de::Error>(self, v: f64) -> Result<Bytes, E> {
-                Bytes::from_number(v).ok_or_else(|| E::invalid_value(de::Unexpected::Float(v), &self))
-            }
-            fn visit_str<E: de::Error>(self, v: &str) -> Result<Bytes, E> {
-                parse_quantity(v).and_then(Bytes::from_number).ok_or_else(|| E::invalid_value(de::Unexpected::Str(v), &self))
-            }
-        }
-        from.deserialize_any(Visitor)
+        number_or_text(from)
     }
 }
 
-impl Bytes {
+impl NumberOrText for Bytes {
+    const EXPECTED: &'static str = "bytes such as 512Mi or 2G";
+
     fn from_number(value: f64) -> Option<Self> {
         (1.0..9e18).contains(&value).then_some(Self(value as u64))
     }
