@@ -278,7 +278,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     applied?;
     let had_routers =
         object.condition(status::ROUTER_READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
-    if had_routers && fetched.standing.load.routers == 0 && context.hub.age() < RETURN {
+    if had_routers && fetched.standing.load.open == 0 && context.hub.age() < RETURN {
         // Routers are on their way back to an operator that has just started; until then nothing is known to be worse.
         return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
     }

@@ -62,6 +62,8 @@ struct Inner {
     routers: HashMap<String, Router>,
     /// The routers of the pool, connected or not; `None` until it was looked at, and then nobody is told anything.
     pool: Option<Vec<FleetRouter>>,
+    /// Routers of the pool to which services lead, by name.
+    open: BTreeSet<String>,
     /// Where any of them is reached by those that know none, as http://HOST:PORT.
     meeting: Option<String>,
 }
@@ -104,6 +106,8 @@ impl Said {
 pub struct Load {
     /// Routers that report.
     pub routers: usize,
+    /// Those among them to which services lead.
+    pub open: usize,
     /// By replica: ready where any router says so.
     pub replicas: HashMap<String, Said>,
 }
@@ -144,7 +148,7 @@ impl Hub {
     }
 
     /// Has deployments reconciled.
-    async fn wake(&self, namespace: &str, deployments: Vec<String>) {
+    pub(crate) async fn wake(&self, namespace: &str, deployments: Vec<String>) {
         for name in deployments {
             // Closed when the controller has stopped: nothing is reconciled any more.
             if self.wake.send(ObjectRef::new(&name).within(namespace)).await.is_err() {
@@ -160,10 +164,16 @@ impl Space {
         lock(&self.inner).token = Some(token);
     }
 
-    /// Sets the routers of the pool, who are told of each other. `expected` as in [`Space::settle`].
-    pub fn meet(&self, routers: Vec<FleetRouter>, expected: &[String]) {
-        lock(&self.inner).pool = Some(routers);
+    /// Sets the routers of the pool, who are told of each other, and the names of those to which services lead; the deployments that this
+    /// concerns. `expected` as in [`Space::settle`].
+    pub fn meet(&self, routers: Vec<FleetRouter>, open: BTreeSet<String>, expected: &[String]) -> Vec<String> {
+        let mut inner = lock(&self.inner);
+        inner.pool = Some(routers);
+        let concerned = if inner.open == open { Vec::new() } else { expected.to_vec() };
+        inner.open = open;
+        drop(inner);
         self.refresh(expected);
+        concerned
     }
 
     /// Notes where any router of the pool is reached.
@@ -230,7 +240,9 @@ impl Space {
     pub fn load(&self, deployment: &str) -> Load {
         let inner = lock(&self.inner);
         let mut load = Load::default();
-        let reporting: Vec<&Router> = inner.routers.values().filter(|r| r.seen.elapsed() < SILENCE).collect();
+        let reports = || inner.routers.iter().filter(|(_, r)| r.seen.elapsed() < SILENCE);
+        load.open = reports().filter(|(name, _)| inner.open.contains(*name)).count();
+        let reporting: Vec<&Router> = reports().map(|(_, router)| router).collect();
         load.routers = reporting.len();
         for (name, said) in reporting.iter().flat_map(|r| r.replicas.get(deployment).into_iter().flatten()) {
             let known = load.replicas.entry(name.clone()).or_default();

@@ -75,7 +75,7 @@ mod tests {
     #[test]
     fn pods_of_nodes_that_cannot_be_reached_are_lost() {
         let now: Timestamp = "2026-01-01T00:01:00Z".parse().expect("a time");
-        let load = |ready| Load { routers: 1, replicas: [("r".to_owned(), Said { ready, ..Said::default() })].into() };
+        let load = |ready| Load { routers: 1, open: 1, replicas: [("r".to_owned(), Said { ready, ..Said::default() })].into() };
         let all = [
             pod("late", Some("2026-01-01T00:00:50Z"), "True"),
             pod("ending", Some("2026-01-01T00:00:58Z"), "True"),

@@ -135,7 +135,9 @@ impl PoolReconciler {
         }
         let expected: Vec<String> = here.iter().map(|d| d.name().to_owned()).collect();
         let space = self.hub.space(namespace);
-        space.meet(self.routers(namespace).await?, &expected);
+        let pods = self.routers(namespace).await?;
+        let concerned = space.meet(routers(&pods), open(&pods), &expected);
+        self.hub.wake(namespace, concerned).await;
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
         let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
         let mut built = build_pool(&owners, &self.settings, space.meeting().as_deref());
@@ -163,13 +165,12 @@ impl PoolReconciler {
         Ok(Some((built, Instant::now())))
     }
 
-    /// The routers of a namespace that have an address, ready or not.
-    async fn routers(&self, namespace: &str) -> Result<Vec<FleetRouter>, PoolError> {
+    /// The pods of a namespace's routers.
+    async fn routers(&self, namespace: &str) -> Result<Vec<Pod>, PoolError> {
         let labels: Vec<String> =
             selector().as_object().into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
         let pods = Api::<Pod>::namespaced(self.client.clone(), namespace);
-        let pods = pods.list(&ListParams::default().labels(&labels.join(","))).await.map_err(PoolError::Routers)?;
-        Ok(routers(&pods.items))
+        Ok(pods.list(&ListParams::default().labels(&labels.join(","))).await.map_err(PoolError::Routers)?.items)
     }
 
     /// Makes the namespace's tokens where they are missing; the one that routers carry.
@@ -205,7 +206,17 @@ fn meeting(service: &Service) -> Option<String> {
     Some(format!("http://{}", SocketAddr::new(ip, POOL_PORT)))
 }
 
-/// Pods that are routers, or will be, or still are.
+/// Names of the pods to which services lead.
+fn open(pods: &[Pod]) -> BTreeSet<String> {
+    let ready = |pod: &&Pod| {
+        let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
+        let ready = conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
+        ready && pod.metadata.deletion_timestamp.is_none()
+    };
+    pods.iter().filter(ready).filter_map(|pod| pod.metadata.name.clone()).collect()
+}
+
+/// Pods that are routers, or will be, or still are, and have an address.
 fn routers(pods: &[Pod]) -> Vec<FleetRouter> {
     let router = |pod: &Pod| {
         let status = pod.status.as_ref().filter(|s| !matches!(s.phase.as_deref(), Some("Succeeded" | "Failed")))?;
@@ -249,5 +260,21 @@ mod tests {
         let found = routers(&pods);
         let told: Vec<(&str, &str)> = found.iter().map(|r| (r.name.as_str(), r.address.as_str())).collect();
         assert_eq!(told, [("a", "10.0.0.1:7072"), ("b", "10.0.0.2:7072")]);
+    }
+
+    #[test]
+    fn services_lead_to_routers_that_are_ready_and_stay() {
+        let pod = |name: &str, ready: &str, more: serde_json::Value| {
+            let mut pod = json!({ "metadata": { "name": name }, "status": { "conditions": [{ "type": "Ready", "status": ready }] } });
+            pod["metadata"]["deletionTimestamp"] = more;
+            serde_json::from_value(pod).expect("a pod")
+        };
+        let pods: Vec<Pod> = vec![
+            pod("ready", "True", json!(null)),
+            pod("starting", "False", json!(null)),
+            pod("leaving", "True", json!("2026-01-01T00:00:00Z")),
+            serde_json::from_value(json!({ "metadata": { "name": "unknown" } })).expect("a pod"),
+        ];
+        assert_eq!(open(&pods), BTreeSet::from(["ready".to_owned()]));
     }
 }

@@ -135,7 +135,7 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     status.replicas = replicas.len() as u32;
     status.updated_replicas = live().filter(|r| r.revision == revision.name).count() as u32;
     status.ready_replicas = ready;
-    status.available_replicas = if standing.load.routers > 0 { ready } else { 0 };
+    status.available_replicas = if standing.load.open > 0 { ready } else { 0 };
     status.revisions = revisions(view, &replicas);
     if plan.progress == Progress::Complete {
         status.current_revision = Some(revision.name.clone());
@@ -148,9 +148,12 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     set(&mut status, object, SCHEDULED, scheduled(view, &missing));
     set(&mut status, object, WEIGHTS_READY, weights_ready(&missing));
     set(&mut status, object, REPLICAS_READY, replicas_ready((ready, goal.replicas), &missing));
-    let routers = match standing.load.routers {
-        0 => (false, "Deploying", "no router of the namespace's pool reports yet".to_owned()),
-        n => (true, "Ready", format!("{n} of the namespace's routers report")),
+    let routers = match (standing.load.routers, standing.load.open) {
+        (0, _) => (false, "Deploying", "no router of the namespace's pool reports yet".to_owned()),
+        (n, 0) => {
+            (false, "NoEndpoints", format!("{n} of the namespace's routers report, but no pod of them is ready, so services lead nowhere"))
+        }
+        (n, _) => (true, "Ready", format!("{n} of the namespace's routers report")),
     };
     set(&mut status, object, ROUTER_READY, routers);
     let available = match (goal.replicas, status.available_replicas) {

@@ -158,7 +158,7 @@ fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
     models.know("hf://org/llama", header());
     let (wake, _woken) = mpsc::channel(8);
     let hub = Arc::new(Hub::new(term, wake));
-    hub.space("models").meet(Vec::new(), &["llama".to_owned()]);
+    hub.space("models").meet(Vec::new(), ["one".to_owned()].into(), &["llama".to_owned()]);
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: None };
     Arc::new(Context {
         recorder: Recorder::new(client.clone(), reporter),

@@ -34,7 +34,7 @@ fn at(address: &str, draining: bool) -> FleetDeployment {
 /// The namespace `n`, whose pool has one router.
 fn space(hub: &Hub) -> Arc<Space> {
     let space = hub.space("n");
-    space.meet(pool(&["a"]), &names(&["unknown"]));
+    space.meet(pool(&["a"]), BTreeSet::new(), &names(&["unknown"]));
     space
 }
 
@@ -69,12 +69,27 @@ fn routers_are_told_of_each_other_and_of_nothing_before() {
     let space = hub.space("n");
     space.settle("llama", Some(entry()), &names(&["llama"]));
     assert_eq!(space.number(), None, "a router that knows of no other would take every replica");
-    space.meet(pool(&["a"]), &names(&["llama"]));
-    space.meet(pool(&["a"]), &names(&["llama"]));
+    space.meet(pool(&["a"]), BTreeSet::new(), &names(&["llama"]));
+    space.meet(pool(&["a"]), BTreeSet::new(), &names(&["llama"]));
     assert_eq!(space.number(), Some((7, 1)));
-    space.meet(pool(&["a", "b"]), &names(&["llama"]));
+    space.meet(pool(&["a", "b"]), BTreeSet::new(), &names(&["llama"]));
     assert_eq!(space.number(), Some((7, 2)));
     assert_eq!(space.state.borrow().as_ref().map(|s| s.routers.len()), Some(2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_router_is_open_when_it_reports_and_services_lead_to_it() {
+    let (hub, _woken) = hub();
+    let space = space(&hub);
+    space.settle("llama", Some(entry()), &names(&["llama"]));
+    let lead_to = |ready: &[&str]| space.meet(pool(&["a", "b"]), names(ready).into_iter().collect(), &names(&["llama"]));
+    space.report(1, report("a", true));
+    assert_eq!((space.load("llama").routers, space.load("llama").open), (1, 0));
+    assert_eq!(lead_to(&["b"]), ["llama"]);
+    assert_eq!(space.load("llama").open, 0, "the one that is ready does not report");
+    assert_eq!(lead_to(&["a", "b"]), ["llama"]);
+    assert_eq!(space.load("llama").open, 1);
+    assert!(lead_to(&["a", "b"]).is_empty(), "that is no news");
 }
 
 #[test]

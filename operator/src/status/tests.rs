@@ -62,7 +62,7 @@ impl Case {
             progress: Progress::Rolling { ready: 0, others: 0 },
             again: None,
         };
-        let standing = Standing { load: Load { routers: 1, ..Load::default() }, ..Standing::default() };
+        let standing = Standing { load: Load { routers: 1, open: 1, ..Load::default() }, ..Standing::default() };
         Self { object: object(spec), valid, revision, goal, plan, standing, shortage: None }
     }
 
@@ -86,8 +86,8 @@ impl Case {
         names.map(|name| serde_json::from_value(pod(name)).expect("a pod")).collect()
     }
 
-    fn routers(mut self, routers: usize) -> Self {
-        self.standing.load.routers = routers;
+    fn routers(mut self, routers: usize, open: usize) -> Self {
+        (self.standing.load.routers, self.standing.load.open) = (routers, open);
         self
     }
 
@@ -220,7 +220,8 @@ fn every_condition_and_reason_is_reached() {
         (REPLICAS_READY, "False", "LoadingWeights", one().pods(true, &running()).ready(&[false])),
         (REPLICAS_READY, "False", "StageFailed", fell().pods(true, &waiting("", ""))),
         (ROUTER_READY, "True", "Ready", answers()),
-        (ROUTER_READY, "False", "Deploying", answers().routers(0)),
+        (ROUTER_READY, "False", "Deploying", answers().routers(0, 0)),
+        (ROUTER_READY, "False", "NoEndpoints", answers().routers(2, 0)),
         (AVAILABLE, "True", "MinimumReplicasAvailable", answers()),
         (AVAILABLE, "False", "Unavailable", one()),
         (AVAILABLE, "False", "ScaledToZero", Case::new(none)),

@@ -3,6 +3,7 @@
 use std::{
     env, fs,
     io::Write,
+    net::TcpStream,
     path::PathBuf,
     process::{Child, Command, Stdio},
     sync::{
@@ -211,9 +212,14 @@ impl Namespace {
         self.succeed(&["wait", "--for=delete", "pods", "--selector", selector, "--timeout=120s"]);
     }
 
-    /// Base of the HTTP API of the service called `name`.
+    /// Base of the HTTP API of the service called `name`, once it leads somewhere: a node's rules follow its endpoints by up to a second.
+    ///
+    /// # Panics
+    /// If it leads nowhere.
     pub(crate) fn http(&self, name: &str) -> String {
-        format!("http://{}", self.address(name))
+        let address = self.address(name);
+        program::until(&format!("{name} at {address}"), || TcpStream::connect((address.as_str(), 80)).ok());
+        format!("http://{address}")
     }
 
     /// Base of the gRPC API of the service called `name`.

@@ -100,6 +100,8 @@ pub(crate) fn clients(cluster: &Cluster, bin: &Path) -> [Program; 3] {
         format!("--cluster-signing-cert-file={}", authority.certificate.display()),
         format!("--cluster-signing-key-file={}", authority.key.display()),
         format!("--cluster-cidr={PODS}"),
+        // The kubelet has time to renew its lease after tests have stopped the API server: else every pod is taken for lost as soon as it is back.
+        "--node-monitor-grace-period=5m".to_owned(),
     ]);
     let scheduler: Vec<String> = account("scheduler").into_iter().chain(alone).collect();
     let proxy = [
