@@ -26,6 +26,14 @@ fn main() {
         ("large", WeightType::Q4_K, 8192, 2048, &[1, 4, 8, 32]),
         ("large", WeightType::Q6_K, 8192, 2048, &[1, 4, 8, 32]),
         ("large", WeightType::Q5_0, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q4_0, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q4_1, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q5_1, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::IQ4_NL, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::MXFP4, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q2_K, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q3_K, 8192, 2048, &[1, 4, 8, 32]),
+        ("large", WeightType::Q5_K, 8192, 2048, &[1, 4, 8, 32]),
         ("half", WeightType::F16, 2048, 640, &[1, 8, 64]),
     ];
     for (name, dtype, rows, k, tokens) in cases {
@@ -50,7 +58,9 @@ fn pack(pool: &Pool, isa: Isa, dtype: WeightType, rows: usize, k: usize) -> Matr
     for block in bytes.chunks_exact_mut(dtype.block_bytes()) {
         for at in match dtype {
             WeightType::Q6_K => [208, 208],
-            WeightType::Q4_K => [0, 2],
+            WeightType::Q2_K => [80, 82],
+            WeightType::Q3_K => [108, 108],
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => [0, 2],
             _ => [0, 0],
         } {
             block[at..at + 2].copy_from_slice(&[0x0a, 0x1c]);

@@ -148,7 +148,7 @@ impl MatrixBuilder {
             return Err(MatrixError::Blocks { dtype, k, block });
         }
         let too_large = MatrixError::Size { dtype, rows, k };
-        // A tile is at most 16 rows and 64 bytes and 3 % larger than its source: far from overflow when twice its size is.
+        // A tile is at most 16 rows, 64 bytes and 3 % larger than its source: far from overflow when twice its size is.
         let padded = rows.checked_next_multiple_of(ROWS);
         let Some((row_bytes, _)) = dtype.row_bytes(k).zip(padded).filter(|&(bytes, rows)| {
             bytes.checked_add(LINE).and_then(|bytes| bytes.checked_mul(rows)).is_some_and(|total| total < isize::MAX as usize / 2)

@@ -67,11 +67,21 @@ pub(crate) fn weights(dtype: WeightType, kind: Kind, rows: usize, k: usize, seed
             WeightType::F32 => block.copy_from_slice(&random.float().to_le_bytes()),
             WeightType::F16 => block.copy_from_slice(&f16::from_f32(random.float()).to_le_bytes()),
             WeightType::BF16 => block.copy_from_slice(&half::bf16::from_f32(random.float()).to_le_bytes()),
-            WeightType::Q8_0 | WeightType::Q5_0 => block[..2].copy_from_slice(&scale(kind, &mut random, index)),
-            WeightType::Q4_K => {
+            WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
+                block[..2].copy_from_slice(&scale(kind, &mut random, index));
+            }
+            WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => {
                 block[..2].copy_from_slice(&scale(kind, &mut random, index));
                 block[2..4].copy_from_slice(&scale(kind, &mut random, index / 2));
             }
+            WeightType::MXFP4 => {
+                block[0] = if kind == Kind::Scales { [0, 1, 2, 3, 100, 150][index % 6] } else { 118 + random.next() as u8 % 6 }
+            }
+            WeightType::Q2_K => {
+                block[80..82].copy_from_slice(&scale(kind, &mut random, index));
+                block[82..].copy_from_slice(&scale(kind, &mut random, index / 2));
+            }
+            WeightType::Q3_K => block[108..].copy_from_slice(&scale(kind, &mut random, index)),
             WeightType::Q6_K => {
                 block[208..].copy_from_slice(&scale(kind, &mut random, index));
                 if kind == Kind::Low || kind == Kind::High {

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::print_stdout, reason = "tests fail by panicking, and name what the CPU lacks")]
 
 mod attention;
+mod golden;
 mod inputs;
 mod kv;
 mod matmul;

@@ -66,8 +66,16 @@ pub(crate) fn weight_type(dtype: DType) -> WeightType {
         DType::F16 => WeightType::F16,
         DType::BF16 => WeightType::BF16,
         DType::Q8_0 => WeightType::Q8_0,
+        DType::Q4_0 => WeightType::Q4_0,
+        DType::Q4_1 => WeightType::Q4_1,
         DType::Q5_0 => WeightType::Q5_0,
+        DType::Q5_1 => WeightType::Q5_1,
+        DType::IQ4_NL => WeightType::IQ4_NL,
+        DType::MXFP4 => WeightType::MXFP4,
+        DType::Q2_K => WeightType::Q2_K,
+        DType::Q3_K => WeightType::Q3_K,
         DType::Q4_K => WeightType::Q4_K,
+        DType::Q5_K => WeightType::Q5_K,
         DType::Q6_K => WeightType::Q6_K,
     }
 }

@@ -16,8 +16,8 @@ fn chunked(model: &Model, layout: Layout, ids: &[TokenId], chunk: usize) -> Bits
     ids.chunks(chunk).flat_map(|ids| logits(&rig.run(&[Part::new(1, ids).all_logits()]))).map(|(.., bits)| bits).collect()
 }
 
-fn models() -> [Recipe; 2] {
-    [model::llama(model::mixed), model::gemma(20, model::small)]
+fn models() -> [Recipe; 3] {
+    [model::llama(model::mixed), model::llama(model::more), model::gemma(20, model::small)]
 }
 
 #[test]

@@ -77,9 +77,39 @@ fn stored(noise: &mut Noise, dtype: DType, rows: usize, k: usize, size: f32) -> 
                 out.extend(scale(noise, 127.0));
                 out.extend((0..32).map(|_| noise.byte()));
             }
+            DType::Q4_0 | DType::IQ4_NL => {
+                out.extend(scale(noise, if dtype == DType::Q4_0 { 8.0 } else { 120.0 }));
+                out.extend((0..16).map(|_| noise.byte()));
+            }
+            DType::Q4_1 | DType::Q5_1 => {
+                let half = if dtype == DType::Q4_1 { 8.0 } else { 16.0 };
+                let d = f16::from_f32(size / half * (1.0 + 0.3 * noise.float()));
+                out.extend(d.to_le_bytes());
+                out.extend(f16::from_f32(-d.to_f32() * half).to_le_bytes());
+                out.extend((4..dtype.block_bytes()).map(|_| noise.byte()));
+            }
             DType::Q5_0 => {
                 out.extend(scale(noise, 16.0));
                 out.extend((0..20).map(|_| noise.byte()));
+            }
+            DType::MXFP4 => {
+                // 2^(e − 128) · 12 is the largest value.
+                out.push((128.0 + (size / 12.0).log2()).round() as u8);
+                out.extend((0..16).map(|_| noise.byte()));
+            }
+            DType::Q2_K => {
+                out.extend((0..80).map(|_| noise.byte()));
+                out.extend(scale(noise, 2.0 * 15.0));
+                out.extend(scale(noise, 15.0));
+            }
+            DType::Q3_K => {
+                out.extend((0..108).map(|_| noise.byte()));
+                out.extend(scale(noise, 4.0 * 32.0));
+            }
+            DType::Q5_K => {
+                out.extend(scale(noise, 16.0 * 63.0));
+                out.extend(scale(noise, 63.0));
+                out.extend((0..172).map(|_| noise.byte()));
             }
             DType::Q4_K => {
                 out.extend(scale(noise, 8.0 * 63.0));
@@ -270,6 +300,27 @@ pub(crate) fn mixed(layer: Option<usize>, role: Role) -> DType {
         (_, Role::V) => DType::Q6_K,
         (_, Role::Down) => DType::BF16,
         _ => DType::Q4_K,
+    }
+}
+
+/// The block types that `mixed` has not.
+pub(crate) fn more(layer: Option<usize>, role: Role) -> DType {
+    match (layer, role) {
+        (None, Role::Embedding) => DType::Q4_1,
+        (None, _) => DType::Q4_0,
+        (Some(0), Role::Q | Role::Down) => DType::Q2_K,
+        (Some(0), Role::K | Role::O) => DType::Q3_K,
+        (Some(0), Role::V | Role::Gate) => DType::Q5_K,
+        (Some(0), _) => DType::IQ4_NL,
+        (Some(1), Role::Q | Role::Up) => DType::MXFP4,
+        (Some(1), Role::K | Role::Gate) => DType::Q5_1,
+        (Some(1), Role::O | Role::Down) => DType::IQ4_NL,
+        (Some(1), _) => DType::Q4_0,
+        (_, Role::Q | Role::Up) => DType::Q4_1,
+        (_, Role::K | Role::O) => DType::Q5_K,
+        (_, Role::V) => DType::Q2_K,
+        (_, Role::Gate) => DType::Q3_K,
+        _ => DType::MXFP4,
     }
 }
 

@@ -20,38 +20,31 @@ fn sum(activation: &[i8]) -> i32 {
 
 /// Dot product of a quantized row, as stored, with a quantized activation.
 ///
-/// 32-value types, for each block in the order of k: `acc = fma(d_w · d_a, Σ q·a, acc)`. 256-value types:
-/// `acc = fma(d · d_a, Σ_j scale_j · Σ q·a, acc)`, and with minima then `acc = fma(−(dmin · d_a), Σ_j min_j · Σ a, acc)`. The integer
-/// sums are exact.
+/// 32-value types, for each block in the order of k: `acc = fma(d_w · d_a, Σ q·a, acc)`, and where a value is added to all of the block
+/// `acc = fma(m · d_a, Σ a, acc)`. 256-value types: `acc = fma(d · d_a, Σ_j scale_j · Σ q·a, acc)`, and with minima then
+/// `acc = fma(−(dmin · d_a), Σ_j min_j · Σ a, acc)`. The integer sums are exact.
 #[inline(always)]
 pub(crate) fn quantized(dtype: WeightType, row: &[u8], activation: Activation<'_>) -> f32 {
     let mut acc = 0.0_f32;
     let blocks = row.chunks_exact(dtype.block_bytes()).zip(activation.q.chunks_exact(dtype.block_len())).zip(activation.scales);
     for ((block, a), d_a) in blocks {
-        match dtype {
-            WeightType::Q4_K => {
-                let mut q = [0; 256];
-                let head = blocks::q4_k(block, &mut q);
-                let (mut isum, mut msum) = (0, 0);
-                for (j, (q, a)) in q.chunks_exact(32).zip(a.chunks_exact(32)).enumerate() {
-                    isum += i32::from(head.scales[j]) * product(q, a);
-                    msum += i32::from(head.mins[j]) * sum(a);
-                }
-                acc = (head.d * d_a).mul_add(isum as f32, acc);
-                acc = (-(head.dmin * d_a)).mul_add(msum as f32, acc);
+        if dtype.block_len() == 32 {
+            let mut q = [0; 32];
+            let head = blocks::of_32(dtype, block, &mut q);
+            acc = (head.d * d_a).mul_add(product(&q, a) as f32, acc);
+            if let Some(m) = head.m {
+                acc = (m * d_a).mul_add(sum(a) as f32, acc);
             }
-            WeightType::Q6_K => {
-                let mut q = [0; 256];
-                let (d, scales) = blocks::q6_k(block, &mut q);
-                let groups = q.chunks_exact(16).zip(a.chunks_exact(16)).zip(scales);
-                let isum: i32 = groups.map(|((q, a), scale)| i32::from(scale) * product(q, a)).sum();
-                acc = (d * d_a).mul_add(isum as f32, acc);
-            }
-            _ => {
-                let mut q = [0; 32];
-                let d = if dtype == WeightType::Q8_0 { blocks::q8_0(block, &mut q) } else { blocks::q5_0(block, &mut q) };
-                acc = (d * d_a).mul_add(product(&q, a) as f32, acc);
-            }
+            continue;
+        }
+        let mut q = [0; 256];
+        let head = blocks::of_256(dtype, block, &mut q);
+        let runs = || q.chunks_exact(head.run).zip(a.chunks_exact(head.run));
+        let isum: i32 = runs().zip(head.scales).map(|((q, a), scale)| i32::from(scale) * product(q, a)).sum();
+        acc = (head.d * d_a).mul_add(isum as f32, acc);
+        if let Some((dmin, mins)) = head.mins {
+            let msum: i32 = runs().zip(mins).map(|((_, a), min)| i32::from(min) * sum(a)).sum();
+            acc = (-(dmin * d_a)).mul_add(msum as f32, acc);
         }
     }
     acc

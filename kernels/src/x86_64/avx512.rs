@@ -9,9 +9,12 @@ use std::arch::x86_64::*;
 
 use crate::Avx512;
 use crate::WeightType;
-use crate::layout::{LINE, Layout, Q4_K_LINES, Q4_K_MINS, Q4_K_SCALES, Q6_K_LINES};
+use crate::layout::{
+    LINE, Layout, Q2_K_LINES, Q2_K_SCALES, Q3_K_BITS, Q3_K_LINES, Q4_K_LINES, Q4_K_MINS, Q4_K_SCALES, Q5_K_BITS, Q6_K_LINES,
+};
 use crate::matmul::Results;
 use crate::quantized::{PANEL, Panel};
+use crate::scalar::blocks;
 
 use super::expanded_bytes;
 
@@ -60,7 +63,13 @@ pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
     unsafe {
         match layout.dtype {
-            WeightType::Q5_0 => expand_q5_0(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_0 | WeightType::Q4_1 => expand32::<Q4>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q5_0 | WeightType::Q5_1 => expand32::<Q5>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::IQ4_NL => expand32::<Iq4>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::MXFP4 => expand32::<Mx4>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q2_K => expand256::<Q2K>(body, layout, out.as_mut_ptr()),
+            WeightType::Q3_K => expand256::<Q3K>(body, layout, out.as_mut_ptr()),
+            WeightType::Q5_K => expand256::<Q5K>(body, layout, out.as_mut_ptr()),
             WeightType::Q4_K => expand256::<Q4K>(body, layout, out.as_mut_ptr()),
             WeightType::Q6_K => expand256::<Q6K>(body, layout, out.as_mut_ptr()),
             _ => {}
@@ -79,14 +88,34 @@ pub(crate) fn multiply(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option
     // SAFETY: the token proves the features, and the lengths were checked above; a block of the tile, of the expanded tile and of the panel
     // is read for each of `layout.blocks`.
     unsafe {
+        let (n, blocks) = (panel.n, layout.blocks);
+        let (by_128, by_16) = (Bias { offsets: panel.offsets, shift: 0 }, Bias { offsets: panel.sums, shift: 0 });
+        let by_8 = Bias { shift: 1, ..by_16 };
         match (layout.dtype, bytes) {
-            (WeightType::Q8_0, _) => columns!(panel.n, tile32::<Bytes>(front, body, layout.blocks, panel, panel.offsets, out)),
-            (WeightType::Q5_0, Some(bytes)) => columns!(panel.n, tile32::<Bytes>(front, bytes, layout.blocks, panel, panel.sums, out)),
-            (WeightType::Q5_0, None) => few_columns!(panel.n, tile32::<Q5>(front, body, layout.blocks, panel, panel.sums, out)),
-            (WeightType::Q4_K, Some(bytes)) => columns!(panel.n, tile256::<Q4K, true>(front, body, bytes, layout.blocks, panel, out)),
-            (WeightType::Q4_K, None) => few_columns!(panel.n, tile256::<Q4K, false>(front, body, body, layout.blocks, panel, out)),
-            (WeightType::Q6_K, Some(bytes)) => columns!(panel.n, tile256::<Q6K, true>(front, body, bytes, layout.blocks, panel, out)),
-            (WeightType::Q6_K, None) => few_columns!(panel.n, tile256::<Q6K, false>(front, body, body, layout.blocks, panel, out)),
+            (WeightType::Q8_0, _) => columns!(n, tile32::<Bytes, Plain>(front, body, blocks, panel, by_128, out)),
+            (WeightType::Q4_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_8, out)),
+            (WeightType::Q4_0, None) => few_columns!(n, tile32::<Q4, Plain>(front, body, blocks, panel, by_8, out)),
+            (WeightType::Q4_1 | WeightType::Q5_1, Some(bytes)) => {
+                columns!(n, tile32::<Bytes, WithMin>(front, bytes, blocks, panel, by_16, out));
+            }
+            (WeightType::Q4_1, None) => few_columns!(n, tile32::<Q4, WithMin>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_16, out)),
+            (WeightType::Q5_0, None) => few_columns!(n, tile32::<Q5, Plain>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_1, None) => few_columns!(n, tile32::<Q5, WithMin>(front, body, blocks, panel, by_16, out)),
+            (WeightType::IQ4_NL, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_128, out)),
+            (WeightType::IQ4_NL, None) => few_columns!(n, tile32::<Iq4, Plain>(front, body, blocks, panel, by_128, out)),
+            (WeightType::MXFP4, Some(bytes)) => columns!(n, tile32::<Bytes, Exponent>(front, bytes, blocks, panel, by_128, out)),
+            (WeightType::MXFP4, None) => few_columns!(n, tile32::<Mx4, Exponent>(front, body, blocks, panel, by_128, out)),
+            (WeightType::Q2_K, Some(bytes)) => columns!(n, tile256::<Q2K, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q2_K, None) => few_columns!(n, tile256::<Q2K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q3_K, Some(bytes)) => columns!(n, tile256::<Q3K, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q3_K, None) => few_columns!(n, tile256::<Q3K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q4_K, Some(bytes)) => columns!(n, tile256::<Q4K, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q4_K, None) => few_columns!(n, tile256::<Q4K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q5_K, Some(bytes)) => columns!(n, tile256::<Q5K, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q5_K, None) => few_columns!(n, tile256::<Q5K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q6_K, Some(bytes)) => columns!(n, tile256::<Q6K, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q6_K, None) => few_columns!(n, tile256::<Q6K, false>(front, body, body, blocks, panel, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -123,8 +152,122 @@ trait Weights32 {
 
 /// A line of bytes for each chunk: Q8_0, or anything expanded.
 struct Bytes;
-/// Packed Q5_0.
+/// Packed nibbles.
+struct Q4;
+/// Packed nibbles and fifth bits.
 struct Q5;
+/// Nibbles that stand for the values of a table.
+struct Iq4;
+struct Mx4;
+
+impl Weights32 for Q4 {
+    const BODY: usize = 4 * LINE;
+    const APART: bool = true;
+
+    #[inline(always)]
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's block has 4 lines.
+        unsafe {
+            let (low, nibbles) = (_mm512_set1_epi8(15), line(body.add(i * LINE)));
+            [_mm512_and_si512(nibbles, low), _mm512_and_si512(_mm512_srli_epi16::<4>(nibbles), low)]
+        }
+    }
+}
+
+/// The values that nibbles stand for, + 128.
+#[inline(always)]
+unsafe fn look_up(table: &[i8; 16], nibbles: [__m512i; 2]) -> [__m512i; 2] {
+    // SAFETY: the table has 16 bytes.
+    unsafe {
+        let table = _mm512_broadcast_i32x4(_mm_loadu_si128(table.as_ptr().cast()));
+        let biased = _mm512_xor_si512(table, _mm512_set1_epi8(-128));
+        [_mm512_shuffle_epi8(biased, nibbles[0]), _mm512_shuffle_epi8(biased, nibbles[1])]
+    }
+}
+
+impl Weights32 for Iq4 {
+    const BODY: usize = 4 * LINE;
+    const APART: bool = true;
+
+    #[inline(always)]
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's block has 4 lines.
+        unsafe { look_up(&blocks::IQ4_NL, Q4::pair(body, i)) }
+    }
+}
+
+impl Weights32 for Mx4 {
+    const BODY: usize = 4 * LINE;
+    const APART: bool = true;
+
+    #[inline(always)]
+    unsafe fn pair(body: *const u8, i: usize) -> [__m512i; 2] {
+        // SAFETY: the caller's block has 4 lines.
+        unsafe { look_up(&blocks::MXFP4, Q4::pair(body, i)) }
+    }
+}
+
+/// What the accumulators of a block begin with: −bias · Σ a, which is `offsets >> shift`.
+#[derive(Clone, Copy)]
+struct Bias<'a> {
+    offsets: &'a [i32],
+    shift: u32,
+}
+
+/// The numbers in front of each block.
+trait Front {
+    /// Bytes a block.
+    const BYTES: usize;
+    /// Whether a number is added to all values of a block, so that they have no bias; the panel's offsets must be −16 · Σ a.
+    const MINS: bool;
+    /// Scales of the 16 rows.
+    unsafe fn scales(front: *const u8) -> __m512;
+}
+
+/// f16 scales.
+struct Plain;
+/// f16 scales, then what is added.
+struct WithMin;
+/// The exponents of MXFP4.
+struct Exponent;
+
+impl Front for Plain {
+    const BYTES: usize = 32;
+    const MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales(front: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { halves(front) }
+    }
+}
+
+impl Front for WithMin {
+    const BYTES: usize = 64;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(front: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { halves(front) }
+    }
+}
+
+impl Front for Exponent {
+    const BYTES: usize = 16;
+    const MINS: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales(front: *const u8) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe {
+            let e = _mm512_cvtepu8_epi32(_mm_loadu_si128(front.cast()));
+            let one = _mm512_set1_epi32(1);
+            let small = _mm512_sllv_epi32(_mm512_set1_epi32(0x0020_0000), _mm512_min_epi32(e, one));
+            _mm512_castsi512_ps(_mm512_max_epi32(_mm512_slli_epi32::<23>(_mm512_sub_epi32(e, one)), small))
+        }
+    }
+}
 
 impl Weights32 for Bytes {
     const BODY: usize = 8 * LINE;
@@ -159,26 +302,28 @@ impl Weights32 for Q5 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-unsafe fn tile32<W: Weights32, const N: usize>(
+unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
     mut front: *const u8,
     mut body: *const u8,
     blocks: usize,
     panel: &Panel<'_>,
-    offsets: &[i32],
+    bias: Bias<'_>,
     out: &mut Results,
 ) {
-    // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front`, W::BODY at `body`, and of the panel 32 · N values, N scales
+    // SAFETY: the caller's promise of sizes: for each block F::BYTES at `front`, W::BODY at `body`, and of the panel 32 · N values, N scales
     // and N offsets. Prefetching may ask for any address.
     unsafe {
-        let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), offsets.as_ptr());
+        let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), bias.offsets.as_ptr());
         let mut acc = [_mm512_setzero_ps(); N];
         for _ in 0..blocks {
             for at in (0..W::BODY).step_by(LINE) {
                 _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + at).cast());
             }
             let mut sums = [_mm512_setzero_si512(); N];
-            for c in 0..N {
-                sums[c] = _mm512_set1_epi32(*offsets.add(c));
+            if !F::MINS {
+                for c in 0..N {
+                    sums[c] = _mm512_set1_epi32(*offsets.add(c) >> bias.shift);
+                }
             }
             // A single column gets a second chain of sums, so that it does not wait for itself.
             let mut more = [_mm512_setzero_si512(); N];
@@ -197,13 +342,17 @@ unsafe fn tile32<W: Weights32, const N: usize>(
                     }
                 }
             }
-            let d = halves(front);
+            let d = F::scales(front);
             for c in 0..N {
                 let sum = if N <= 2 { _mm512_add_epi32(sums[c], more[c]) } else { sums[c] };
-                let scale = _mm512_mul_ps(d, _mm512_set1_ps(*scales.add(c)));
-                acc[c] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(sum), acc[c]);
+                let d_a = _mm512_set1_ps(*scales.add(c));
+                acc[c] = _mm512_fmadd_ps(_mm512_mul_ps(d, d_a), _mm512_cvtepi32_ps(sum), acc[c]);
+                if F::MINS {
+                    let total = _mm512_set1_ps(-(*offsets.add(c) >> 4) as f32);
+                    acc[c] = _mm512_fmadd_ps(_mm512_mul_ps(halves(front.add(32)), d_a), total, acc[c]);
+                }
             }
-            (front, body) = (front.add(32), body.add(W::BODY));
+            (front, body) = (front.add(F::BYTES), body.add(W::BODY));
             (q, scales, offsets) = (q.add(32 * N), scales.add(N), offsets.add(N));
         }
         for c in 0..N {
@@ -218,16 +367,136 @@ trait Weights256 {
     const BODY: usize;
     /// Values that share a scale.
     const RUN: usize;
-    /// Whether every run has a minimum; else the bytes are biased by 32, and the panel's offsets correct it.
+    /// Whether every run has a minimum; else the bytes are biased, and the panel's offsets correct it.
     const MINS: bool;
+    /// The bias is the offsets' 32, shifted right by this.
+    const SHIFT: u32 = 0;
     /// Scales of the 16 rows for run `j`.
     unsafe fn scales(body: *const u8, j: usize) -> __m512i;
+
+    /// Minima times the sums of their runs, for column `c` of block `b`: by default two bytes a row for each pair of runs of 32.
+    #[inline(always)]
+    unsafe fn mins(body: *const u8, panel: &Panel<'_>, b: usize, c: usize) -> __m512i {
+        // SAFETY: the caller's block and column.
+        unsafe {
+            let mut mins = _mm512_setzero_si512();
+            for p in 0..4 {
+                let m = _mm512_cvtepu8_epi16(_mm256_loadu_si256(body.add(Q4_K_MINS + 32 * p).cast()));
+                mins = _mm512_dpwssd_epi32(mins, m, _mm512_set1_epi32(*panel.sums.as_ptr().add((b * 4 + p) * panel.n + c)));
+            }
+            mins
+        }
+    }
     /// Chunk `c` (four k) of the block, c in 0..64.
     unsafe fn chunk(body: *const u8, c: usize) -> __m512i;
 }
 
+struct Q2K;
+struct Q3K;
 struct Q4K;
+struct Q5K;
 struct Q6K;
+
+impl Weights256 for Q5K {
+    const BODY: usize = 45 * LINE;
+    const RUN: usize = 32;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's block has 8 runs.
+        unsafe { Q4K::scales(body, j) }
+    }
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+        // SAFETY: the caller's block has 32 lines of nibbles and 8 of fifth bits.
+        unsafe {
+            let bits = line(body.add(Q5_K_BITS + c % 8 * LINE));
+            // Bit c / 8 of every byte moves to bit 4.
+            let bits = if c < 32 {
+                _mm512_sllv_epi32(bits, _mm512_set1_epi32(4 - (c / 8) as i32))
+            } else {
+                _mm512_srlv_epi32(bits, _mm512_set1_epi32((c / 8) as i32 - 4))
+            };
+            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(16), Q4K::chunk(body, c))
+        }
+    }
+}
+
+/// Two bits of every byte of a line of `qs`, for chunk `c`: lines of a half follow each other, fields are shifts.
+#[inline(always)]
+unsafe fn two_bits(lines: *const u8, c: usize) -> __m512i {
+    // SAFETY: the caller's block has 16 lines.
+    unsafe {
+        let line = line(lines.add((c / 32 * 8 + c % 8) * LINE));
+        _mm512_and_si512(_mm512_srlv_epi32(line, _mm512_set1_epi32((c / 8 % 4 * 2) as i32)), _mm512_set1_epi8(3))
+    }
+}
+
+impl Weights256 for Q2K {
+    const BODY: usize = 21 * LINE;
+    const RUN: usize = 16;
+    const MINS: bool = true;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's block has 16 runs.
+        unsafe {
+            let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(body.add(Q2_K_SCALES + 16 * j).cast()));
+            _mm512_and_si512(both, _mm512_set1_epi32(15))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mins(body: *const u8, panel: &Panel<'_>, b: usize, c: usize) -> __m512i {
+        // SAFETY: the caller's block has 16 runs, and its panel an offset, −32 · Σ a, for each.
+        unsafe {
+            let mut mins = _mm512_setzero_si512();
+            for j in 0..16 {
+                let both = _mm512_cvtepu8_epi32(_mm_loadu_si128(body.add(Q2_K_SCALES + 16 * j).cast()));
+                let sum = -(*panel.offsets.as_ptr().add((b * 16 + j) * panel.n + c) >> 5);
+                mins = _mm512_add_epi32(mins, _mm512_mullo_epi32(_mm512_srli_epi32::<4>(both), _mm512_set1_epi32(sum)));
+            }
+            mins
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+        // SAFETY: the caller's.
+        unsafe { two_bits(body.add(Q2_K_LINES), c) }
+    }
+}
+
+impl Weights256 for Q3K {
+    const BODY: usize = 28 * LINE;
+    const RUN: usize = 16;
+    const MINS: bool = false;
+    // The bias is 4.
+    const SHIFT: u32 = 3;
+
+    #[inline(always)]
+    unsafe fn scales(body: *const u8, j: usize) -> __m512i {
+        // SAFETY: the caller's block has 16 runs.
+        unsafe { Q6K::scales(body, j) }
+    }
+
+    #[inline(always)]
+    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+        // SAFETY: the caller's block has 8 lines of bits and 16 of `qs`.
+        unsafe {
+            let bits = line(body.add(Q3_K_BITS + c % 8 * LINE));
+            // Bit c / 8 of every byte moves to bit 2.
+            let bits = if c < 24 {
+                _mm512_sllv_epi32(bits, _mm512_set1_epi32(2 - (c / 8) as i32))
+            } else {
+                _mm512_srlv_epi32(bits, _mm512_set1_epi32((c / 8) as i32 - 2))
+            };
+            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(4), two_bits(body.add(Q3_K_LINES), c))
+        }
+    }
+}
 
 impl Weights256 for Q4K {
     const BODY: usize = 37 * LINE;
@@ -313,7 +582,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
                 let mut sums = [_mm512_setzero_si512(); N];
                 if !W::MINS {
                     for c in 0..N {
-                        sums[c] = _mm512_set1_epi32(*offsets.add(j * N + c));
+                        sums[c] = _mm512_set1_epi32(*offsets.add(j * N + c) >> W::SHIFT);
                     }
                 }
                 for i in 0..chunks {
@@ -334,11 +603,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
                 let mut acc = _mm512_loadu_ps(out[c].as_ptr());
                 acc = _mm512_fmadd_ps(_mm512_mul_ps(d, d_a), _mm512_cvtepi32_ps(total[c]), acc);
                 if W::MINS {
-                    let mut mins = _mm512_setzero_si512();
-                    for p in 0..4 {
-                        let m = _mm512_cvtepu8_epi16(_mm256_loadu_si256(body.add(Q4_K_MINS + 32 * p).cast()));
-                        mins = _mm512_dpwssd_epi32(mins, m, _mm512_set1_epi32(*panel.sums.as_ptr().add((b * 4 + p) * N + c)));
-                    }
+                    let mins = W::mins(body, panel, b, c);
                     acc = _mm512_fnmadd_ps(_mm512_mul_ps(halves(body.add(32)), d_a), _mm512_cvtepi32_ps(mins), acc);
                 }
                 _mm512_storeu_ps(out[c].as_mut_ptr(), acc);
@@ -347,13 +612,14 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
     }
 }
 
+/// For packed types, whose chunks are `APART`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn expand_q5_0(body: *const u8, blocks: usize, out: *mut u8) {
-    // SAFETY: the caller's promise: 5 lines at `body` and 8 at `out` for each block.
+unsafe fn expand32<W: Weights32>(body: *const u8, blocks: usize, out: *mut u8) {
+    // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
     unsafe {
         for b in 0..blocks {
             for i in 0..4 {
-                let [low, high] = Q5::pair(body.add(b * Q5::BODY), i);
+                let [low, high] = W::pair(body.add(b * W::BODY), i);
                 _mm512_storeu_si512(out.add((8 * b + i) * LINE).cast(), low);
                 _mm512_storeu_si512(out.add((8 * b + i + 4) * LINE).cast(), high);
             }

@@ -67,7 +67,7 @@ fn what_is_written_is_read() {
         writer.array(&format!("{key}.list"), value.kind(), vec![value.clone(), value]);
     }
     writer.array("empty", Kind::I32, Vec::new());
-    for dtype in [DType::F32, DType::F16, DType::BF16, DType::Q8_0, DType::Q5_0, DType::Q4_K, DType::Q6_K] {
+    for dtype in DType::ALL {
         let row = dtype.row_bytes(256).unwrap();
         writer.tensor(&format!("{dtype:?}"), &[3, 256], dtype, (0..3 * row).map(|i| i as u8).collect());
     }

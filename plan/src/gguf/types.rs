@@ -129,17 +129,8 @@ impl GgmlType {
     }
 
     /// The type Skein computes with, if it does.
-    pub const fn dtype(self) -> Option<DType> {
-        Some(match self.id {
-            0 => DType::F32,
-            1 => DType::F16,
-            6 => DType::Q5_0,
-            8 => DType::Q8_0,
-            12 => DType::Q4_K,
-            14 => DType::Q6_K,
-            30 => DType::BF16,
-            _ => return None,
-        })
+    pub fn dtype(self) -> Option<DType> {
+        DType::ALL.into_iter().find(|&dtype| Self::id_of(dtype) == self.id)
     }
 
     /// The number in the file of a type Skein computes with.
@@ -147,11 +138,19 @@ impl GgmlType {
         match dtype {
             DType::F32 => 0,
             DType::F16 => 1,
+            DType::Q4_0 => 2,
+            DType::Q4_1 => 3,
             DType::Q5_0 => 6,
+            DType::Q5_1 => 7,
             DType::Q8_0 => 8,
+            DType::Q2_K => 10,
+            DType::Q3_K => 11,
             DType::Q4_K => 12,
+            DType::Q5_K => 13,
             DType::Q6_K => 14,
+            DType::IQ4_NL => 20,
             DType::BF16 => 30,
+            DType::MXFP4 => 39,
         }
     }
 }

@@ -87,7 +87,7 @@ impl HeaderError {
 }
 
 /// Types Skein computes with, for messages.
-const DTYPES: &str = "F32, F16, BF16, Q8_0, Q5_0, Q4_K or Q6_K";
+const DTYPES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K";
 /// Types of vectors, for messages.
 const VECTOR_DTYPES: &str = "F32, F16 or BF16";
 
