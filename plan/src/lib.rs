@@ -11,6 +11,7 @@ pub mod header;
 pub mod manifest;
 pub mod model;
 pub mod planner;
+pub mod pytorch;
 pub mod safetensors;
 #[cfg(test)]
 mod samples;
