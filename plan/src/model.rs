@@ -6,13 +6,21 @@ use serde::{Deserialize, Serialize};
 
 use crate::dtype::DType;
 
-/// The family whose forward pass a model follows.
+/// The family a model belongs to: how its files name and order things. What its layers compute is in [`ModelConfig`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Architecture {
     /// Llama 2/3 and everything shaped like it.
     Llama,
     /// Gemma 3, text only.
     Gemma3,
+    /// Mistral 7B and its kin.
+    Mistral,
+    /// Qwen 2 and 2.5.
+    Qwen2,
+    /// Qwen 3, dense.
+    Qwen3,
+    /// Phi 3, 3.5 and 4 mini.
+    Phi3,
 }
 
 /// Which two values of a head a rotation turns together.
@@ -111,6 +119,12 @@ pub struct ModelConfig {
     pub attention_scale: f32,
     /// The vocabulary product uses the embedding table.
     pub tied_embeddings: bool,
+    /// Each head of query and key is normed before it is rotated.
+    #[serde(default)]
+    pub head_norms: bool,
+    /// The output of attention and of the feed-forward block is normed before it is added.
+    #[serde(default)]
+    pub block_norms: bool,
     /// One entry per layer.
     pub layers: Vec<LayerConfig>,
 }
@@ -143,6 +157,28 @@ pub enum Role {
     PostFfnNorm,
     OutputNorm,
     Output,
+}
+
+impl ModelConfig {
+    /// Row-major shape of the tensor with a role: `[out, in]` for matrices, `[n]` for vectors.
+    pub fn shape(&self, role: Role) -> Vec<usize> {
+        let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        match role {
+            Role::Embedding | Role::Output => vec![self.vocab, self.hidden],
+            Role::Q => vec![q, self.hidden],
+            Role::QBias => vec![q],
+            Role::K | Role::V => vec![kv, self.hidden],
+            Role::KBias | Role::VBias => vec![kv],
+            Role::O => vec![self.hidden, q],
+            Role::Gate | Role::Up => vec![self.ffn, self.hidden],
+            Role::GateBias | Role::UpBias => vec![self.ffn],
+            Role::Down => vec![self.hidden, self.ffn],
+            Role::QNorm | Role::KNorm => vec![self.head_dim],
+            Role::RopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
+            Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => vec![self.hidden],
+            Role::OBias | Role::DownBias => vec![self.hidden],
+        }
+    }
 }
 
 /// A tensor's identity in a model: its role and, for layer tensors, the layer.

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ModelConfig, TensorId, TensorInfo};
+use crate::model::{ModelConfig, Role, TensorId, TensorInfo};
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -54,6 +54,28 @@ pub struct Splits {
     pub ffn: Vec<Range<usize>>,
     /// Rows of the vocabulary matrix and of the embedding table: whole tiles. Disjoint, cover `vocab`.
     pub vocab: Vec<Range<usize>>,
+}
+
+impl Splits {
+    /// Rows (elements, for vectors) that `rank` owns of the tensor with a role.
+    pub fn rows(&self, config: &ModelConfig, role: Role, rank: usize) -> Range<usize> {
+        let of = |ranges: &[Range<usize>], unit: usize| ranges.get(rank).map_or(0..0, |r| r.start * unit..r.end * unit);
+        match role {
+            Role::Embedding | Role::Output => of(&self.vocab, 1),
+            Role::Q | Role::QBias => of(&self.heads, config.head_dim),
+            Role::K | Role::KBias | Role::V | Role::VBias => of(&self.kv_heads, config.head_dim),
+            Role::O | Role::OBias | Role::Down | Role::DownBias => of(&self.hidden, 1),
+            Role::Gate | Role::GateBias | Role::Up | Role::UpBias => of(&self.ffn, 1),
+            Role::RopeFactors
+            | Role::AttnNorm
+            | Role::QNorm
+            | Role::KNorm
+            | Role::PostAttnNorm
+            | Role::FfnNorm
+            | Role::PostFfnNorm
+            | Role::OutputNorm => 0..config.shape(role)[0],
+        }
+    }
 }
 
 /// The rows of one tensor that a worker holds: one contiguous byte range of one file.

@@ -9,5 +9,6 @@ pub mod files;
 pub mod models;
 pub mod process;
 pub mod program;
+pub mod rewrite;
 pub mod server;
 pub mod wait;

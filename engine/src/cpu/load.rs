@@ -6,7 +6,7 @@ use half::{bf16, f16};
 use kernels::{Matrix, MatrixBuilder};
 use plan::{
     dtype::DType,
-    model::{Architecture, ModelConfig, Role, RopeScaling, TensorId},
+    model::{ModelConfig, Role, RopeScaling, TensorId},
     shard::{Shard, TensorSlice},
 };
 
@@ -118,34 +118,10 @@ fn offset(config: &ModelConfig, role: Role) -> f32 {
     }
 }
 
-/// Whole shape of a tensor, and the rows of it that this rank holds.
-fn expected(config: &ModelConfig, shard: &Shard, role: Role) -> (Vec<usize>, Range<usize>) {
-    let c = config;
-    let (rank, splits) = (shard.rank, &shard.splits);
-    let of = |ranges: &[Range<usize>], unit: usize| ranges.get(rank).map_or(0..0, |r| r.start * unit..r.end * unit);
-    let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-    let rotated = c.layers.first().map_or(0, |l| l.rope.dims / 2);
-    match role {
-        Role::Embedding | Role::Output => (vec![c.vocab, c.hidden], of(&splits.vocab, 1)),
-        Role::Q => (vec![q, c.hidden], of(&splits.heads, c.head_dim)),
-        Role::QBias => (vec![q], of(&splits.heads, c.head_dim)),
-        Role::K | Role::V => (vec![kv, c.hidden], of(&splits.kv_heads, c.head_dim)),
-        Role::KBias | Role::VBias => (vec![kv], of(&splits.kv_heads, c.head_dim)),
-        Role::O => (vec![c.hidden, q], of(&splits.hidden, 1)),
-        Role::Down => (vec![c.hidden, c.ffn], of(&splits.hidden, 1)),
-        Role::OBias | Role::DownBias => (vec![c.hidden], of(&splits.hidden, 1)),
-        Role::Gate | Role::Up => (vec![c.ffn, c.hidden], of(&splits.ffn, 1)),
-        Role::GateBias | Role::UpBias => (vec![c.ffn], of(&splits.ffn, 1)),
-        Role::QNorm | Role::KNorm => (vec![c.head_dim], 0..c.head_dim),
-        Role::RopeFactors => (vec![rotated], 0..rotated),
-        Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => (vec![c.hidden], 0..c.hidden),
-    }
-}
-
 /// Checks a slice's shape, rows and bytes before anything of it is read.
 fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardError> {
     let (shard, tensor) = (loading.shard, &slice.tensor);
-    let (shape, rows) = expected(loading.config, shard, slice.id.role);
+    let (shape, rows) = (loading.config.shape(slice.id.role), shard.splits.rows(loading.config, slice.id.role, shard.rank));
     let wrong = |got: String, expected: String| LoadShardError::Shape {
         name: tensor.name.clone(),
         got,
@@ -186,20 +162,19 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
             Ok::<_, LoadShardError>(Linear { matrix, bias: t.vectors.remove(&id(bias)).unwrap_or_default() })
         };
         let t = &mut tensors;
-        let gemma = config.architecture == Architecture::Gemma3;
         layers.push(LayerWeights {
             attn_norm: norm(t, Role::AttnNorm)?,
             q: linear(t, Role::Q, Role::QBias)?,
             k: linear(t, Role::K, Role::KBias)?,
             v: linear(t, Role::V, Role::VBias)?,
-            head_norms: if gemma { Some(HeadNorms { q: norm(t, Role::QNorm)?, k: norm(t, Role::KNorm)? }) } else { None },
+            head_norms: if config.head_norms { Some(HeadNorms { q: norm(t, Role::QNorm)?, k: norm(t, Role::KNorm)? }) } else { None },
             o: linear(t, Role::O, Role::OBias)?,
-            post_attn_norm: if gemma { Some(norm(t, Role::PostAttnNorm)?) } else { None },
+            post_attn_norm: if config.block_norms { Some(norm(t, Role::PostAttnNorm)?) } else { None },
             ffn_norm: norm(t, Role::FfnNorm)?,
             gate: linear(t, Role::Gate, Role::GateBias)?,
             up: linear(t, Role::Up, Role::UpBias)?,
             down: linear(t, Role::Down, Role::DownBias)?,
-            post_ffn_norm: if gemma { Some(norm(t, Role::PostFfnNorm)?) } else { None },
+            post_ffn_norm: if config.block_norms { Some(norm(t, Role::PostFfnNorm)?) } else { None },
         });
     }
     let outer = |role| TensorId { layer: None, role };

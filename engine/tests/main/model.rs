@@ -252,6 +252,8 @@ pub(crate) fn llama(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         embedding_scale: 1.0,
         attention_scale: 0.125,
         tied_embeddings: false,
+        head_norms: false,
+        block_norms: false,
         layers: vec![LayerConfig { window: None, rope }; 3],
     };
     Recipe { config, biases: true, dtype, seed: 11 }
@@ -276,6 +278,8 @@ pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Rec
         embedding_scale: 96_f32.sqrt(),
         attention_scale: 1.0 / 32_f32.sqrt(),
         tied_embeddings: true,
+        head_norms: true,
+        block_norms: true,
         layers: vec![local, local, full, local],
     };
     Recipe { config, biases: false, dtype, seed: 12 }

@@ -1,19 +1,10 @@
-//! A model's shape from GGUF metadata.
+//! A model's shape from GGUF metadata: what most families share.
 
-use super::{Found, HeaderError, MAX_COUNT, MAX_LAYERS, assemble, roles};
+use super::{Found, HeaderError, MAX_COUNT, MAX_LAYERS, assemble, families, metadata::Meta, rope::gguf_rope};
 use crate::{
     gguf::{Header, Value},
-    model::{Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Rope, RopeLayout, RopeScaling},
+    model::{Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, RopeLayout},
 };
-
-/// Gemma 3: of every 6 layers the first 5 are local, unless the file says otherwise.
-const GEMMA3_PATTERN: u64 = 6;
-/// Rotary base of Gemma 3's local layers.
-const GEMMA3_LOCAL_BASE: f64 = 10_000.0;
-/// Rotary base when the file gives none, as in llama.cpp.
-const DEFAULT_BASE: f64 = 10_000.0;
-/// Layers of Gemma 3 27B, whose score scale is `1 / sqrt(hidden / heads)`.
-const GEMMA3_27B_LAYERS: usize = 62;
 
 /// Makes a model's header from that of its one GGUF file.
 ///
@@ -23,14 +14,7 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
     let meta = Meta { header, file: &file.name, arch: "" };
     let arch = meta.text("general.architecture")?.ok_or_else(|| meta.missing("general.architecture", "the model's architecture"))?;
     let meta = Meta { arch, ..meta };
-    let architecture = match arch {
-        "llama" => Architecture::Llama,
-        "gemma3" => Architecture::Gemma3,
-        got => {
-            let (file, field) = (file.name.clone(), meta.place("general.architecture".to_owned()));
-            return Err(HeaderError::UnsupportedArchitecture { file, field, got: got.to_owned(), expected: "llama or gemma3" });
-        }
-    };
+    let family = families::of_gguf(&meta)?;
     if let Some(parts) = meta.count("split.count")?.filter(|&n| n > 1) {
         return Err(HeaderError::UnsupportedFeature {
             file: file.name.clone(),
@@ -39,7 +23,8 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
             got: format!("{parts} files"),
         });
     }
-    let config = config(&meta, architecture)?;
+    refuse_features(&meta)?;
+    let config = (family.from_gguf)(&meta)?;
     let found = header.tensors.iter().map(|t| Found {
         name: t.name.clone(),
         file: 0,
@@ -49,12 +34,12 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
         offset: t.offset,
         bytes: t.bytes,
     });
-    let wanted = roles::wanted(&config, Format::GGUF, roles::Biases::IfPresent);
     let found = found.collect();
-    assemble(Format::GGUF, config, vec![file], found, wanted)
+    assemble(family, Format::GGUF, config, vec![file], found, None)
 }
 
-fn config(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, HeaderError> {
+/// A decoder with the usual keys: RMS norms before its blocks, rotated heads, a feed-forward block gated by SiLU, full attention.
+pub(super) fn decoder(meta: &Meta<'_>, architecture: Architecture, layout: RopeLayout) -> Result<ModelConfig, HeaderError> {
     let hidden = meta.required("embedding_length")?;
     let heads = meta.required("attention.head_count")?;
     let kv_heads = meta.arch_count("attention.head_count_kv")?.unwrap_or(heads);
@@ -73,12 +58,9 @@ fn config(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, He
     if layers as u64 > MAX_LAYERS {
         return Err(meta.wrong("block_count", &format!("at most {MAX_LAYERS} layers"), &layers.to_string()));
     }
-    refuse_features(meta)?;
     let eps = meta.positive("attention.layer_norm_rms_epsilon")?;
     let eps = eps.ok_or_else(|| meta.wrong("attention.layer_norm_rms_epsilon", "a positive number", "missing"))?;
-    let tied = !meta.header.tensors.iter().any(|t| t.name == "output.weight");
-    let gemma = architecture == Architecture::Gemma3;
-    let score_width = if gemma && layers == GEMMA3_27B_LAYERS { hidden / heads } else { head_dim };
+    let rope = gguf_rope(meta, head_dim, layout)?;
     Ok(ModelConfig {
         architecture,
         hidden,
@@ -90,12 +72,35 @@ fn config(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, He
         context: meta.required("context_length")?,
         norm_eps: eps as f32,
         norm_weight_offset: 0.0,
-        activation: if gemma { Activation::GeluTanh } else { Activation::Silu },
-        embedding_scale: if gemma { (hidden as f64).sqrt() as f32 } else { 1.0 },
-        attention_scale: (1.0 / (score_width as f64).sqrt()) as f32,
-        tied_embeddings: tied,
-        layers: layer_configs(meta, architecture, layers, head_dim)?,
+        activation: Activation::Silu,
+        embedding_scale: 1.0,
+        attention_scale: (1.0 / (head_dim as f64).sqrt()) as f32,
+        tied_embeddings: !meta.header.tensors.iter().any(|t| t.name == "output.weight"),
+        head_norms: false,
+        block_norms: false,
+        layers: vec![LayerConfig { window: None, rope }; layers],
     })
+}
+
+/// Gives every layer the window of the file, where there is one.
+pub(super) fn window_everywhere(meta: &Meta<'_>, config: &mut ModelConfig) -> Result<(), HeaderError> {
+    if meta.header.get(&meta.key("attention.sliding_window_pattern")).is_some() {
+        return Err(meta.unsupported("attention.sliding_window_pattern", "one window for all layers", "a pattern"));
+    }
+    // Some writers say 0 where there is none.
+    let window = meta.count(&meta.key("attention.sliding_window"))?.filter(|&w| w > 0);
+    if let Some(window) = window {
+        config.layers.iter_mut().for_each(|layer| layer.window = Some(window as u32));
+    }
+    Ok(())
+}
+
+/// Refuses a window, of which this family's files do not say which layers have it.
+pub(super) fn refuse_window(meta: &Meta<'_>) -> Result<(), HeaderError> {
+    match meta.count(&meta.key("attention.sliding_window"))?.filter(|&w| w > 0) {
+        Some(window) => Err(meta.unsupported("attention.sliding_window", "no sliding window", &window.to_string())),
+        None => Ok(()),
+    }
 }
 
 /// Refuses what a file asks for and no forward pass here does.
@@ -108,9 +113,6 @@ fn refuse_features(meta: &Meta<'_>) -> Result<(), HeaderError> {
         if let Some(cap) = meta.float(name)?.filter(|&c| c != 0.0) {
             return Err(meta.unsupported(name, "models without logit soft-capping", &cap.to_string()));
         }
-    }
-    if let Some(factor) = meta.float("rope.scaling.attn_factor")?.filter(|&f| f != 1.0) {
-        return Err(meta.unsupported("rope.scaling.attn_factor", "1", &factor.to_string()));
     }
     match meta.header.get(&meta.key("attention.causal")) {
         None | Some(Value::Bool(true)) => Ok(()),
@@ -131,153 +133,4 @@ fn vocab(meta: &Meta<'_>) -> Result<usize, HeaderError> {
     let rows = || meta.header.tensors.iter().find(|t| t.name == "token_embd.weight").and_then(|t| t.dims.get(1).copied());
     let vocab = tokens.or_else(rows).filter(|&v| v > 0 && v <= MAX_COUNT);
     vocab.map(|v| v as usize).ok_or_else(|| meta.missing("tokenizer.ggml.tokens", "the vocabulary"))
-}
-
-fn layer_configs(meta: &Meta<'_>, architecture: Architecture, layers: usize, head_dim: usize) -> Result<Vec<LayerConfig>, HeaderError> {
-    let dims = meta.arch_count("rope.dimension_count")?.unwrap_or(head_dim);
-    if dims > head_dim || !dims.is_multiple_of(2) {
-        return Err(meta.wrong("rope.dimension_count", &format!("an even number up to the head's {head_dim}"), &dims.to_string()));
-    }
-    let base = meta.positive("rope.freq_base")?.unwrap_or(DEFAULT_BASE);
-    let layout = if architecture == Architecture::Llama { RopeLayout::Adjacent } else { RopeLayout::Halves };
-    let scaling = rope_scaling(meta)?;
-    let full = LayerConfig { window: None, rope: Rope { base, dims, layout, scaling } };
-    if architecture == Architecture::Llama {
-        if let Some(window) = meta.arch_count("attention.sliding_window")? {
-            return Err(meta.unsupported("attention.sliding_window", "llama without a sliding window", &window.to_string()));
-        }
-        return Ok(vec![full; layers]);
-    }
-    if scaling == RopeScaling::Tensor {
-        return Err(meta.unsupported("rope_freqs.weight", "gemma3 without rotary divisors", "divisors per pair"));
-    }
-    let window = meta.required("attention.sliding_window")?;
-    let local_base = meta.positive("rope.freq_base_swa")?.unwrap_or(GEMMA3_LOCAL_BASE);
-    let rope = Rope { base: local_base, dims, layout, scaling: RopeScaling::None };
-    let local = LayerConfig { window: Some(window as u32), rope };
-    let is_local = local_layers(meta, layers)?;
-    Ok(is_local.into_iter().map(|l| if l { local } else { full }).collect())
-}
-
-/// Which of Gemma 3's layers are local.
-fn local_layers(meta: &Meta<'_>, layers: usize) -> Result<Vec<bool>, HeaderError> {
-    let key = "attention.sliding_window_pattern";
-    let pattern = match meta.header.get(&meta.key(key)) {
-        None => GEMMA3_PATTERN,
-        Some(Value::Array(array)) => {
-            let flags =
-                array.values.iter().flatten().map(|v| v.as_bool().or_else(|| v.as_u64().map(|n| n != 0))).collect::<Option<Vec<_>>>();
-            return flags.filter(|f| f.len() == layers).ok_or_else(|| {
-                meta.wrong(key, &format!("one flag for each of {layers} layers"), &format!("{} of {}", array.len, array.kind.name()))
-            });
-        }
-        Some(value) => value.as_u64().filter(|&n| n > 0).ok_or_else(|| meta.wrong(key, "a positive integer", &format!("{value:?}")))?,
-    };
-    Ok((1..=layers as u64).map(|l| l % pattern != 0).collect())
-}
-
-fn rope_scaling(meta: &Meta<'_>) -> Result<RopeScaling, HeaderError> {
-    if meta.header.tensors.iter().any(|t| t.name == "rope_freqs.weight") {
-        return Ok(RopeScaling::Tensor);
-    }
-    let factor = match meta.positive("rope.scaling.factor")? {
-        Some(factor) => Some(factor),
-        None => meta.positive("rope.scale_linear")?,
-    };
-    match (meta.text(&meta.key("rope.scaling.type"))?, factor) {
-        (Some("none"), _) | (None, None) => Ok(RopeScaling::None),
-        (Some("linear") | None, Some(factor)) => Ok(if factor == 1.0 { RopeScaling::None } else { RopeScaling::Linear { factor } }),
-        (Some("linear"), None) => Err(meta.wrong("rope.scaling.factor", "a positive number", "missing")),
-        (Some(got), _) => Err(meta.unsupported("rope.scaling.type", "none or linear", got)),
-    }
-}
-
-/// Access to the metadata of one file, with errors that name key and file.
-struct Meta<'a> {
-    header: &'a Header,
-    file: &'a str,
-    arch: &'a str,
-}
-
-impl<'a> Meta<'a> {
-    fn key(&self, name: &str) -> String {
-        format!("{}.{name}", self.arch)
-    }
-
-    /// A key with the place of its value, or the place where it would be.
-    fn place(&self, key: String) -> String {
-        match self.header.entry(&key) {
-            Some(entry) => format!("{key} at byte {}", entry.offset),
-            None => format!("{key} before byte {}", self.header.data_offset),
-        }
-    }
-
-    fn field(&self, key: String, expected: &str, got: &str) -> HeaderError {
-        let field = self.place(key);
-        HeaderError::Field { file: self.file.to_owned(), field, expected: expected.to_owned(), got: got.to_owned() }
-    }
-
-    fn wrong(&self, name: &str, expected: &str, got: &str) -> HeaderError {
-        self.field(self.key(name), expected, got)
-    }
-
-    fn missing(&self, key: &str, expected: &str) -> HeaderError {
-        self.field(key.to_owned(), expected, "missing")
-    }
-
-    fn unsupported(&self, name: &str, expected: &'static str, got: &str) -> HeaderError {
-        HeaderError::UnsupportedFeature { file: self.file.to_owned(), field: self.place(self.key(name)), expected, got: got.to_owned() }
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&'a str>, HeaderError> {
-        let Some(value) = self.header.get(key) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.field(key.to_owned(), "text", value.kind().name()))
-    }
-
-    /// A count; an array of equal counts, one per layer, is the same.
-    fn count(&self, key: &str) -> Result<Option<u64>, HeaderError> {
-        let Some(value) = self.header.get(key) else { return Ok(None) };
-        let count = match value {
-            Value::Array(array) => {
-                let values = array.values.as_deref().unwrap_or_default();
-                match values.split_first() {
-                    Some((first, rest)) if rest.iter().all(|v| v == first) => first.as_u64(),
-                    Some(_) => return Err(self.field(key.to_owned(), "the same in every layer", "different values")),
-                    None => None,
-                }
-            }
-            value => value.as_u64(),
-        };
-        let count = count.filter(|&n| n <= MAX_COUNT);
-        count.map(Some).ok_or_else(|| self.field(key.to_owned(), &format!("an integer from 0 to {MAX_COUNT}"), &format!("{value:?}")))
-    }
-
-    fn arch_count_or_zero(&self, name: &str) -> Result<u64, HeaderError> {
-        Ok(self.count(&self.key(name))?.unwrap_or(0))
-    }
-
-    /// A count of at least 1.
-    fn arch_count(&self, name: &str) -> Result<Option<usize>, HeaderError> {
-        match self.count(&self.key(name))? {
-            Some(0) => Err(self.wrong(name, "at least 1", "0")),
-            count => Ok(count.map(|n| n as usize)),
-        }
-    }
-
-    fn required(&self, name: &str) -> Result<usize, HeaderError> {
-        self.arch_count(name)?.ok_or_else(|| self.wrong(name, "an integer", "missing"))
-    }
-
-    fn float(&self, name: &str) -> Result<Option<f64>, HeaderError> {
-        let Some(value) = self.header.get(&self.key(name)) else { return Ok(None) };
-        value.as_f64().map(Some).ok_or_else(|| self.wrong(name, "a float", value.kind().name()))
-    }
-
-    fn positive(&self, name: &str) -> Result<Option<f64>, HeaderError> {
-        match self.float(name)? {
-            Some(v) if v.is_finite() && v > 0.0 => Ok(Some(v)),
-            Some(v) => Err(self.wrong(name, "a positive number", &v.to_string())),
-            None => Ok(None),
-        }
-    }
 }

@@ -1,16 +1,21 @@
 //! From file headers to a [`ModelHeader`]: the model's shape, and the place of every tensor its forward pass uses.
 
+mod families;
+mod fields;
 mod gguf;
 mod hf;
-mod roles;
+mod metadata;
+mod rope;
+mod tensors;
 #[cfg(test)]
 mod tests;
 
 pub use gguf::from_gguf;
 pub use hf::{HfConfig, from_safetensors};
+pub use tensors::Biases;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt,
 };
 
@@ -37,7 +42,7 @@ pub enum HeaderError {
     #[error("{file} is not JSON")]
     Json { file: String, source: serde_json::Error },
     #[error("{field} in {file} is {got}, an architecture that is not supported; expected {expected}")]
-    UnsupportedArchitecture { file: String, field: String, got: String, expected: &'static str },
+    UnsupportedArchitecture { file: String, field: String, got: String, expected: String },
     #[error("{field} in {file} is {got}, expected {expected}")]
     Field { file: String, field: String, expected: String, got: String },
     #[error("{field} in {file} asks for {got}, which is not supported yet; supported: {expected}")]
@@ -107,11 +112,12 @@ struct Found {
 
 /// Gives every tensor its role and checks names, types and shapes.
 fn assemble(
+    family: &families::Family,
     format: Format,
     config: ModelConfig,
     files: Vec<ModelFile>,
     found: Vec<Found>,
-    wanted: Vec<roles::Wanted>,
+    biases: Option<Biases>,
 ) -> Result<ModelHeader, HeaderError> {
     let place = |f: &Found| Place { file: files.get(f.file).map_or_else(String::new, |f| f.name.clone()), offset: f.entry_offset };
     let mut by_name: HashMap<&str, &Found> = HashMap::new();
@@ -121,15 +127,17 @@ fn assemble(
         }
     }
     let mut tensors = BTreeMap::new();
-    for want in wanted {
-        let Some(f) = by_name.remove(want.name.as_str()) else {
+    let mut used = HashSet::new();
+    for want in tensors::wanted(family, &config, format, biases) {
+        let Some(&f) = by_name.get(want.name.as_str()) else {
             if want.optional {
                 continue;
             }
-            return Err(HeaderError::MissingTensor { name: want.name, place: tables(&files, &found), shape: want.shape });
+            return Err(HeaderError::MissingTensor { name: want.name, place: tables(&files, &found), shape: want.stored });
         };
-        if !f.shape.iter().copied().eq(want.shape.iter().map(|&d| d as u64)) {
-            return Err(HeaderError::Shape { name: want.name, place: place(f), got: f.shape.clone(), expected: want.shape });
+        used.insert(f.name.as_str());
+        if !f.shape.iter().copied().eq(want.stored.iter().map(|&d| d as u64)) {
+            return Err(HeaderError::Shape { name: want.name, place: place(f), got: f.shape.clone(), expected: want.stored });
         }
         let vector = want.shape.len() == 1;
         let wrong_type = |got: String| {
@@ -141,13 +149,16 @@ fn assemble(
             Ok(dtype) => return Err(wrong_type(format!("{dtype:?}"))),
             Err(got) => return Err(wrong_type(got.clone())),
         };
-        let info = TensorInfo { name: want.name, dtype, shape: want.shape, file: f.file, offset: f.offset, bytes: f.bytes };
-        tensors.insert(want.id, info);
+        let row_bytes = f.bytes / want.stored[0].max(1) as u64;
+        let (offset, bytes) = (f.offset + want.first_row as u64 * row_bytes, want.shape[0] as u64 * row_bytes);
+        tensors.insert(want.id, TensorInfo { name: want.name, dtype, shape: want.shape, file: f.file, offset, bytes });
     }
-    let unused = by_name.values().filter(|f| !roles::ignorable(&f.name, config.tied_embeddings)).min_by_key(|f| (f.file, f.entry_offset));
+    let unused = found
+        .iter()
+        .filter(|f| !used.contains(f.name.as_str()) && !tensors::ignorable(&f.name, config.tied_embeddings))
+        .min_by_key(|f| (f.file, f.entry_offset));
     if let Some(f) = unused {
-        let architecture = roles::architecture_name(config.architecture);
-        return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture });
+        return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture: family.name });
     }
     Ok(ModelHeader { format, config, files, tensors })
 }

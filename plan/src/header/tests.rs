@@ -7,7 +7,7 @@ use std::{borrow::Cow, fs, path::PathBuf};
 use ::safetensors::{Dtype, View, serialize};
 use serde_json::{Value as Json, json};
 
-use super::{HeaderError, HfConfig, from_gguf, from_safetensors};
+use super::{Biases, HeaderError, HfConfig, from_gguf, from_safetensors};
 use crate::{
     dtype::DType,
     gguf::{self, Array, Entry, GgmlType, Kind, Value},
@@ -136,7 +136,10 @@ fn layer_patterns_and_defaults() {
     assert!(config(json!({"tie_word_embeddings": true})).config.tied_embeddings);
     assert!(hf(&changed(&gemma, json!({"tie_word_embeddings": null}))).unwrap().config.tied_embeddings);
     assert_eq!(hf(&changed(&gemma, json!({"query_pre_attn_scalar": 64}))).unwrap().config.attention_scale, 0.125);
-    assert_eq!((config(json!({"attention_bias": true})).attention_bias, config(json!({"mlp_bias": true})).mlp_bias), (true, true));
+    assert_eq!(
+        (config(json!({"attention_bias": true})).biases, config(json!({"mlp_bias": true})).biases),
+        (Biases { qkv: true, o: true, mlp: false }, Biases { mlp: true, ..Biases::default() })
+    );
     let by_type = config(json!({"architectures": null}));
     assert_eq!(by_type.config.architecture, Architecture::Llama);
     let partial = config(json!({"partial_rotary_factor": 0.5}));
@@ -392,7 +395,7 @@ fn refusals_of_gguf_metadata_name_key_place_value_and_expectation() {
     let count = |n| Some(Value::U32(n));
     let different = Some(list(Kind::U32, vec![Value::U32(1), Value::U32(2)]));
     let cases: Vec<(Sample, &str, Option<Value>, [&str; 2])> = vec![
-        (Sample::llama(), "general.architecture", text("mamba"), ["mamba", "llama or gemma3"]),
+        (Sample::llama(), "general.architecture", text("mamba"), ["mamba", "llama, gemma3, qwen2"]),
         (Sample::llama(), "general.architecture", None, ["missing", "the model's architecture"]),
         (Sample::llama(), "general.architecture", count(1), ["u32", "text"]),
         (Sample::llama(), "split.count", count(5), ["5 files", "a model in one file"]),
@@ -407,7 +410,8 @@ fn refusals_of_gguf_metadata_name_key_place_value_and_expectation() {
         (Sample::llama(), "llama.attention.value_length", count(4), ["4", "the key length, 2"]),
         (Sample::llama(), "llama.attention.layer_norm_rms_epsilon", None, ["missing", "a positive number"]),
         (Sample::llama(), "llama.attention.layer_norm_rms_epsilon", Some(Value::F32(f32::NAN)), ["NaN", "a positive number"]),
-        (Sample::llama(), "llama.attention.sliding_window", count(4), ["4", "llama without a sliding window"]),
+        (Sample::llama(), "llama.attention.sliding_window_pattern", count(4), ["a pattern", "one window for all layers"]),
+        (Sample { arch: "qwen2", ..Sample::llama() }, "qwen2.attention.sliding_window", count(4), ["4", "no sliding window"]),
         (Sample::llama(), "llama.attention.causal", Some(Value::Bool(false)), ["false", "causal attention"]),
         (Sample::llama(), "llama.expert_count", count(8), ["8 experts", "dense models"]),
         (Sample::llama(), "llama.rope.dimension_count", count(3), ["3", "an even number up to the head's 2"]),

@@ -26,35 +26,14 @@ pub(super) fn slices(
             _ => true,
         },
     };
-    let head_dim = header.config.head_dim;
     let mut slices: Vec<TensorSlice> = header
         .tensors
         .iter()
         .filter(|(id, _)| used(id))
-        .map(|(id, tensor)| slice(*id, tensor, rows(id.role, tensor, rank, splits, head_dim)))
+        .map(|(id, tensor)| slice(*id, tensor, splits.rows(&header.config, id.role, rank)))
         .collect();
     slices.sort_by_key(|s| (s.tensor.file, s.bytes.start, s.id));
     slices
-}
-
-/// Rows of a tensor that a rank owns.
-fn rows(role: Role, tensor: &TensorInfo, rank: usize, splits: &Splits, head_dim: usize) -> Range<usize> {
-    let of = |ranges: &[Range<usize>], unit: usize| ranges.get(rank).map_or(0..0, |r| r.start * unit..r.end * unit);
-    match role {
-        Role::Embedding | Role::Output => of(&splits.vocab, 1),
-        Role::Q | Role::QBias => of(&splits.heads, head_dim),
-        Role::K | Role::KBias | Role::V | Role::VBias => of(&splits.kv_heads, head_dim),
-        Role::O | Role::OBias | Role::Down | Role::DownBias => of(&splits.hidden, 1),
-        Role::Gate | Role::GateBias | Role::Up | Role::UpBias => of(&splits.ffn, 1),
-        Role::RopeFactors
-        | Role::AttnNorm
-        | Role::QNorm
-        | Role::KNorm
-        | Role::PostAttnNorm
-        | Role::FfnNorm
-        | Role::PostFfnNorm
-        | Role::OutputNorm => 0..tensor.shape.first().copied().unwrap_or(0),
-    }
 }
 
 fn slice(id: TensorId, tensor: &TensorInfo, rows: Range<usize>) -> TensorSlice {

@@ -4,6 +4,7 @@
 
 mod clients;
 mod exact;
+mod families;
 mod input;
 mod instructions;
 mod pool;

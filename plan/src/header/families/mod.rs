@@ -1,0 +1,87 @@
+//! The families: one file each, and the table that finds them.
+//!
+//! A family says what its layers compute, as a [`ModelConfig`] made from either kind of header, and under which names its tensors stand.
+//! The engine reads the config alone, so that a family whose layers are made of parts it has is this file and a line in [`FAMILIES`].
+
+mod gemma3;
+mod llama;
+mod mistral;
+mod phi3;
+mod qwen2;
+mod qwen3;
+
+use serde_json::Value;
+
+use super::{
+    HeaderError,
+    fields::{FILE, Fields},
+    hf::HfConfig,
+    metadata::Meta,
+    tensors::Name,
+};
+use crate::model::{ModelConfig, Role};
+
+/// A family of models.
+pub(super) struct Family {
+    /// Its name in messages.
+    pub(super) name: &'static str,
+    /// Its class in `architectures` of `config.json`.
+    pub(super) class: &'static str,
+    /// Its `model_type` in `config.json`.
+    pub(super) model_type: &'static str,
+    /// Its shape from `config.json`.
+    pub(super) from_hf: fn(&Fields<'_>) -> Result<HfConfig, HeaderError>,
+    /// What comes before a layer's number in Hugging Face's names.
+    pub(super) hf_layers: &'static str,
+    /// Names in Hugging Face's files.
+    pub(super) hf_name: fn(Role) -> Name,
+    /// Its `general.architecture`, where GGUF has one for it.
+    pub(super) gguf: Option<&'static str>,
+    /// Its shape from GGUF metadata.
+    pub(super) from_gguf: fn(&Meta<'_>) -> Result<ModelConfig, HeaderError>,
+    /// Names in GGUF.
+    pub(super) gguf_name: fn(Role) -> Name,
+}
+
+/// Every family.
+const FAMILIES: [&Family; 6] = [&llama::LLAMA, &gemma3::GEMMA3, &mistral::MISTRAL, &qwen2::QWEN2, &qwen3::QWEN3, &phi3::PHI3];
+
+/// The family that `config.json` names: by its class, or by its type where it has no class.
+pub(super) fn of_hf(fields: &Fields<'_>) -> Result<&'static Family, HeaderError> {
+    let named = match fields.present("architectures") {
+        Some(Value::Array(names)) => names.first().and_then(Value::as_str),
+        Some(other) => return Err(fields.wrong("architectures", "a list of names", other)),
+        None => None,
+    };
+    let (field, got, name): (_, _, fn(&Family) -> &'static str) = match (named, fields.text("model_type")?) {
+        (Some(class), _) => ("architectures", class, |f| f.class),
+        (None, Some(kind)) => ("model_type", kind, |f| f.model_type),
+        (None, None) => return Err(fields.missing("architectures", "a list of names")),
+    };
+    FAMILIES.into_iter().find(|family| name(family) == got).ok_or_else(|| HeaderError::UnsupportedArchitecture {
+        file: FILE.to_owned(),
+        field: field.to_owned(),
+        got: got.to_owned(),
+        expected: one_of(FAMILIES.into_iter().map(name)),
+    })
+}
+
+/// The family with a `general.architecture`.
+pub(super) fn of_gguf(meta: &Meta<'_>) -> Result<&'static Family, HeaderError> {
+    FAMILIES.into_iter().find(|family| family.gguf == Some(meta.arch)).ok_or_else(|| HeaderError::UnsupportedArchitecture {
+        file: meta.file.to_owned(),
+        field: meta.place("general.architecture".to_owned()),
+        got: meta.arch.to_owned(),
+        expected: one_of(FAMILIES.into_iter().filter_map(|family| family.gguf)),
+    })
+}
+
+/// A list of names in words.
+fn one_of(names: impl Iterator<Item = &'static str>) -> String {
+    let names: Vec<_> = names.collect();
+    match names.split_last() {
+        Some((last, [])) => (*last).to_owned(),
+        Some((last, others)) => format!("{} or {last}", others.join(", ")),
+        None => String::new(),
+    }
+}

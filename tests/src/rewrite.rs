@@ -1,0 +1,206 @@
+//! The weights of a fixture in other files: under GGUF names, or with products stored together. The values stay as they are, bit for bit.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, BufWriter},
+    path::Path,
+};
+
+use plan::{
+    dtype::DType,
+    gguf::{Kind, Value, Writer},
+    safetensors,
+};
+use serde_json::{Value as Json, json};
+
+/// A stored tensor.
+#[derive(Clone)]
+pub struct Tensor {
+    /// Row-major shape.
+    pub shape: Vec<usize>,
+    /// Stored type.
+    pub dtype: DType,
+    /// Values as stored.
+    pub data: Vec<u8>,
+}
+
+/// `config.json` and the tensors of a folder, by name.
+#[derive(Clone)]
+pub struct Folder {
+    /// `config.json`.
+    pub config: Json,
+    /// Tensors by name.
+    pub tensors: BTreeMap<String, Tensor>,
+}
+
+impl Tensor {
+    fn rows(&self) -> impl Iterator<Item = &[u8]> {
+        self.data.chunks_exact(self.data.len() / self.shape[0])
+    }
+
+    /// Several tensors' rows, one after the other.
+    fn joined(parts: &[Tensor]) -> Self {
+        let mut all = parts[0].clone();
+        for part in &parts[1..] {
+            all.shape[0] += part.shape[0];
+            all.data.extend(&part.data);
+        }
+        all
+    }
+
+    /// The rows of each of `heads` heads turned from halves into neighbours, as GGUF has those of Llama.
+    fn permuted(&self, heads: usize) -> Self {
+        let half = self.shape[0] / heads / 2;
+        let rows: Vec<&[u8]> = self.rows().collect();
+        let from = |to: usize| to / (2 * half) * 2 * half + to % 2 * half + to % (2 * half) / 2;
+        Self { data: (0..self.shape[0]).flat_map(|to| rows[from(to)]).copied().collect(), ..self.clone() }
+    }
+}
+
+impl Folder {
+    /// Reads a folder of safetensors files.
+    pub fn read(folder: &Path) -> io::Result<Self> {
+        let mut tensors = BTreeMap::new();
+        for entry in fs::read_dir(folder)? {
+            let path = entry?.path();
+            if path.extension().is_none_or(|e| e != "safetensors") {
+                continue;
+            }
+            let bytes = fs::read(&path)?;
+            let header = safetensors::read(&mut &*bytes, bytes.len() as u64).expect("a safetensors header");
+            for t in header.tensors {
+                let dtype = match t.dtype.as_str() {
+                    "F32" => DType::F32,
+                    "F16" => DType::F16,
+                    "BF16" => DType::BF16,
+                    other => panic!("{other} in {}", path.display()),
+                };
+                let shape = t.shape.iter().map(|&n| n as usize).collect();
+                let data = bytes[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+                tensors.insert(t.name, Tensor { shape, dtype, data });
+            }
+        }
+        Ok(Self { config: serde_json::from_slice(&fs::read(folder.join("config.json"))?)?, tensors })
+    }
+
+    fn count(&self, field: &str) -> usize {
+        self.config[field].as_u64().unwrap_or_else(|| panic!("no count {field}")) as usize
+    }
+
+    fn take(&mut self, name: &str) -> Tensor {
+        self.tensors.remove(name).unwrap_or_else(|| panic!("no tensor {name}"))
+    }
+
+    /// A llama as a phi3: query, key and value in one tensor, gate and up in another.
+    #[must_use]
+    pub fn into_phi3(mut self) -> Self {
+        self.config["architectures"] = json!(["Phi3ForCausalLM"]);
+        self.config["model_type"] = json!("phi3");
+        for layer in 0..self.count("num_hidden_layers") {
+            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
+            let qkv = ["q", "k", "v"].map(|p| self.take(&name(&format!("self_attn.{p}_proj"))));
+            let gate_up = ["gate", "up"].map(|p| self.take(&name(&format!("mlp.{p}_proj"))));
+            self.tensors.insert(name("self_attn.qkv_proj"), Tensor::joined(&qkv));
+            self.tensors.insert(name("mlp.gate_up_proj"), Tensor::joined(&gate_up));
+        }
+        self
+    }
+
+    /// Writes `config.json` and one safetensors file, beside the other files of `like`.
+    pub fn write(&self, folder: &Path, like: &Path) -> io::Result<()> {
+        for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            if like.join(name).exists() {
+                fs::copy(like.join(name), folder.join(name))?;
+            }
+        }
+        fs::write(folder.join("config.json"), self.config.to_string())?;
+        let mut header = serde_json::Map::new();
+        let mut data: Vec<u8> = Vec::new();
+        for (name, t) in &self.tensors {
+            let end = data.len() + t.data.len();
+            header.insert(name.clone(), json!({"dtype": format!("{:?}", t.dtype), "shape": t.shape, "data_offsets": [data.len(), end]}));
+            data.extend(&t.data);
+        }
+        let header = Json::Object(header).to_string();
+        let mut file = (header.len() as u64).to_le_bytes().to_vec();
+        file.extend(header.bytes());
+        file.extend(data);
+        fs::write(folder.join("model.safetensors"), file)
+    }
+
+    /// Writes a GGUF file with this architecture's keys and names.
+    pub fn write_gguf(&self, path: &Path, arch: &str) -> io::Result<()> {
+        let mut file = Writer::new();
+        self.gguf_metadata(&mut file, arch);
+        let (heads, kv_heads) = (self.count("num_attention_heads"), self.count("num_key_value_heads"));
+        for (name, t) in &self.tensors {
+            let t = match name {
+                n if arch == "llama" && n.ends_with("q_proj.weight") => t.permuted(heads),
+                n if arch == "llama" && n.ends_with("k_proj.weight") => t.permuted(kv_heads),
+                _ => t.clone(),
+            };
+            file.tensor(&gguf_name(name), &t.shape, t.dtype, t.data);
+        }
+        file.write(&mut BufWriter::new(File::create(path)?))
+    }
+
+    fn gguf_metadata(&self, file: &mut Writer, arch: &str) {
+        let key = |name: &str| format!("{arch}.{name}");
+        let count = |field: &str| Value::U32(self.count(field) as u32);
+        let rope = &self.config["rope_parameters"]["rope_theta"];
+        let base = rope.as_f64().or(self.config["rope_theta"].as_f64()).expect("a rotary base");
+        let (vocab, eps) = (self.count("vocab_size"), self.config["rms_norm_eps"].as_f64().expect("an epsilon"));
+        file.metadata("general.architecture", Value::String(arch.into()))
+            .metadata(&key("block_count"), count("num_hidden_layers"))
+            .metadata(&key("context_length"), count("max_position_embeddings"))
+            .metadata(&key("embedding_length"), count("hidden_size"))
+            .metadata(&key("feed_forward_length"), count("intermediate_size"))
+            .metadata(&key("attention.head_count"), count("num_attention_heads"))
+            .metadata(&key("attention.head_count_kv"), count("num_key_value_heads"))
+            .metadata(&key("attention.layer_norm_rms_epsilon"), Value::F32(eps as f32))
+            .metadata(&key("rope.freq_base"), Value::F32(base as f32));
+        for (field, name) in [("sliding_window", "attention.sliding_window"), ("head_dim", "attention.key_length")] {
+            if let Some(n) = self.config[field].as_u64() {
+                file.metadata(&key(name), Value::U32(n as u32));
+            }
+        }
+        file.metadata("tokenizer.ggml.model", Value::String("llama".into()))
+            .array("tokenizer.ggml.tokens", Kind::String, (0..vocab).map(|id| Value::String(format!("t{id}"))).collect())
+            .array("tokenizer.ggml.scores", Kind::F32, (0..vocab).map(|id| Value::F32(-(id as f32))).collect())
+            .array("tokenizer.ggml.token_type", Kind::I32, vec![Value::I32(1); vocab])
+            .metadata("tokenizer.ggml.bos_token_id", Value::U32(1))
+            .metadata("tokenizer.ggml.eos_token_id", Value::U32(2));
+    }
+}
+
+/// Hugging Face's names in GGUF.
+const GGUF_NAMES: [(&str, &str); 16] = [
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.qkv_proj", "attn_qkv"),
+    ("self_attn.o_proj", "attn_output"),
+    ("self_attn.q_norm", "attn_q_norm"),
+    ("self_attn.k_norm", "attn_k_norm"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.gate_up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+/// The GGUF name of a tensor.
+fn gguf_name(name: &str) -> String {
+    let (stem, kind) = name.rsplit_once('.').expect("a name with its kind");
+    let (prefix, stem) = match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+        Some((layer, stem)) => (format!("blk.{layer}."), stem),
+        None => (String::new(), stem),
+    };
+    let known = GGUF_NAMES.iter().find(|(hf, _)| *hf == stem).unwrap_or_else(|| panic!("no GGUF name for {name}"));
+    format!("{prefix}{}.{kind}", known.1)
+}

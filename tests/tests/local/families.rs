@@ -1,0 +1,143 @@
+//! Every family: its fixture against the reference implementation's numbers, from either kind of file, whole and split.
+
+use std::{fs, path::Path};
+
+use e2e::{
+    files,
+    program::{floats, id_list, ids, json},
+    rewrite::Folder,
+};
+use serde_json::Value;
+
+/// `eval logits` of `model` at `input`, with `greedy` further ids.
+fn logits(model: &Path, input: &[u32], greedy: usize, more: &[&str]) -> Value {
+    let (model, input, greedy) = (model.to_string_lossy(), id_list(input), greedy.to_string());
+    let mut args = vec!["eval", "logits", &model, "--input-ids", &input, "--greedy", &greedy, "--kv", "f32", "--json"];
+    args.extend(more);
+    json(&args)
+}
+
+/// The largest difference between two lists.
+fn distance(a: &[f32], b: &[f32]) -> f32 {
+    assert_eq!(a.len(), b.len());
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+}
+
+/// What was computed, as bits.
+fn bits(got: &Value) -> (Vec<u32>, Vec<u32>, Vec<u32>) {
+    let raw = |field| floats(got, field).iter().map(|x| x.to_bits()).collect();
+    (raw("last_logits"), raw("nll_per_token"), ids(got, "greedy_ids"))
+}
+
+/// Asserts that `model` gives the numbers of `expected`, and the same bits in two stages, two ranks, and both.
+fn matches(model: &Path, expected: &Value, name: &str) -> Value {
+    let input = ids(expected, "input_ids");
+    let got = logits(model, &input, 24, &[]);
+    for field in ["last_logits", "nll_per_token"] {
+        let off = distance(&floats(&got, field), &floats(expected, field));
+        assert!(off <= 1e-4, "{name}: {field} are off by {off}");
+    }
+    assert_eq!(ids(&got, "greedy_ids"), ids(expected, "greedy_ids"), "{name}");
+    for way in [&["--pp", "2"][..], &["--tp", "2"], &["--pp", "2", "--tp", "2"]] {
+        assert!(bits(&logits(model, &input, 24, way)) == bits(&got), "{name} with {} differs from one process", way.join(" "));
+    }
+    got
+}
+
+/// Asserts that a fixture gives its reference outputs, whole and split, and that the comparison would see a wrong setting.
+fn matches_reference(name: &str, wrong: (&str, &str)) -> Value {
+    let expected = files::expected(name);
+    let got = matches(&files::fixture(name), &expected, name);
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for file in fs::read_dir(files::fixture(name)).expect("the fixture") {
+        let file = file.expect("an entry");
+        fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
+    }
+    let config = folder.path().join("config.json");
+    let text = fs::read_to_string(&config).expect("config.json");
+    assert!(text.contains(wrong.0));
+    fs::write(&config, text.replace(wrong.0, wrong.1)).expect("a writable file");
+    let other = logits(folder.path(), &ids(&expected, "input_ids"), 0, &[]);
+    let off = distance(&floats(&other, "last_logits"), &floats(&expected, "last_logits"));
+    assert!(off > 1e-4, "{name}: {} in place of {} went unseen ({off})", wrong.1, wrong.0);
+    got
+}
+
+/// Asserts that the weights of a folder, in a GGUF file of architecture `arch`, give `got` again within rounding.
+fn same_in_gguf(folder: &Folder, arch: &str, got: &Value, input: &[u32]) {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let path = place.path().join("model.gguf");
+    folder.write_gguf(&path, arch).expect("a writable folder");
+    let other = logits(&path, input, 24, &[]);
+    let off = distance(&floats(&other, "last_logits"), &floats(got, "last_logits"));
+    assert!(off <= 1e-5, "{arch} in GGUF: last logits are off by {off}");
+    assert_eq!(ids(&other, "greedy_ids"), ids(got, "greedy_ids"), "{arch} in GGUF");
+    let split = logits(&path, input, 24, &["--tp", "2"]);
+    assert!(bits(&split) == bits(&other), "{arch} in GGUF: two ranks differ from one process");
+}
+
+/// A fixture from either kind of file.
+fn both_files(name: &str, wrong: (&str, &str), arch: &str) {
+    let got = matches_reference(name, wrong);
+    let folder = Folder::read(&files::fixture(name)).expect("the fixture");
+    same_in_gguf(&folder, arch, &got, &ids(&files::expected(name), "input_ids"));
+}
+
+#[test]
+fn mistral() {
+    both_files("mistral", ("\"sliding_window\": 8", "\"sliding_window\": 7"), "llama");
+}
+
+#[test]
+fn qwen2() {
+    both_files("qwen2", ("\"rope_theta\": 1000000.0", "\"rope_theta\": 990000.0"), "qwen2");
+}
+
+#[test]
+fn qwen3() {
+    both_files("qwen3", ("\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 1e-03"), "qwen3");
+}
+
+/// The layers from `max_window_layers` on have a window, as if `layer_types` named them.
+#[test]
+fn late_windows_of_qwen2() {
+    let (expected, like) = (files::expected("qwen2"), files::fixture("qwen2"));
+    let input = ids(&expected, "input_ids");
+    let run = |changes: &[(&str, Value)]| {
+        let mut folder = Folder::read(&like).expect("the fixture");
+        for (field, value) in changes {
+            folder.config[*field] = value.clone();
+        }
+        let place = tempfile::tempdir().expect("a temporary folder");
+        folder.write(place.path(), &like).expect("a writable folder");
+        bits(&logits(place.path(), &input, 4, &["--pp", "2", "--tp", "2"]))
+    };
+    let window = [("use_sliding_window", Value::Bool(true)), ("sliding_window", 8.into()), ("layer_types", Value::Null)];
+    let late = run(&[&window[..], &[("max_window_layers", 2.into())]].concat());
+    let kinds = ["full_attention", "full_attention", "sliding_attention", "sliding_attention"];
+    let named = run(&[&window[..], &[("layer_types", Value::from(kinds.to_vec()))]].concat());
+    assert!(late == named);
+    assert!(late != run(&[&window[..], &[("max_window_layers", 3.into())]].concat()), "a window fewer went unseen");
+}
+
+/// Fused products are slices of the tensors they are stored in: a llama rewritten so keeps its numbers.
+#[test]
+fn phi3() {
+    let (expected, like) = (files::expected("llama"), files::fixture("llama"));
+    let folder = Folder::read(&like).expect("the fixture").into_phi3();
+    let place = tempfile::tempdir().expect("a temporary folder");
+    folder.write(place.path(), &like).expect("a writable folder");
+    let got = matches(place.path(), &expected, "phi3");
+    same_in_gguf(&folder, "phi3", &got, &ids(&expected, "input_ids"));
+}
+
+#[test]
+fn llama_with_llama3_rope_scaling() {
+    matches_reference("llama31-rope", ("\"high_freq_factor\": 4.0", "\"high_freq_factor\": 3.0"));
+}
+
+#[test]
+fn llama_from_either_file() {
+    both_files("llama", ("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e-03"), "llama");
+}
