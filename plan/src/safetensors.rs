@@ -31,7 +31,7 @@ pub struct Tensor {
 }
 
 /// The header of one safetensors file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Header {
     /// Tensors in file order of the header.
     pub tensors: Vec<Tensor>,

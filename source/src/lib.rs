@@ -11,6 +11,7 @@ mod layout;
 mod locate;
 mod model;
 mod place;
+mod split;
 #[cfg(test)]
 mod tests;
 

@@ -13,7 +13,7 @@ use std::{
 use plan::{
     card::{CardFile, GGUF_HEADER, ModelCard},
     gguf,
-    header::{HeaderError, from_gguf, from_safetensors},
+    header::{HeaderError, from_gguf_parts, from_safetensors},
     model::{ModelFile, ModelHeader},
     safetensors,
 };
@@ -23,22 +23,21 @@ use crate::{
     digest::Digest,
     http::{Client, Remote},
     hub::{HubFile, Repository},
-    layout::{CARD_FILES, INDEX, Layout, SINGLE},
+    layout::{CARD_FILES, INDEX, Layout, PYTORCH_INDEX, SINGLE},
     locate::Location,
     place::Place,
+    split::{self, Rearranged},
 };
 
 /// The headers of a model's files as read, before they are understood.
 #[derive(Clone, Debug)]
 pub enum RawHeader {
-    /// One GGUF file.
+    /// A GGUF file, or all parts of one.
     Gguf {
-        /// The file.
-        file: ModelFile,
-        /// Its header; vocabularies skipped.
-        header: gguf::Header,
+        /// Files and their headers; vocabularies skipped.
+        parts: Vec<(ModelFile, gguf::Header)>,
     },
-    /// One or more safetensors files.
+    /// One or more safetensors files, or PyTorch files that list their tensors as those do.
     Safetensors {
         /// `config.json`.
         config: Vec<u8>,
@@ -54,7 +53,7 @@ impl RawHeader {
     /// When it is not one that Skein supports.
     pub fn model_header(&self) -> Result<ModelHeader, HeaderError> {
         match self {
-            Self::Gguf { file, header } => from_gguf(file.clone(), header),
+            Self::Gguf { parts } => from_gguf_parts(parts),
             Self::Safetensors { config, parts } => from_safetensors(config, parts),
         }
     }
@@ -69,6 +68,8 @@ pub struct Source {
     small: BTreeMap<&'static str, Vec<u8>>,
     is_gguf: bool,
     raw: OnceLock<RawHeader>,
+    /// Files that there are not, numbered behind the weights.
+    rearranged: Vec<Rearranged>,
     bytes_read: AtomicU64,
 }
 
@@ -91,7 +92,14 @@ impl Source {
         {
             cache.keep_beside(digest, uri, &small)?;
         }
-        Ok(Self { uri: uri.to_owned(), weights, small, is_gguf, raw: OnceLock::new(), bytes_read: AtomicU64::new(0) })
+        let (mut raw, mut rearranged) = (OnceLock::new(), Vec::new());
+        if !is_gguf && weights.first().is_some_and(|(file, _)| split::is_pytorch_name(&file.name)) {
+            // Read at once: numbers of files depend on what is in them.
+            let listed = split::list_pytorch(&weights)?;
+            let config = small.get("config.json").cloned().unwrap_or_default();
+            (raw, rearranged) = (OnceLock::from(RawHeader::Safetensors { config, parts: listed.parts }), listed.rearranged);
+        }
+        Ok(Self { uri: uri.to_owned(), weights, small, is_gguf, raw, rearranged, bytes_read: AtomicU64::new(0) })
     }
 
     /// The URI it was opened by.
@@ -101,7 +109,7 @@ impl Source {
 
     /// The weight files, as [`ModelHeader::files`] numbers them.
     pub fn files(&self) -> Vec<ModelFile> {
-        self.weights.iter().map(|w| w.0.clone()).collect()
+        self.weights.iter().map(|w| w.0.clone()).chain(self.rearranged.iter().map(|r| r.file.clone())).collect()
     }
 
     /// The path of weight file `file` when it lies on this machine (for mapping it).
@@ -117,14 +125,19 @@ impl Source {
     /// # Panics
     /// If `into` has another length than `range`.
     pub fn read(&self, file: usize, range: Range<u64>, into: &mut [u8]) -> Result<(), SourceError> {
-        let files = self.weights.len();
-        let (model_file, place) = self.weights.get(file).ok_or(SourceError::FileIndex { index: file, files })?;
-        if range.start > range.end || range.end > place.bytes() {
-            let (begin, end) = (range.start, range.end);
-            return Err(SourceError::Range { name: model_file.name.clone(), begin, end, bytes: place.bytes() });
+        let files = self.weights.len() + self.rearranged.len();
+        let rearranged = file.checked_sub(self.weights.len()).and_then(|index| self.rearranged.get(index));
+        let base = rearranged.map_or(file, |r| r.base);
+        let (model_file, place) = self.weights.get(base).ok_or(SourceError::FileIndex { index: file, files })?;
+        let (name, bytes) = rearranged.map_or((&model_file.name, place.bytes()), |r| (&r.file.name, r.file.bytes));
+        if range.start > range.end || range.end > bytes {
+            return Err(SourceError::Range { name: name.clone(), begin: range.start, end: range.end, bytes });
         }
         assert_eq!(into.len() as u64, range.end - range.start, "the buffer has the length of the range");
-        place.read(&range, into)?;
+        match rearranged {
+            Some(rearranged) => rearranged.read(place, &range, into)?,
+            None => place.read(&range, into)?,
+        }
         self.bytes_read.fetch_add(into.len() as u64, Ordering::Relaxed);
         Ok(())
     }
@@ -147,10 +160,12 @@ impl Source {
     }
 
     fn read_gguf(&self) -> Result<RawHeader, SourceError> {
-        let Some((file, place)) = self.weights.first() else { return Err(SourceError::FileIndex { index: 0, files: 0 }) };
-        let header = gguf::read(&mut *place.stream()?, place.bytes(), gguf::Keep::Short, true)
-            .map_err(|source| self.unusable(place, HeaderError::Gguf { file: file.name.clone(), source: Box::new(source) }))?;
-        Ok(RawHeader::Gguf { file: file.clone(), header })
+        let part = |(file, place): &(ModelFile, Place)| {
+            let header = gguf::read(&mut *place.stream()?, place.bytes(), gguf::Keep::Short, true)
+                .map_err(|source| self.unusable(place, HeaderError::Gguf { file: file.name.clone(), source: Box::new(source) }))?;
+            Ok((file.clone(), header))
+        };
+        Ok(RawHeader::Gguf { parts: self.weights.iter().map(part).collect::<Result<_, SourceError>>()? })
     }
 
     fn read_safetensors(&self) -> Result<RawHeader, SourceError> {
@@ -180,7 +195,9 @@ impl Source {
     /// # Errors
     /// When it cannot be read.
     pub fn card(&self) -> Result<ModelCard, SourceError> {
-        if let (RawHeader::Gguf { header, .. }, Some((_, place))) = (self.raw_header()?, self.weights.first()) {
+        if let (RawHeader::Gguf { parts }, Some((_, place))) = (self.raw_header()?, self.weights.first())
+            && let Some((_, header)) = parts.first()
+        {
             let end = header.data_offset.min(place.bytes());
             let mut bytes = vec![0; end as usize];
             place.read(&(0..end), &mut bytes)?;
@@ -259,10 +276,11 @@ impl Opener {
         let layout = match self.names(folder)? {
             Some(names) => Layout::find(&names).map_err(no_model)?,
             None if self.small(folder, INDEX)?.is_some() => Layout::Index(INDEX.to_owned()),
+            None if self.small(folder, PYTORCH_INDEX)?.is_some() => Layout::Index(PYTORCH_INDEX.to_owned()),
             None => Layout::Single(SINGLE.to_owned()),
         };
         let index = match layout {
-            Layout::Gguf(name) | Layout::Single(name) => return self.single(folder, &name),
+            Layout::Gguf(name) | Layout::Single(name) | Layout::Pytorch(name) => return self.single(folder, &name),
             Layout::Index(name) => name,
         };
         if self.pinned.is_some() {
@@ -284,9 +302,20 @@ impl Opener {
     fn single(&self, folder: &Folder<'_>, name: &str) -> Result<Opened, SourceError> {
         let place = self.place(folder, name)?;
         let file = ModelFile { name: name.split(['?', '#']).next().unwrap_or(name).to_owned(), bytes: place.bytes() };
-        let is_gguf = is_gguf(&place)? || !file.name.ends_with(".safetensors");
+        let is_gguf = is_gguf(&place)? || !(file.name.ends_with(".safetensors") || split::is_pytorch_name(&file.name));
         let small = if is_gguf { BTreeMap::new() } else { self.card_files(folder)? };
-        Ok((vec![(file, place)], small, is_gguf))
+        let Some(names) = split::gguf_parts(name).filter(|names| is_gguf && names.len() > 1) else {
+            return Ok((vec![(file, place)], small, is_gguf));
+        };
+        if self.pinned.is_some() {
+            let problem = "a digest pins one weight file, the model has several".to_owned();
+            return Err(SourceError::NoModel { folder: name.to_owned(), problem });
+        }
+        let part = |name: String| {
+            let place = self.place(folder, &name)?;
+            Ok((ModelFile { name, bytes: place.bytes() }, place))
+        };
+        Ok((names.into_iter().map(part).collect::<Result<_, SourceError>>()?, small, true))
     }
 
     fn card_files(&self, folder: &Folder<'_>) -> Result<BTreeMap<&'static str, Vec<u8>>, SourceError> {

@@ -240,6 +240,103 @@ fn local_sharded_safetensors() {
 }
 
 #[test]
+fn pytorch_files_are_read_as_their_safetensors_twin() {
+    let folder = fixture("llama-pt");
+    let source = Source::open(&folder.display().to_string(), SourceOptions::default()).unwrap();
+    let header = source.header().unwrap();
+    assert_eq!((header.files.clone(), header.files[0].name.as_str()), (source.files(), "model.pt"));
+    let bytes_of = |source: &Source, t: &plan::model::TensorInfo| {
+        let mut bytes = vec![0; t.bytes as usize];
+        source.read(t.file, t.offset..t.offset + t.bytes, &mut bytes).unwrap();
+        bytes
+    };
+    // The same tensors, written by the other format's own library.
+    let data: Vec<_> = header.tensors.values().map(|t| (t.name.clone(), t.shape.clone(), bytes_of(&source, t))).collect();
+    let views = data.iter().map(|(name, shape, bytes)| {
+        (name.as_str(), safetensors::tensor::TensorView::new(safetensors::Dtype::F16, shape.clone(), bytes).unwrap())
+    });
+    let twin = tempfile::tempdir().unwrap();
+    fs::write(twin.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    fs::copy(folder.join("config.json"), twin.path().join("config.json")).unwrap();
+    let other = Source::open(&twin.path().display().to_string(), SourceOptions::default()).unwrap();
+    let twin = other.header().unwrap();
+    assert_eq!((&twin.config, twin.tensors.len()), (&header.config, header.tensors.len()));
+    for (id, tensor) in &header.tensors {
+        let other_tensor = &twin.tensors[id];
+        assert_eq!((&tensor.shape, tensor.dtype), (&other_tensor.shape, other_tensor.dtype));
+        assert!(bytes_of(&source, tensor) == bytes_of(&other, other_tensor), "{}", tensor.name);
+    }
+}
+
+#[test]
+fn pytorch_ranges_are_read_from_a_server() {
+    let file = |name: &str| fs::read(fixture("llama-pt").join(name)).unwrap();
+    let server = Server::start(
+        vec![("/model.pt", file("model.pt")), ("/config.json", file("config.json"))],
+        Behaviour { ranges: true, ..Behaviour::default() },
+    );
+    let source = Source::open(&format!("{}/model.pt", server.url), SourceOptions::default()).unwrap();
+    let header = source.header().unwrap();
+    let tensor = header.tensors.values().nth(3).unwrap();
+    let mut bytes = vec![0; 64];
+    source.read(0, tensor.offset..tensor.offset + 64, &mut bytes).unwrap();
+    let local = file("model.pt");
+    assert_eq!(bytes, local[tensor.offset as usize..][..64]);
+    assert_eq!(source.bytes_read(), 64);
+}
+
+#[test]
+fn all_parts_of_a_split_file_are_one_model() {
+    let whole_file = gguf();
+    let header = plan::gguf::read(&mut &*whole_file, whole_file.len() as u64, plan::gguf::Keep::Keys(&[]), true).unwrap();
+    let data = |t: &plan::gguf::Tensor| whole_file[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+    let folder = tempfile::tempdir().unwrap();
+    let write = |count: u16, listed: u64| {
+        for part in 0..3_u16 {
+            let mut writer = Writer::new();
+            if part == 0 {
+                for e in &header.metadata {
+                    writer.metadata(&e.key, e.value.clone());
+                }
+            }
+            writer.metadata("split.no", Value::U16(part));
+            writer.metadata("split.count", Value::U16(count));
+            writer.metadata("split.tensors.count", Value::U64(listed));
+            for t in header.tensors.iter().skip(part.into()).step_by(3) {
+                let shape: Vec<usize> = t.dims.iter().rev().map(|&d| d as usize).collect();
+                writer.tensor(&t.name, &shape, t.kind.dtype().unwrap(), data(t));
+            }
+            fs::write(folder.path().join(format!("m-{:05}-of-00003.gguf", part + 1)), writer.to_bytes().unwrap()).unwrap();
+        }
+    };
+    write(3, header.tensors.len() as u64);
+    let one = tempfile::tempdir().unwrap();
+    fs::write(one.path().join("m.gguf"), &whole_file).unwrap();
+    let one = Source::open(&one.path().display().to_string(), SourceOptions::default()).unwrap().header().unwrap();
+    for uri in [folder.path().to_owned(), folder.path().join("m-00001-of-00003.gguf"), folder.path().join("m-00002-of-00003.gguf")] {
+        let source = Source::open(&uri.display().to_string(), SourceOptions::default()).unwrap();
+        let split = source.header().unwrap();
+        assert_eq!((split.files.len(), &split.config), (3, &one.config));
+        for (id, t) in &split.tensors {
+            let mut bytes = vec![0; t.bytes as usize];
+            source.read(t.file, t.offset..t.offset + t.bytes, &mut bytes).unwrap();
+            let other = &one.tensors[id];
+            assert_eq!(bytes, whole_file[other.offset as usize..][..other.bytes as usize], "{}", t.name);
+        }
+        assert!(source.card().unwrap().file(plan::card::GGUF_HEADER).is_some());
+    }
+    let refused = || {
+        Source::open(&folder.path().display().to_string(), SourceOptions::default()).and_then(|s| s.header()).map_err(|e| format!("{e:?}"))
+    };
+    write(4, header.tensors.len() as u64);
+    assert!(refused().is_err_and(|e| e.contains("split.count") && e.contains("00001-of-00003")));
+    write(3, 99);
+    assert!(refused().is_err_and(|e| e.contains("split.tensors.count")));
+    fs::remove_file(folder.path().join("m-00002-of-00003.gguf")).unwrap();
+    assert!(refused().is_err_and(|e| e.contains("m-00002-of-00003.gguf")));
+}
+
+#[test]
 fn ranges_are_read_without_a_download() {
     let server = Server::start(vec![("/m.gguf", gguf())], Behaviour { ranges: true, ..Behaviour::default() });
     let dir = tempfile::tempdir().unwrap();

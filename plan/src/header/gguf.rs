@@ -11,23 +11,32 @@ use crate::{
 /// # Errors
 /// When the architecture, a setting, a tensor's name, type or shape is not what Skein supports.
 pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, HeaderError> {
+    from_gguf_parts(&[(file, header.clone())])
+}
+
+/// Makes a model's header from those of all parts of its GGUF file; the first one carries the metadata.
+///
+/// # Errors
+/// As [`from_gguf`], and when a part is missing or another one's.
+pub fn from_gguf_parts(parts: &[(ModelFile, Header)]) -> Result<ModelHeader, HeaderError> {
+    let Some((file, header)) = parts.first() else {
+        return Err(HeaderError::MissingTensor {
+            name: "token_embd.weight".into(),
+            place: "a model without weight files".into(),
+            shape: Vec::new(),
+        });
+    };
     let meta = Meta { header, file: &file.name, arch: "" };
     let arch = meta.text("general.architecture")?.ok_or_else(|| meta.missing("general.architecture", "the model's architecture"))?;
     let meta = Meta { arch, ..meta };
     let family = families::of_gguf(&meta)?;
-    if let Some(parts) = meta.count("split.count")?.filter(|&n| n > 1) {
-        return Err(HeaderError::UnsupportedFeature {
-            file: file.name.clone(),
-            field: meta.place("split.count".to_owned()),
-            expected: "a model in one file",
-            got: format!("{parts} files"),
-        });
-    }
+    check_parts(parts)?;
     refuse_features(&meta)?;
     let config = (family.from_gguf)(&meta)?;
-    let found = header.tensors.iter().map(|t| Found {
+    let tensors = parts.iter().enumerate().flat_map(|(file, (_, header))| header.tensors.iter().map(move |t| (file, t)));
+    let found = tensors.map(|(file, t)| Found {
         name: t.name.clone(),
-        file: 0,
+        file,
         entry_offset: t.entry_offset,
         dtype: t.kind.dtype().ok_or_else(|| t.kind.name.to_owned()),
         shape: t.dims.iter().rev().copied().collect(),
@@ -35,7 +44,33 @@ pub fn from_gguf(file: ModelFile, header: &Header) -> Result<ModelHeader, Header
         bytes: t.bytes,
     });
     let found = found.collect();
-    assemble(family, Format::GGUF, config, vec![file], found, None)
+    let files = parts.iter().map(|(file, _)| file.clone()).collect();
+    assemble(family, Format::GGUF, config, files, found, None)
+}
+
+/// Checks that the parts are those of one split file, in order and all of them.
+fn check_parts(parts: &[(ModelFile, Header)]) -> Result<(), HeaderError> {
+    let wrong = |(file, header): &(ModelFile, Header), key: &str, expected: u64, got: Option<u64>| {
+        let meta = Meta { header, file: &file.name, arch: "" };
+        meta.field(key.to_owned(), &expected.to_string(), &got.map_or_else(|| "missing".to_owned(), |n| n.to_string()))
+    };
+    let count = parts.len() as u64;
+    for (index, part) in (0..).zip(parts) {
+        let meta = Meta { header: &part.1, file: &part.0.name, arch: "" };
+        let (number, all) = (meta.count("split.no")?, meta.count("split.count")?);
+        if all.unwrap_or(u64::from(count == 1)).max(1) != count {
+            return Err(wrong(part, "split.count", count, all));
+        }
+        if number.unwrap_or(0) != index {
+            return Err(wrong(part, "split.no", index, number));
+        }
+        let tensors: u64 = parts.iter().map(|(_, header)| header.tensors.len() as u64).sum();
+        let listed = meta.count("split.tensors.count")?;
+        if listed.is_some_and(|n| n != tensors) {
+            return Err(wrong(part, "split.tensors.count", tensors, listed));
+        }
+    }
+    Ok(())
 }
 
 /// A decoder with the usual keys: RMS norms before its blocks, rotated heads, a feed-forward block gated by SiLU, full attention.

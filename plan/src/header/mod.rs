@@ -10,7 +10,7 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
-pub use gguf::from_gguf;
+pub use gguf::{from_gguf, from_gguf_parts};
 pub use hf::{HfConfig, from_safetensors};
 pub use tensors::Biases;
 
@@ -23,6 +23,7 @@ use crate::{
     dtype::DType,
     gguf::GgufError,
     model::{Format, ModelConfig, ModelFile, ModelHeader, TensorInfo},
+    pytorch::PytorchError,
     safetensors::SafetensorsError,
 };
 
@@ -39,6 +40,8 @@ pub enum HeaderError {
     Gguf { file: String, source: Box<GgufError> },
     #[error("safetensors header of {file} is unusable")]
     Safetensors { file: String, source: Box<SafetensorsError> },
+    #[error("PyTorch file {file} is unusable")]
+    Pytorch { file: String, source: Box<PytorchError> },
     #[error("{file} is not JSON")]
     Json { file: String, source: serde_json::Error },
     #[error("{field} in {file} is {got}, an architecture that is not supported; expected {expected}")]
@@ -80,6 +83,7 @@ impl HeaderError {
         match self {
             Self::Gguf { source, .. } => source.reason(),
             Self::Safetensors { source, .. } => source.reason(),
+            Self::Pytorch { source, .. } => source.reason(),
             Self::Json { .. } | Self::Field { .. } => "config_invalid",
             Self::UnsupportedArchitecture { .. } => "architecture_unsupported",
             Self::UnsupportedFeature { .. } => "feature_unsupported",

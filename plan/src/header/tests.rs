@@ -398,7 +398,7 @@ fn refusals_of_gguf_metadata_name_key_place_value_and_expectation() {
         (Sample::llama(), "general.architecture", text("mamba"), ["mamba", "llama, gemma3, qwen2"]),
         (Sample::llama(), "general.architecture", None, ["missing", "the model's architecture"]),
         (Sample::llama(), "general.architecture", count(1), ["u32", "text"]),
-        (Sample::llama(), "split.count", count(5), ["5 files", "a model in one file"]),
+        (Sample::llama(), "split.count", count(5), ["is 5", "expected 1"]),
         (Sample::llama(), "llama.block_count", None, ["missing", "an integer"]),
         (Sample::llama(), "llama.block_count", count(0), ["0", "at least 1"]),
         (Sample::llama(), "llama.block_count", count(5000), ["5000", "at most 4096"]),

@@ -52,6 +52,12 @@ fn llama_matches_its_reference() {
     matches_reference("llama", ("\"rms_norm_eps\": 1e-05", "\"rms_norm_eps\": 1e-03"));
 }
 
+/// A PyTorch file.
+#[test]
+fn llama_pt_matches_its_reference() {
+    matches_reference("llama-pt", ("\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 1e-03"));
+}
+
 #[test]
 fn gemma3_matches_its_reference() {
     matches_reference("gemma3", ("\"sliding_window\": 8", "\"sliding_window\": 7"));
