@@ -1,5 +1,7 @@
 //! The backend for processors.
 
+mod experts;
+mod feed_forward;
 mod forward;
 mod input;
 mod load;

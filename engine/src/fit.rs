@@ -72,17 +72,42 @@ fn shape_fits(config: &ModelConfig, layers: &Range<usize>) -> Result<(), LoadSha
     if !c.heads.is_multiple_of(c.kv_heads) {
         return Err(wrong("the number of query heads", c.heads.to_string(), format!("a multiple of {}", c.kv_heads)));
     }
+    if let Some(e) = c.experts
+        && (e.count == 0 || e.ffn == 0 || !(1..=e.count).contains(&e.used))
+    {
+        return Err(wrong("the experts of a layer", format!("{e:?}"), "some, of which some are used".to_owned()));
+    }
+    if c.experts.is_none() && c.layers.iter().any(|l| l.experts) {
+        return Err(wrong("the experts of a layer", "none".to_owned(), "some".to_owned()));
+    }
     let factors = c.layers[0].rope.dims;
     for layer in &c.layers[layers.clone()] {
-        let rope = layer.rope;
-        if rope.dims == 0 || !rope.dims.is_multiple_of(2) || rope.dims > c.head_dim {
-            return Err(wrong("the number of rotated values of a head", rope.dims.to_string(), format!("even, from 2 to {}", c.head_dim)));
+        let rope = &layer.rope;
+        if !rope.dims.is_multiple_of(2) || rope.dims > c.head_dim {
+            return Err(wrong("the number of rotated values of a head", rope.dims.to_string(), format!("even, from 0 to {}", c.head_dim)));
+        }
+        if !rope.amplitude.is_finite() {
+            return Err(wrong("the factor of a layer's rotation", rope.amplitude.to_string(), "a number".to_owned()));
         }
         if !rope.base.is_finite() || rope.base <= 0.0 {
             return Err(wrong("the rotary base", rope.base.to_string(), "a positive number".to_owned()));
         }
-        if rope.scaling == RopeScaling::Tensor {
-            equal("the number of rotated values of a layer with stored factors", rope.dims, factors)?;
+        match &rope.scaling {
+            RopeScaling::Tensor | RopeScaling::LongRopeTensors { .. } => {
+                equal("the number of rotated values of a layer with stored factors", rope.dims, factors)?;
+            }
+            RopeScaling::LongRope { short, long, .. } => {
+                equal("the number of divisors for short sequences", short.len(), rope.dims / 2)?;
+                equal("the number of divisors for long sequences", long.len(), rope.dims / 2)?;
+            }
+            RopeScaling::Dynamic { .. } if rope.dims < 4 => {
+                return Err(wrong(
+                    "the number of rotated values of a layer with a stretched base",
+                    rope.dims.to_string(),
+                    "at least 4".to_owned(),
+                ));
+            }
+            _ => {}
         }
         if layer.window == Some(0) {
             return Err(wrong("the window of a layer", "0".to_owned(), "at least 1".to_owned()));
@@ -93,13 +118,14 @@ fn shape_fits(config: &ModelConfig, layers: &Range<usize>) -> Result<(), LoadSha
 
 fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError> {
     let splits = &shard.splits;
+    let experts = config.experts.map(|e| ("the split of the experts", &splits.experts, e.count));
     let whole = [
         ("the split of query heads", &splits.heads, config.heads),
         ("the split of the hidden width", &splits.hidden, config.hidden),
         ("the split of the feed-forward width", &splits.ffn, config.ffn),
         ("the split of the vocabulary", &splits.vocab, config.vocab),
     ];
-    for (what, ranges, len) in whole {
+    for (what, ranges, len) in whole.into_iter().chain(experts) {
         let mut end = 0;
         let follow = ranges.iter().all(|r| r.start == std::mem::replace(&mut end, r.end) && r.start <= r.end);
         if !follow || end != len || ranges.len() != shard.ranks {

@@ -35,6 +35,14 @@ pub fn gate(pool: &Pool, isa: Isa, activation: Gate, gate: &mut [f32], up: &[f32
     });
 }
 
+/// `x[i] = activation(x[i])`.
+pub fn activate(pool: &Pool, isa: Isa, activation: Gate, x: &mut [f32]) {
+    spread(pool, x, |_, x| match activation {
+        Gate::Silu => vectorize(isa, Unary(x, Silu)),
+        Gate::GeluTanh => vectorize(isa, Unary(x, GeluTanh)),
+    });
+}
+
 /// `x[i] += y[i]`.
 ///
 /// # Panics
@@ -55,6 +63,15 @@ pub fn add_bias(pool: &Pool, isa: Isa, x: &mut [f32], bias: &[f32]) {
             vectorize(isa, Binary(row, bias, Add));
         }
     });
+}
+
+/// `sum[i] = fma(x[i], factor, sum[i])`.
+///
+/// # Panics
+/// If the lengths differ.
+pub fn add_scaled(isa: Isa, sum: &mut [f32], x: &[f32], factor: f32) {
+    assert_eq!(sum.len(), x.len(), "values of both terms");
+    vectorize(isa, Binary(sum, x, AddScaled(factor)));
 }
 
 /// `x[i] *= factor`.
@@ -81,6 +98,8 @@ struct Silu;
 struct GeluTanh;
 #[derive(Clone, Copy)]
 struct Add;
+#[derive(Clone, Copy)]
+struct AddScaled(f32);
 
 /// `x / (1 + e^minus_t)`.
 #[inline(always)]
@@ -108,6 +127,35 @@ impl Op for Add {
     #[inline(always)]
     fn apply<S: Simd>(self, s: S, x: S::F, y: S::F) -> S::F {
         s.add(x, y)
+    }
+}
+
+impl Op for AddScaled {
+    #[inline(always)]
+    fn apply<S: Simd>(self, s: S, x: S::F, y: S::F) -> S::F {
+        s.fma(y, s.splat(self.0), x)
+    }
+}
+
+/// An operation whose second operand is 1.
+struct Unary<'a, O>(&'a mut [f32], O);
+
+impl<O: Op> Kernel for Unary<'_, O> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Self(x, op) = self;
+        let one = s.splat(1.0);
+        let (x, tail) = x.as_chunks_mut::<LANES>();
+        for x in x {
+            let value = op.apply(s, s.load(x), one);
+            s.store(x, value);
+        }
+        if !tail.is_empty() {
+            let value = op.apply(s, s.load_part(tail), one);
+            s.store_part(tail, value);
+        }
     }
 }
 
@@ -176,6 +224,9 @@ mod tests {
                     apply(&|out| add(&pool, isa, out, &y)),
                     apply(&|out| scale(&pool, isa, out, 1.7)),
                     apply(&|out| add_bias(&pool, isa, out, &y[..bias])),
+                    apply(&|out| add_scaled(isa, out, &y, 1.7)),
+                    apply(&|out| activate(&pool, isa, Gate::Silu, out)),
+                    apply(&|out| activate(&pool, isa, Gate::GeluTanh, out)),
                 ]
             };
             let spec = run(Isa::Scalar, 1);
@@ -185,6 +236,12 @@ mod tests {
                 }
             }
             assert_ne!(spec[0], spec[1], "another gate must show");
+            let ones = |gate_of| {
+                let mut out = x.clone();
+                gate(&Pool::new(1), Isa::Scalar, gate_of, &mut out, &vec![1.0; n]);
+                bits(&out)
+            };
+            assert_eq!((&spec[6], &spec[7]), (&ones(Gate::Silu), &ones(Gate::GeluTanh)), "activations are gates of 1");
             for i in 0..n {
                 let (x, y) = (f64::from(x[i]), f64::from(y[i]));
                 let silu = x / (1.0 + (-x).exp()) * y;

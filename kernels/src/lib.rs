@@ -21,6 +21,7 @@ pub mod pool;
 pub mod probe;
 mod quantized;
 pub mod rope;
+pub mod routing;
 mod scalar;
 #[cfg(unix)]
 pub mod shm;

@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use crate::{
     Isa, Pool,
-    math::{pow_f64, sin_cos_f64},
+    math::{ln_f64, pow_f64, sin_cos_f64},
     simd::{Kernel, LANES, Simd, vectorize},
 };
 
@@ -48,6 +48,20 @@ pub enum RopeScaling {
         /// Context length before stretching, in tokens.
         original_context: f64,
     },
+    /// YaRN: pairs that turn more than `beta_fast` times in `original_context` positions keep their frequency, those that turn less than
+    /// `beta_slow` times have it divided by `factor`, with a ramp between: Peng et al. 2023, arXiv:2309.00071, section 3.2.
+    Yarn {
+        /// Divisor of the lowest frequencies.
+        factor: f64,
+        /// Context length before stretching, in tokens.
+        original_context: f64,
+        /// Turns above which a frequency is kept.
+        beta_fast: f64,
+        /// Turns below which a frequency is divided.
+        beta_slow: f64,
+        /// The ramp begins and ends at whole pairs.
+        truncate: bool,
+    },
     /// The divisor of each pair, `[dims / 2]`.
     Divisors(Vec<f32>),
 }
@@ -59,6 +73,8 @@ pub struct RopeTable {
     dims: usize,
     /// Angle per position of each pair.
     frequencies: Vec<f64>,
+    /// Factor of cosines and sines.
+    amplitude: f64,
     /// Per 64 positions `[64, 2, width]`: cosines, then sines, in the order in which `layout` meets them.
     chunks: Vec<OnceLock<Box<[f32]>>>,
     positions: usize,
@@ -75,14 +91,27 @@ impl RopeTable {
         if let RopeScaling::Divisors(divisors) = scaling {
             assert_eq!(divisors.len(), dims / 2, "divisors of {dims} rotated values");
         }
+        let ramp = match scaling {
+            RopeScaling::Yarn { original_context, beta_fast, beta_slow, truncate, .. } => {
+                yarn_ramp(dims, base, *original_context, (*beta_fast, *beta_slow), *truncate)
+            }
+            _ => (0.0, 0.0),
+        };
         let frequencies = (0..dims / 2)
             .map(|i| {
                 let frequency = pow_f64(base, -((2 * i) as f64) / dims as f64);
-                frequency / divisor(scaling, i, frequency)
+                frequency / divisor(scaling, i, frequency, ramp)
             })
             .collect();
         let chunks = (0..positions.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect();
-        Self { layout, dims, frequencies, chunks, positions }
+        Self { layout, dims, frequencies, amplitude: 1.0, chunks, positions }
+    }
+
+    /// The same table with every cosine and sine multiplied by `amplitude`, before they are rounded.
+    #[must_use]
+    pub fn with_amplitude(self, amplitude: f64) -> Self {
+        let chunks = self.chunks.iter().map(|_| OnceLock::new()).collect();
+        Self { amplitude, chunks, ..self }
     }
 
     /// Number of values of each head that are turned.
@@ -132,10 +161,15 @@ impl RopeTable {
         chunk[position % CHUNK * 2 * width..][..2 * width].split_at(width)
     }
 
+    fn turn(&self, angle: f64) -> (f64, f64) {
+        let (sin, cos) = sin_cos_f64(angle);
+        (sin * self.amplitude, cos * self.amplitude)
+    }
+
     fn chunk(&self, first: usize) -> Box<[f32]> {
         let mut chunk = Vec::with_capacity(CHUNK * 2 * self.dims);
         for position in first..first + CHUNK {
-            let turns: Vec<(f64, f64)> = self.frequencies.iter().map(|f| sin_cos_f64(position as f64 * f)).collect();
+            let turns: Vec<(f64, f64)> = self.frequencies.iter().map(|f| self.turn(position as f64 * f)).collect();
             match self.layout {
                 RopeLayout::Halves => {
                     chunk.extend(turns.iter().map(|&(_, cos)| cos as f32));
@@ -151,8 +185,30 @@ impl RopeTable {
     }
 }
 
-/// What the frequency of pair `i` is divided by.
-fn divisor(scaling: &RopeScaling, i: usize, frequency: f64) -> f64 {
+/// The base that stretches `trained` positions to `length`, at least `trained`, with the factor of a model's "dynamic" scaling:
+/// `base · (factor · length / trained - (factor - 1))^(dims / (dims - 2))`.
+///
+/// The method is bloc97's NTK-aware scaling as transformers computes it; there the length is that of each batch, here it is one for all.
+///
+/// # Panics
+/// If `dims` is less than 4.
+pub fn dynamic_base(base: f64, dims: usize, factor: f64, trained: f64, length: f64) -> f64 {
+    assert!(dims >= 4, "{dims} rotated values have no stretched base");
+    let stretch = factor * length.max(trained) / trained - (factor - 1.0);
+    base * pow_f64(stretch, dims as f64 / (dims - 2) as f64)
+}
+
+/// The pairs between which YaRN's ramp runs.
+fn yarn_ramp(dims: usize, base: f64, original_context: f64, (fast, slow): (f64, f64), truncate: bool) -> (f64, f64) {
+    // The pair that turns `turns` times in the original context.
+    let pair = |turns: f64| dims as f64 * ln_f64(original_context / (turns * std::f64::consts::TAU)) / (2.0 * ln_f64(base));
+    let (low, high) = if truncate { (pair(fast).floor(), pair(slow).ceil()) } else { (pair(fast), pair(slow)) };
+    let (low, high) = (low.max(0.0), high.min(dims as f64 - 1.0));
+    (low, if low == high { high + 0.001 } else { high })
+}
+
+/// What the frequency of pair `i` is divided by. `ramp` is [`yarn_ramp`]'s.
+fn divisor(scaling: &RopeScaling, i: usize, frequency: f64, ramp: (f64, f64)) -> f64 {
     match scaling {
         RopeScaling::None => 1.0,
         RopeScaling::Linear { factor } => *factor,
@@ -166,6 +222,10 @@ fn divisor(scaling: &RopeScaling, i: usize, frequency: f64) -> f64 {
                 let s = (original_context / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                 1.0 / ((1.0 - s) / factor + s)
             }
+        }
+        RopeScaling::Yarn { factor, .. } => {
+            let divided = ((i as f64 - ramp.0) / (ramp.1 - ramp.0)).clamp(0.0, 1.0);
+            1.0 / (divided / factor + (1.0 - divided))
         }
         RopeScaling::Divisors(divisors) => f64::from(divisors[i]),
     }

@@ -117,3 +117,48 @@ fn what_does_not_fit_is_refused() {
     assert!(refused(24, 6, &[0, 9]));
     assert!(refused(24, 8, &[0, 9]));
 }
+
+/// Angles of transformers' `_compute_yarn_parameters`, in f64.
+fn yarn(dims: usize, base: f64, factor: f64, original: f64, position: f64) -> Vec<f64> {
+    let pair = |turns: f64| dims as f64 * (original / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * base.ln());
+    let (low, high) = (pair(32.0).floor().max(0.0), pair(1.0).ceil().min(dims as f64 - 1.0));
+    let angle = |i: usize| {
+        let inverse = base.powf(-2.0 * i as f64 / dims as f64);
+        let kept = 1.0 - ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+        position * (inverse / factor * (1.0 - kept) + inverse * kept)
+    };
+    (0..dims / 2).map(angle).collect()
+}
+
+#[test]
+fn yarn_divides_low_frequencies_and_scales_what_it_turns() {
+    let (dims, factor, original) = (64, 4.0_f64, 2048.0);
+    let amplitude = 0.1 * factor.ln() + 1.0;
+    let scaling = |factor| RopeScaling::Yarn { factor, original_context: original, beta_fast: 32.0, beta_slow: 1.0, truncate: true };
+    let table = RopeTable::new(RopeLayout::Halves, dims, BASE, &scaling(factor), 5000).with_amplitude(amplitude);
+    let other = RopeTable::new(RopeLayout::Halves, dims, BASE, &scaling(5.0), 5000).with_amplitude(amplitude);
+    for position in [1, 77, 4999] {
+        // Each pair is (1, 0), and becomes its cosine and sine.
+        let x: Vec<f32> = (0..dims).map(|i| if i < dims / 2 { 1.0 } else { 0.0 }).collect();
+        let turn = |table: &RopeTable| rotated(table, &Pool::new(1), Isa::best(), &x, dims, &[position]);
+        let got: Vec<f32> = turn(&table).into_iter().map(f32::from_bits).collect();
+        let angles = yarn(dims, BASE, factor, original, f64::from(position));
+        let off = angles.iter().enumerate().map(|(i, angle)| {
+            let (cos, sin) = (angle.cos() * amplitude, angle.sin() * amplitude);
+            (f64::from(got[i]) - cos).abs().max((f64::from(got[i + dims / 2]) - sin).abs())
+        });
+        assert!(off.fold(0.0, f64::max) < 2e-7);
+        assert_ne!(turn(&table), turn(&other), "another factor must show");
+    }
+    // The fastest pair is kept, the slowest divided by the factor.
+    let angles = yarn(dims, BASE, factor, original, 1.0);
+    assert_eq!(angles[0], 1.0);
+    assert!((angles[31] * factor / BASE.powf(-62.0 / 64.0) - 1.0).abs() < 1e-12);
+}
+
+#[test]
+fn a_stretched_base_is_the_formulas() {
+    let base = kernels::rope::dynamic_base(10_000.0, 128, 2.0, 4096.0, 8192.0);
+    assert!((base / (10_000.0 * 3.0_f64.powf(128.0 / 126.0)) - 1.0).abs() < 1e-12);
+    assert_eq!(kernels::rope::dynamic_base(10_000.0, 128, 2.0, 4096.0, 100.0), 10_000.0, "nothing is stretched below the trained length");
+}

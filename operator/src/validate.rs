@@ -114,7 +114,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         let message = format!("{}; raise spec.workers.resources.limits.memory, or spread the model over more workers", plan.message);
         return Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed));
     }
-    let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype);
+    let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context);
     Ok(ValidatedDeployment {
         name: object.name().to_owned(),
         namespace: object.namespace().to_owned(),

@@ -21,6 +21,12 @@ pub enum Architecture {
     Qwen3,
     /// Phi 3, 3.5 and 4 mini.
     Phi3,
+    /// GPT-2.
+    Gpt2,
+    /// Mixtral.
+    Mixtral,
+    /// Qwen 3, mixture of experts.
+    Qwen3Moe,
 }
 
 /// Which two values of a head a rotation turns together.
@@ -33,7 +39,9 @@ pub enum RopeLayout {
 }
 
 /// How rotary frequencies are stretched for long contexts.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+///
+/// What depends on a length goes by the longest sequence that a deployment serves, so that it is the same for every sequence and step.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -53,30 +61,107 @@ pub enum RopeScaling {
         /// Context length before stretching, in tokens.
         original_context: f64,
     },
+    /// A larger base for longer contexts: with `s = factor · length / trained_context - (factor - 1)` and a length of at least
+    /// `trained_context`, the base is `base · s^(dims / (dims - 2))`.
+    Dynamic {
+        /// How fast the base grows.
+        factor: f64,
+        /// Length up to which nothing is stretched, in tokens.
+        trained_context: f64,
+    },
+    /// YaRN: low frequencies divided by `factor`, high ones kept, a ramp between.
+    Yarn {
+        /// Divisor of the lowest frequencies.
+        factor: f64,
+        /// Context length before stretching, in tokens.
+        original_context: f64,
+        /// Pairs that turn more often than this in the original context are kept.
+        beta_fast: f64,
+        /// Pairs that turn less often than this in the original context are divided.
+        beta_slow: f64,
+        /// The ramp begins and ends at whole pairs.
+        truncate: bool,
+    },
+    /// Divisors per pair, one list for lengths up to `original_context` and one for longer ones.
+    LongRope {
+        /// Divisors up to the original context.
+        short: Vec<f32>,
+        /// Divisors beyond it.
+        long: Vec<f32>,
+        /// Context length before stretching, in tokens.
+        original_context: f64,
+    },
+    /// As [`RopeScaling::LongRope`], read from the tensors with roles [`Role::ShortRopeFactors`] and [`Role::LongRopeFactors`].
+    LongRopeTensors {
+        /// Context length before stretching, in tokens.
+        original_context: f64,
+    },
     /// Divisors per pair, read from the tensor with role [`Role::RopeFactors`].
     Tensor,
 }
 
+impl RopeScaling {
+    /// Whether it goes by the longest sequence that is served.
+    pub fn depends_on_length(&self) -> bool {
+        matches!(self, Self::Dynamic { .. } | Self::LongRope { .. } | Self::LongRopeTensors { .. })
+    }
+}
+
 /// Rotary position embedding of one layer.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
     /// Frequency base (theta).
     pub base: f64,
-    /// Rotated values of each head, from its start; even.
+    /// Rotated values of each head, from its start; even. 0: nothing is rotated.
     pub dims: usize,
     /// Which values form a pair.
     pub layout: RopeLayout,
     /// Frequency scaling.
     pub scaling: RopeScaling,
+    /// Factor of every cosine and sine.
+    #[serde(default = "one")]
+    pub amplitude: f64,
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+impl Rope {
+    /// No rotation.
+    pub const NONE: Self = Self { base: 1.0, dims: 0, layout: RopeLayout::Halves, scaling: RopeScaling::None, amplitude: 1.0 };
 }
 
 /// What differs from layer to layer.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LayerConfig {
     /// `Some(w)`: key `j` is visible to query `i` when `0 <= i - j < w`; `None`: every earlier key.
     pub window: Option<u32>,
     /// Rotary embedding of this layer.
     pub rope: Rope,
+    /// Its feed-forward block is a mixture of [`ModelConfig::experts`].
+    #[serde(default)]
+    pub experts: bool,
+}
+
+/// A mixture of experts: each token goes to a few of many feed-forward blocks.
+///
+/// A router scores the experts; the softmax of the scores is taken, the `used` best experts are chosen, and their outputs, each times its
+/// weight, are added in the order of choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Experts {
+    /// Number of experts.
+    pub count: usize,
+    /// Experts of each token.
+    pub used: usize,
+    /// Width of an expert's feed-forward block.
+    pub ffn: usize,
+    /// The weights of the chosen experts are divided by their sum.
+    pub normalize: bool,
 }
 
 /// Gate activation of the feed-forward block.
@@ -125,6 +210,18 @@ pub struct ModelConfig {
     /// The output of attention and of the feed-forward block is normed before it is added.
     #[serde(default)]
     pub block_norms: bool,
+    /// Norms centre their input and add a bias; else they are root-mean-square norms.
+    #[serde(default)]
+    pub layer_norms: bool,
+    /// The feed-forward block is `down(activation(gate x) · up x)`; else `down(activation(up x))`.
+    #[serde(default = "yes")]
+    pub gated: bool,
+    /// A table of `context` positions is added to the embeddings.
+    #[serde(default)]
+    pub learned_positions: bool,
+    /// What the layers with experts are mixtures of.
+    #[serde(default)]
+    pub experts: Option<Experts>,
     /// One entry per layer.
     pub layers: Vec<LayerConfig>,
 }
@@ -134,8 +231,12 @@ pub struct ModelConfig {
 #[expect(missing_docs, reason = "the names are the roles")]
 pub enum Role {
     Embedding,
+    Positions,
     RopeFactors,
+    ShortRopeFactors,
+    LongRopeFactors,
     AttnNorm,
+    AttnNormBias,
     Q,
     QBias,
     K,
@@ -148,6 +249,7 @@ pub enum Role {
     OBias,
     PostAttnNorm,
     FfnNorm,
+    FfnNormBias,
     Gate,
     GateBias,
     Up,
@@ -155,8 +257,23 @@ pub enum Role {
     Down,
     DownBias,
     PostFfnNorm,
+    Router,
+    ExpertGate(u32),
+    ExpertUp(u32),
+    ExpertDown(u32),
     OutputNorm,
+    OutputNormBias,
     Output,
+}
+
+impl Role {
+    /// The expert whose tensor it is.
+    pub fn expert(self) -> Option<u32> {
+        match self {
+            Self::ExpertGate(e) | Self::ExpertUp(e) | Self::ExpertDown(e) => Some(e),
+            _ => None,
+        }
+    }
 }
 
 impl ModelConfig {
@@ -174,9 +291,13 @@ impl ModelConfig {
             Role::GateBias | Role::UpBias => vec![self.ffn],
             Role::Down => vec![self.hidden, self.ffn],
             Role::QNorm | Role::KNorm => vec![self.head_dim],
-            Role::RopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
+            Role::RopeFactors | Role::ShortRopeFactors | Role::LongRopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
             Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => vec![self.hidden],
-            Role::OBias | Role::DownBias => vec![self.hidden],
+            Role::AttnNormBias | Role::FfnNormBias | Role::OutputNormBias | Role::OBias | Role::DownBias => vec![self.hidden],
+            Role::Positions => vec![self.context, self.hidden],
+            Role::Router => vec![self.experts.map_or(0, |e| e.count), self.hidden],
+            Role::ExpertGate(_) | Role::ExpertUp(_) => vec![self.experts.map_or(0, |e| e.ffn), self.hidden],
+            Role::ExpertDown(_) => vec![self.hidden, self.experts.map_or(0, |e| e.ffn)],
         }
     }
 }
@@ -205,6 +326,9 @@ pub struct TensorInfo {
     pub offset: u64,
     /// Length in bytes.
     pub bytes: u64,
+    /// For a matrix whose columns are stored one after the other: bytes from one to the next. `None`: it is stored row by row.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub column_stride: Option<u64>,
 }
 
 /// One weight file of a model.

@@ -52,6 +52,9 @@ pub struct Splits {
     pub hidden: Vec<Range<usize>>,
     /// Rows of gate and up. Whole activation blocks of the down product. Disjoint, cover `ffn`.
     pub ffn: Vec<Range<usize>>,
+    /// Experts, whole. Disjoint, cover all of them; empty where the model has none.
+    #[serde(default)]
+    pub experts: Vec<Range<usize>>,
     /// Rows of the vocabulary matrix and of the embedding table: whole tiles. Disjoint, cover `vocab`.
     pub vocab: Vec<Range<usize>>,
 }
@@ -66,7 +69,18 @@ impl Splits {
             Role::K | Role::KBias | Role::V | Role::VBias => of(&self.kv_heads, config.head_dim),
             Role::O | Role::OBias | Role::Down | Role::DownBias => of(&self.hidden, 1),
             Role::Gate | Role::GateBias | Role::Up | Role::UpBias => of(&self.ffn, 1),
-            Role::RopeFactors
+            Role::ExpertGate(e) | Role::ExpertUp(e) | Role::ExpertDown(e) => match self.experts.get(rank) {
+                Some(own) if own.contains(&(e as usize)) => 0..config.shape(role)[0],
+                _ => 0..0,
+            },
+            Role::Positions
+            | Role::Router
+            | Role::AttnNormBias
+            | Role::FfnNormBias
+            | Role::OutputNormBias
+            | Role::RopeFactors
+            | Role::ShortRopeFactors
+            | Role::LongRopeFactors
             | Role::AttnNorm
             | Role::QNorm
             | Role::KNorm
@@ -78,7 +92,7 @@ impl Splits {
     }
 }
 
-/// The rows of one tensor that a worker holds: one contiguous byte range of one file.
+/// The rows of one tensor that a worker holds: one contiguous byte range of one file, or a part of each column.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TensorSlice {
     /// Which tensor.
@@ -87,8 +101,41 @@ pub struct TensorSlice {
     pub tensor: TensorInfo,
     /// Rows held (elements, for vectors).
     pub rows: Range<usize>,
-    /// Bytes of those rows in the file.
+    /// Bytes of the file from the first to the last of those rows; of a tensor stored by columns what lies between them too.
     pub bytes: Range<u64>,
+}
+
+impl TensorSlice {
+    /// The slice of `rows` of a tensor.
+    pub fn new(id: TensorId, tensor: &TensorInfo, rows: Range<usize>) -> Self {
+        let count = tensor.shape.first().map_or(1, |&n| n.max(1) as u64);
+        let bytes = match (tensor.column_stride, tensor.shape.last().copied().unwrap_or(0) as u64) {
+            (Some(stride), columns) if !rows.is_empty() && columns > 0 => {
+                let element = tensor.bytes / count / columns;
+                let last = tensor.offset + (columns - 1) * stride;
+                tensor.offset + rows.start as u64 * element..last + rows.end as u64 * element
+            }
+            (Some(_), _) => tensor.offset..tensor.offset,
+            (None, _) => {
+                let row = tensor.bytes / count;
+                tensor.offset + rows.start as u64 * row..tensor.offset + rows.end as u64 * row
+            }
+        };
+        Self { id, tensor: tensor.clone(), rows, bytes }
+    }
+
+    /// Bytes that are read.
+    pub fn len(&self) -> u64 {
+        match self.tensor.column_stride {
+            None => self.bytes.end - self.bytes.start,
+            Some(_) => self.tensor.bytes / self.tensor.shape.first().map_or(1, |&n| n.max(1) as u64) * self.rows.len() as u64,
+        }
+    }
+
+    /// Whether nothing is read.
+    pub fn is_empty(&self) -> bool {
+        self.rows.is_empty()
+    }
 }
 
 /// What one worker, rank `rank` of stage `stage`, owns.

@@ -49,6 +49,15 @@ impl Tensor {
         all
     }
 
+    /// Columns in place of rows.
+    fn transposed(&self) -> Self {
+        let (rows, columns) = (self.shape[0], self.shape[1]);
+        let element = self.data.len() / rows / columns;
+        let at = |row: usize, column: usize| &self.data[(row * columns + column) * element..][..element];
+        let data = (0..columns).flat_map(|column| (0..rows).flat_map(move |row| at(row, column))).copied().collect();
+        Self { shape: vec![columns, rows], data, ..self.clone() }
+    }
+
     /// The rows of each of `heads` heads turned from halves into neighbours, as GGUF has those of Llama.
     fn permuted(&self, heads: usize) -> Self {
         let half = self.shape[0] / heads / 2;
@@ -85,7 +94,19 @@ impl Folder {
     }
 
     fn count(&self, field: &str) -> usize {
-        self.config[field].as_u64().unwrap_or_else(|| panic!("no count {field}")) as usize
+        self.optional(field).unwrap_or_else(|| panic!("no count {field}"))
+    }
+
+    /// A count, by its usual name or by GPT-2's.
+    fn optional(&self, field: &str) -> Option<usize> {
+        let gpt2 = match field {
+            "num_hidden_layers" => "n_layer",
+            "max_position_embeddings" => "n_positions",
+            "hidden_size" => "n_embd",
+            "num_attention_heads" | "num_key_value_heads" => "n_head",
+            other => other,
+        };
+        self.config[field].as_u64().or(self.config[gpt2].as_u64()).map(|n| n as usize)
     }
 
     fn take(&mut self, name: &str) -> Tensor {
@@ -134,13 +155,24 @@ impl Folder {
         let mut file = Writer::new();
         self.gguf_metadata(&mut file, arch);
         let (heads, kv_heads) = (self.count("num_attention_heads"), self.count("num_key_value_heads"));
+        let mut stacks: BTreeMap<String, Vec<(usize, Tensor)>> = BTreeMap::new();
         for (name, t) in &self.tensors {
             let t = match name {
                 n if arch == "llama" && n.ends_with("q_proj.weight") => t.permuted(heads),
                 n if arch == "llama" && n.ends_with("k_proj.weight") => t.permuted(kv_heads),
+                n if arch == "gpt2" && n.contains(".c_") && n.ends_with(".weight") => t.transposed(),
                 _ => t.clone(),
             };
-            file.tensor(&gguf_name(name), &t.shape, t.dtype, t.data);
+            match expert(name) {
+                Some((stack, index)) => stacks.entry(gguf_name(&stack)).or_default().push((index, t)),
+                None => drop(file.tensor(&gguf_name(name), &t.shape, t.dtype, t.data)),
+            }
+        }
+        for (name, mut experts) in stacks {
+            experts.sort_by_key(|(index, _)| *index);
+            let parts: Vec<Tensor> = experts.into_iter().map(|(_, t)| t).collect();
+            let all = Tensor::joined(&parts);
+            file.tensor(&name, &[parts.len(), parts[0].shape[0], parts[0].shape[1]], all.dtype, all.data);
         }
         file.write(&mut BufWriter::new(File::create(path)?))
     }
@@ -148,21 +180,34 @@ impl Folder {
     fn gguf_metadata(&self, file: &mut Writer, arch: &str) {
         let key = |name: &str| format!("{arch}.{name}");
         let count = |field: &str| Value::U32(self.count(field) as u32);
-        let rope = &self.config["rope_parameters"]["rope_theta"];
-        let base = rope.as_f64().or(self.config["rope_theta"].as_f64()).expect("a rotary base");
-        let (vocab, eps) = (self.count("vocab_size"), self.config["rms_norm_eps"].as_f64().expect("an epsilon"));
+        let vocab = self.count("vocab_size");
         file.metadata("general.architecture", Value::String(arch.into()))
             .metadata(&key("block_count"), count("num_hidden_layers"))
             .metadata(&key("context_length"), count("max_position_embeddings"))
             .metadata(&key("embedding_length"), count("hidden_size"))
-            .metadata(&key("feed_forward_length"), count("intermediate_size"))
             .metadata(&key("attention.head_count"), count("num_attention_heads"))
-            .metadata(&key("attention.head_count_kv"), count("num_key_value_heads"))
-            .metadata(&key("attention.layer_norm_rms_epsilon"), Value::F32(eps as f32))
-            .metadata(&key("rope.freq_base"), Value::F32(base as f32));
-        for (field, name) in [("sliding_window", "attention.sliding_window"), ("head_dim", "attention.key_length")] {
-            if let Some(n) = self.config[field].as_u64() {
+            .metadata(&key("attention.head_count_kv"), count("num_key_value_heads"));
+        let width = self.optional("intermediate_size").unwrap_or_else(|| 4 * self.count("hidden_size"));
+        file.metadata(&key("feed_forward_length"), Value::U32(width as u32));
+        for (field, name) in [
+            ("sliding_window", "attention.sliding_window"),
+            ("head_dim", "attention.key_length"),
+            ("num_local_experts", "expert_count"),
+            ("num_experts_per_tok", "expert_used_count"),
+            ("moe_intermediate_size", "expert_feed_forward_length"),
+        ] {
+            if let Some(n) = self.optional(field) {
                 file.metadata(&key(name), Value::U32(n as u32));
+            }
+        }
+        let rope = &self.config["rope_parameters"]["rope_theta"];
+        for (value, name) in [
+            (&self.config["rms_norm_eps"], "attention.layer_norm_rms_epsilon"),
+            (&self.config["layer_norm_epsilon"], "attention.layer_norm_epsilon"),
+            (if rope.is_null() { &self.config["rope_theta"] } else { rope }, "rope.freq_base"),
+        ] {
+            if let Some(x) = value.as_f64() {
+                file.metadata(&key(name), Value::F32(x as f32));
             }
         }
         file.metadata("tokenizer.ggml.model", Value::String("llama".into()))
@@ -174,11 +219,20 @@ impl Folder {
     }
 }
 
-/// Hugging Face's names in GGUF.
-const GGUF_NAMES: [(&str, &str); 16] = [
+/// Hugging Face's names in GGUF, within layers and outside.
+const GGUF_NAMES: [(&str, &str); 33] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
+    ("transformer.wte", "token_embd"),
+    ("transformer.wpe", "position_embd"),
+    ("transformer.ln_f", "output_norm"),
+    ("ln_1", "attn_norm"),
+    ("attn.c_attn", "attn_qkv"),
+    ("attn.c_proj", "attn_output"),
+    ("ln_2", "ffn_norm"),
+    ("mlp.c_fc", "ffn_up"),
+    ("mlp.c_proj", "ffn_down"),
     ("input_layernorm", "attn_norm"),
     ("post_attention_layernorm", "ffn_norm"),
     ("self_attn.q_proj", "attn_q"),
@@ -192,12 +246,28 @@ const GGUF_NAMES: [(&str, &str); 16] = [
     ("mlp.up_proj", "ffn_up"),
     ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
+    ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.experts.gate_proj", "ffn_gate_exps"),
+    ("mlp.experts.up_proj", "ffn_up_exps"),
+    ("mlp.experts.down_proj", "ffn_down_exps"),
+    ("block_sparse_moe.gate", "ffn_gate_inp"),
+    ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
+    ("block_sparse_moe.experts.w2", "ffn_down_exps"),
+    ("block_sparse_moe.experts.w3", "ffn_up_exps"),
 ];
+
+/// The name without the expert's number, and the number.
+fn expert(name: &str) -> Option<(String, usize)> {
+    let (before, after) = name.split_once(".experts.")?;
+    let (number, rest) = after.split_once('.')?;
+    Some((format!("{before}.experts.{rest}"), number.parse().ok()?))
+}
 
 /// The GGUF name of a tensor.
 fn gguf_name(name: &str) -> String {
     let (stem, kind) = name.rsplit_once('.').expect("a name with its kind");
-    let (prefix, stem) = match stem.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
+    let layer = ["model.layers.", "transformer.h."].iter().find_map(|prefix| stem.strip_prefix(prefix)?.split_once('.'));
+    let (prefix, stem) = match layer {
         Some((layer, stem)) => (format!("blk.{layer}."), stem),
         None => (String::new(), stem),
     };

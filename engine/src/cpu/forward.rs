@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use kernels::{Attention, KvSpan, bytes, elementwise, norm};
-use plan::model::Activation;
 
-use super::stage::{Buffers, Cpu};
+use super::{
+    stage::{Buffers, Cpu},
+    weights::Norm,
+};
 use crate::{
     backend::Context,
     batch::{Batch, Span},
@@ -15,10 +17,10 @@ use crate::{
 };
 
 /// Measures phases that follow each other.
-struct Laps(Instant);
+pub(super) struct Laps(Instant);
 
 impl Laps {
-    fn add(&mut self, phase: &mut Duration) {
+    pub(super) fn add(&mut self, phase: &mut Duration) {
         let now = Instant::now();
         *phase += now - self.0;
         self.0 = now;
@@ -80,10 +82,9 @@ impl Cpu {
             }
         }
         if self.is_last && self.buffers.rows > 0 {
-            let Compute { pool, isa } = &self.compute;
             let n = self.buffers.rows * self.config.hidden;
             let Buffers { x, h, .. } = &mut self.buffers;
-            norm::rms_norm(pool, *isa, &x[..n], &self.weights.output_norm, self.config.norm_eps, &mut h[..n]);
+            normed(&self.compute, &x[..n], &self.weights.output_norm, self.config.norm_eps, &mut h[..n]);
             laps.add(&mut context.timings.vocabulary);
         }
         context.progress.enter(self.first_layer + layers);
@@ -133,6 +134,15 @@ impl Cpu {
         if self.config.embedding_scale != 1.0 {
             elementwise::scale(&self.compute.pool, self.compute.isa, x, self.config.embedding_scale);
         }
+        if let Some(table) = &self.weights.positions {
+            let places = &mut gathered[..x.len()];
+            self.compute.pool.for_rows(places, hidden, 4, |first, rows| {
+                for (&position, row) in batch.positions[first..].iter().zip(rows.chunks_exact_mut(hidden)) {
+                    table.row(position as usize, row);
+                }
+            });
+            elementwise::add(&self.compute.pool, self.compute.isa, x, places);
+        }
         Ok(())
     }
 
@@ -153,7 +163,7 @@ impl Cpu {
         let tokens = batch.tokens;
         let Buffers { x, h, q, k, v, attention, positions, rows, .. } = &mut self.buffers;
         let (q_width, kv_width) = (self.kv_heads.len() * head_dim, self.caches[layer].kv_heads() * head_dim);
-        norm::rms_norm(pool, isa, &x[..tokens * hidden], &weights.attn_norm, config.norm_eps, &mut h[..tokens * hidden]);
+        normed(&self.compute, &x[..tokens * hidden], &weights.attn_norm, config.norm_eps, &mut h[..tokens * hidden]);
         let (k, v) = (&mut k[..tokens * kv_width], &mut v[..tokens * kv_width]);
         let tail_spans;
         let (query_spans, query_positions) = match tail {
@@ -184,9 +194,11 @@ impl Cpu {
             norm::rms_norm_in_place(pool, isa, q, &norms.q, config.norm_eps);
             norm::rms_norm_in_place(pool, isa, k, &norms.k, config.norm_eps);
         }
-        let rope = &self.ropes[place.rope];
-        rope.apply(pool, isa, q, head_dim, query_positions);
-        rope.apply(pool, isa, k, head_dim, &batch.positions);
+        if let Some(rope) = place.rope {
+            let rope = &self.ropes[rope];
+            rope.apply(pool, isa, q, head_dim, query_positions);
+            rope.apply(pool, isa, k, head_dim, &batch.positions);
+        }
         self.caches[layer].write(isa, spans, k, v);
         let attention = &mut attention[..rows * q_width];
         let kernel =
@@ -204,33 +216,6 @@ impl Cpu {
         let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
         add_block(&self.compute, &mut x[..rows * hidden], out, weights.post_attn_norm.as_deref(), config.norm_eps);
         laps.add(&mut context.timings.output);
-        Ok(())
-    }
-
-    /// The feed-forward block of a layer, residual included.
-    fn feed_forward(&mut self, layer: usize, context: &mut Context<'_, '_>, laps: &mut Laps) -> Result<(), CollectiveError> {
-        let (weights, config) = (&self.weights.layers[layer], &self.config);
-        let Compute { pool, isa } = &self.compute;
-        let Buffers { x, h, gate, up, gathered, block_out, rows, .. } = &mut self.buffers;
-        let rows = *rows;
-        let n = rows * config.hidden;
-        let width = self.splits.ffn[self.rank].len();
-        let (x, h) = (&mut x[..n], &mut h[..n]);
-        let (gate, up) = (&mut gate[..rows * width], &mut up[..rows * width]);
-        norm::rms_norm(pool, *isa, x, &weights.ffn_norm, config.norm_eps, h);
-        self.inputs.multiply(&self.compute, h, rows, [(&weights.gate, &mut *gate), (&weights.up, &mut *up)]);
-        let activation = match config.activation {
-            Activation::Silu => elementwise::Gate::Silu,
-            Activation::GeluTanh => elementwise::Gate::GeluTanh,
-        };
-        elementwise::gate(pool, *isa, activation, gate, up);
-        laps.add(&mut context.timings.gate_up);
-        let gathered = &mut gathered[..n];
-        let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
-        self.inputs.multiply_gathered(&self.compute, context.ranks, gate, &self.splits.ffn, rows, (&weights.down, own))?;
-        let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
-        add_block(&self.compute, x, out, weights.post_ffn_norm.as_deref(), config.norm_eps);
-        laps.add(&mut context.timings.down);
         Ok(())
     }
 
@@ -271,12 +256,12 @@ fn keep_rows(x: &mut [f32], width: usize, rows: &[usize]) {
 }
 
 /// This rank's part of a buffer that holds rank after rank `[tokens, rows of the matrix]`.
-fn own_part<'a>(gathered: &'a mut [f32], rows: &std::ops::Range<usize>, tokens: usize) -> &'a mut [f32] {
+pub(super) fn own_part<'a>(gathered: &'a mut [f32], rows: &std::ops::Range<usize>, tokens: usize) -> &'a mut [f32] {
     &mut gathered[tokens * rows.start..tokens * rows.end]
 }
 
 /// Exchanges the outputs of a product whose rows are split over the ranks: `[tokens, hidden]`.
-fn all_rows<'a>(
+pub(super) fn all_rows<'a>(
     ranks: &mut Ranks<'_>,
     gathered: &'a mut [f32],
     whole: &'a mut [f32],
@@ -291,8 +276,17 @@ fn all_rows<'a>(
     Ok(whole)
 }
 
+/// The norm of each row, of the kind that the weights are for.
+pub(super) fn normed(compute: &Compute, x: &[f32], norm: &Norm, eps: f32, y: &mut [f32]) {
+    if norm.bias.is_empty() {
+        norm::rms_norm(&compute.pool, compute.isa, x, &norm.weight, eps, y);
+    } else {
+        norm::layer_norm(&compute.pool, compute.isa, x, (&norm.weight, &norm.bias), eps, y);
+    }
+}
+
 /// Adds a block's output to the residual stream, normed first where the family does so.
-fn add_block(compute: &Compute, x: &mut [f32], out: &[f32], norm: Option<&[f32]>, eps: f32) {
+pub(super) fn add_block(compute: &Compute, x: &mut [f32], out: &[f32], norm: Option<&[f32]>, eps: f32) {
     match norm {
         Some(weight) => norm::add_rms_norm(&compute.pool, compute.isa, out, weight, eps, x),
         None => elementwise::add(&compute.pool, compute.isa, x, out),

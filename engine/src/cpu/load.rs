@@ -10,7 +10,7 @@ use plan::{
     shard::{Shard, TensorSlice},
 };
 
-use super::weights::{HeadNorms, LayerWeights, Linear, Weights, weight_type};
+use super::weights::{Dense, Expert, FeedForward, HeadNorms, LayerWeights, Linear, Norm, RopeFactors, Weights, weight_type};
 use crate::{LoadShardError, WeightReader, compute::Compute};
 
 /// Most bytes read at a time, unless one row is longer.
@@ -72,6 +72,15 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
     let mut builder = MatrixBuilder::new(loading.compute.isa, weight_type(slice.tensor.dtype), rows, k).map_err(pack)?;
     let Some(row_bytes) = slice.tensor.dtype.row_bytes(k).filter(|&bytes| bytes > 0) else { return builder.finish().map_err(pack) };
     let piece = (BUFFER_BYTES / row_bytes).max(1);
+    if let Some(stride) = slice.tensor.column_stride {
+        let mut turned = Vec::new();
+        for first in (0..rows).step_by(piece) {
+            let rows = first..rows.min(first + piece);
+            by_columns(slice, (rows, k, stride), &mut turned, buffer, read)?;
+            builder.push(&turned, &loading.compute.pool).map_err(pack)?;
+        }
+        return builder.finish().map_err(pack);
+    }
     for first in (0..rows).step_by(piece) {
         let rows = first..rows.min(first + piece);
         let bytes = resized(buffer, rows.len() * row_bytes);
@@ -80,6 +89,36 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
         builder.push(bytes, &loading.compute.pool).map_err(pack)?;
     }
     builder.finish().map_err(pack)
+}
+
+/// Reads some rows, counted from the slice's first, of a matrix of `k` columns stored one after the other, `stride` bytes from each to the next.
+fn by_columns(
+    slice: &TensorSlice,
+    (rows, k, stride): (Range<usize>, usize, u64),
+    turned: &mut Vec<u8>,
+    buffer: &mut Vec<u8>,
+    read: &mut Read<'_>,
+) -> Result<(), LoadShardError> {
+    let element = slice.tensor.dtype.block_bytes();
+    let part = rows.len() * element;
+    let bytes = resized(buffer, part * k);
+    let start = slice.bytes.start + (rows.start * element) as u64;
+    if stride == part as u64 {
+        // The rows are all there are: their columns lie together.
+        read(start..start + bytes.len() as u64, bytes)?;
+    } else {
+        for (column, bytes) in bytes.chunks_exact_mut(part).enumerate() {
+            let start = start + column as u64 * stride;
+            read(start..start + part as u64, bytes)?;
+        }
+    }
+    turned.clear();
+    for row in 0..rows.len() {
+        for column in bytes.chunks_exact(part) {
+            turned.extend_from_slice(&column[row * element..(row + 1) * element]);
+        }
+    }
+    Ok(())
 }
 
 fn vector(slice: &TensorSlice, offset: f32, buffer: &mut Vec<u8>, read: &mut Read<'_>) -> Result<Vec<f32>, LoadShardError> {
@@ -142,11 +181,22 @@ fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardErro
     let Some(row_bytes) = tensor.dtype.row_bytes(width) else {
         return Err(wrong(format!("rows of {width} values"), format!("whole blocks of {}", tensor.dtype.block_len())));
     };
-    let at = |row: usize| (row as u64).checked_mul(row_bytes as u64).and_then(|n| n.checked_add(tensor.offset));
-    match at(rows.start).zip(at(rows.end)) {
-        Some((start, end)) if slice.bytes == (start..end) => Ok(()),
-        range => Err(wrong(format!("bytes {:?}", slice.bytes), format!("{range:?}"))),
+    let count = shape[0] as u64;
+    if Some(tensor.bytes) != count.checked_mul(row_bytes as u64) || tensor.offset.checked_add(tensor.bytes).is_none() {
+        return Err(wrong(format!("{} bytes from {}", tensor.bytes, tensor.offset), format!("{count} rows of {row_bytes}")));
     }
+    if let Some(stride) = tensor.column_stride {
+        let column = count * tensor.dtype.block_bytes() as u64;
+        let end = (width as u64).checked_mul(stride).and_then(|n| n.checked_add(tensor.offset));
+        if tensor.dtype.block_len() != 1 || shape.len() != 2 || stride < column || end.is_none() {
+            return Err(wrong(
+                format!("columns of {:?} every {stride} bytes", tensor.dtype),
+                format!("columns of {column} bytes of floats"),
+            ));
+        }
+    }
+    let whole = TensorSlice::new(slice.id, tensor, rows);
+    if slice.bytes == whole.bytes { Ok(()) } else { Err(wrong(format!("bytes {:?}", slice.bytes), format!("{:?}", whole.bytes))) }
 }
 
 /// Gives every tensor its place.
@@ -157,23 +207,44 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
     for layer in shard.layers.clone() {
         let id = |role| TensorId { layer: Some(layer as u32), role };
         let norm = |t: &mut Tensors, role| t.vectors.remove(&id(role)).ok_or_else(|| missing(id(role)));
+        let centred = |t: &mut Tensors, role, bias| {
+            let bias = if config.layer_norms { norm(t, bias)? } else { Vec::new() };
+            Ok::<_, LoadShardError>(Norm { weight: norm(t, role)?, bias })
+        };
         let linear = |t: &mut Tensors, role, bias| {
             let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
             Ok::<_, LoadShardError>(Linear { matrix, bias: t.vectors.remove(&id(bias)).unwrap_or_default() })
         };
         let t = &mut tensors;
+        let feed_forward = match config.experts.filter(|_| config.layers[layer].experts) {
+            Some(_) => {
+                let plain = |t: &mut Tensors, role| {
+                    let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
+                    Ok::<_, LoadShardError>(Linear { matrix, bias: Vec::new() })
+                };
+                let own = shard.splits.experts[shard.rank].clone().map(|e| e as u32).map(|e| {
+                    let (gate, up) = (plain(t, Role::ExpertGate(e))?, plain(t, Role::ExpertUp(e))?);
+                    Ok::<_, LoadShardError>(Expert { gate, up, down: plain(t, Role::ExpertDown(e))? })
+                });
+                let own = own.collect::<Result<_, _>>()?;
+                FeedForward::Experts { router: plain(t, Role::Router)?, own }
+            }
+            None => FeedForward::Dense(Box::new(Dense {
+                gate: if config.gated { Some(linear(t, Role::Gate, Role::GateBias)?) } else { None },
+                up: linear(t, Role::Up, Role::UpBias)?,
+                down: linear(t, Role::Down, Role::DownBias)?,
+            })),
+        };
         layers.push(LayerWeights {
-            attn_norm: norm(t, Role::AttnNorm)?,
+            attn_norm: centred(t, Role::AttnNorm, Role::AttnNormBias)?,
             q: linear(t, Role::Q, Role::QBias)?,
             k: linear(t, Role::K, Role::KBias)?,
             v: linear(t, Role::V, Role::VBias)?,
             head_norms: if config.head_norms { Some(HeadNorms { q: norm(t, Role::QNorm)?, k: norm(t, Role::KNorm)? }) } else { None },
             o: linear(t, Role::O, Role::OBias)?,
             post_attn_norm: if config.block_norms { Some(norm(t, Role::PostAttnNorm)?) } else { None },
-            ffn_norm: norm(t, Role::FfnNorm)?,
-            gate: linear(t, Role::Gate, Role::GateBias)?,
-            up: linear(t, Role::Up, Role::UpBias)?,
-            down: linear(t, Role::Down, Role::DownBias)?,
+            ffn_norm: centred(t, Role::FfnNorm, Role::FfnNormBias)?,
+            feed_forward,
             post_ffn_norm: if config.block_norms { Some(norm(t, Role::PostFfnNorm)?) } else { None },
         });
     }
@@ -187,21 +258,31 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
     };
     let embedding = table(first || (last && tied), Role::Embedding)?;
     let output = table(last && !tied, Role::Output)?;
+    let positions = table(first && config.learned_positions, Role::Positions)?;
     let mut vector = |wanted: bool, role| {
         if !wanted {
             return Ok(None);
         }
         tensors.vectors.remove(&outer(role)).map(Some).ok_or_else(|| missing(outer(role)))
     };
-    let factors = config.layers.iter().any(|l| l.rope.scaling == RopeScaling::Tensor);
-    let rope_factors = vector(factors, Role::RopeFactors)?;
-    let output_norm = vector(last, Role::OutputNorm)?.unwrap_or_default();
+    let scaled = |with: fn(&RopeScaling) -> bool| config.layers.iter().any(|l| with(&l.rope.scaling));
+    let one = scaled(|s| *s == RopeScaling::Tensor);
+    let two = scaled(|s| matches!(s, RopeScaling::LongRopeTensors { .. }));
+    let rope_factors = RopeFactors {
+        all: vector(one, Role::RopeFactors)?.unwrap_or_default(),
+        short: vector(two, Role::ShortRopeFactors)?.unwrap_or_default(),
+        long: vector(two, Role::LongRopeFactors)?.unwrap_or_default(),
+    };
+    let output_norm = Norm {
+        weight: vector(last, Role::OutputNorm)?.unwrap_or_default(),
+        bias: vector(last && config.layer_norms, Role::OutputNormBias)?.unwrap_or_default(),
+    };
     match tensors.matrices.keys().chain(tensors.vectors.keys()).next() {
         Some(left) => Err(LoadShardError::Plan {
             what: "a tensor of the shard",
             got: format!("{:?} of layer {:?}", left.role, left.layer),
             expected: format!("one that stage {} of the {:?} family uses", shard.stage, config.architecture),
         }),
-        None => Ok(Weights { embedding, layers, output_norm, output, rope_factors }),
+        None => Ok(Weights { embedding, positions, layers, output_norm, output, rope_factors }),
     }
 }

@@ -9,7 +9,12 @@ use plan::{
     step::BlockCopy,
 };
 
-use super::{input::Inputs, load, weights::Weights};
+use super::{
+    experts::Mixture,
+    input::Inputs,
+    load,
+    weights::{RopeFactors, Weights},
+};
 use crate::{
     EngineOptions, LoadShardError, WeightReader,
     backend::{Backend, Context},
@@ -23,8 +28,8 @@ use crate::{
 pub(super) struct LayerPlace {
     pub(super) group: usize,
     pub(super) window: Option<u32>,
-    /// Index of its rotary table.
-    pub(super) rope: usize,
+    /// Index of its rotary table, if it rotates.
+    pub(super) rope: Option<usize>,
 }
 
 /// The backend for processors.
@@ -47,6 +52,8 @@ pub(crate) struct Cpu {
     pub(super) head_columns: Vec<Range<usize>>,
     pub(super) buffers: Buffers,
     pub(super) inputs: Inputs,
+    /// Buffers of mixtures of experts.
+    pub(super) mixture: Mixture,
 }
 
 /// Activations of a step. Each is used from its start, as many rows as the step has.
@@ -98,11 +105,13 @@ impl Cpu {
                     expected: format!("1 for layer {layer}"),
                 });
             };
-            let rope = config.layers[layer].rope;
-            let known = ropes.iter().position(|(r, _)| *r == rope);
-            let rope = known.unwrap_or_else(|| {
-                ropes.push((rope, rope_table(&rope, weights.rope_factors.as_deref(), options.max_context)));
-                ropes.len() - 1
+            let rope = &config.layers[layer].rope;
+            let known = ropes.iter().position(|(r, _)| r == rope);
+            let rope = (rope.dims > 0).then(|| {
+                known.unwrap_or_else(|| {
+                    ropes.push((rope.clone(), rope_table(rope, &weights.rope_factors, options.max_context)));
+                    ropes.len() - 1
+                })
             });
             places.push(LayerPlace { group, window: kv.groups[group].window, rope });
             let dtype = match kv.dtype {
@@ -128,6 +137,7 @@ impl Cpu {
                 options.max_batch_tokens,
                 if shard.ranks > 1 { (config.heads * config.head_dim).max(config.ffn) } else { 0 },
             ),
+            mixture: Mixture::default(),
             config: config.clone(),
             splits,
         })
@@ -157,20 +167,36 @@ impl Buffers {
     }
 }
 
-fn rope_table(rope: &Rope, factors: Option<&[f32]>, positions: usize) -> RopeTable {
+/// The table of a layer's rotation, for sequences of at most `positions` tokens.
+fn rope_table(rope: &Rope, stored: &RopeFactors, positions: usize) -> RopeTable {
     let layout = match rope.layout {
         RopeLayout::Adjacent => rope::RopeLayout::Adjacent,
         RopeLayout::Halves => rope::RopeLayout::Halves,
     };
+    let longer = |original: f64| positions as f64 > original;
+    let mut base = rope.base;
     let scaling = match rope.scaling {
         RopeScaling::None => rope::RopeScaling::None,
         RopeScaling::Linear { factor } => rope::RopeScaling::Linear { factor },
         RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
             rope::RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context }
         }
-        RopeScaling::Tensor => rope::RopeScaling::Divisors(factors.unwrap_or_default().to_vec()),
+        RopeScaling::Dynamic { factor, trained_context } => {
+            base = rope::dynamic_base(base, rope.dims, factor, trained_context, positions as f64);
+            rope::RopeScaling::None
+        }
+        RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, truncate } => {
+            rope::RopeScaling::Yarn { factor, original_context, beta_fast, beta_slow, truncate }
+        }
+        RopeScaling::LongRope { ref short, ref long, original_context } => {
+            rope::RopeScaling::Divisors(if longer(original_context) { long.clone() } else { short.clone() })
+        }
+        RopeScaling::LongRopeTensors { original_context } => {
+            rope::RopeScaling::Divisors(if longer(original_context) { stored.long.clone() } else { stored.short.clone() })
+        }
+        RopeScaling::Tensor => rope::RopeScaling::Divisors(stored.all.clone()),
     };
-    RopeTable::new(layout, rope.dims, rope.base, &scaling, positions)
+    RopeTable::new(layout, rope.dims, base, &scaling, positions).with_amplitude(rope.amplitude)
 }
 
 impl Backend for Cpu {

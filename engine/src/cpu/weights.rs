@@ -11,10 +11,18 @@ pub(crate) struct Linear {
     pub(crate) bias: Vec<f32>,
 }
 
+/// The weight of a norm, and the bias of a layer norm.
+#[derive(Debug, Default)]
+pub(crate) struct Norm {
+    pub(crate) weight: Vec<f32>,
+    /// Empty for a root-mean-square norm.
+    pub(crate) bias: Vec<f32>,
+}
+
 /// One layer.
 #[derive(Debug)]
 pub(crate) struct LayerWeights {
-    pub(crate) attn_norm: Vec<f32>,
+    pub(crate) attn_norm: Norm,
     pub(crate) q: Linear,
     pub(crate) k: Linear,
     pub(crate) v: Linear,
@@ -23,12 +31,37 @@ pub(crate) struct LayerWeights {
     pub(crate) o: Linear,
     /// Norm of the attention block's output, before it is added.
     pub(crate) post_attn_norm: Option<Vec<f32>>,
-    pub(crate) ffn_norm: Vec<f32>,
+    pub(crate) ffn_norm: Norm,
+    pub(crate) feed_forward: FeedForward,
+    /// Norm of the feed-forward block's output, before it is added.
+    pub(crate) post_ffn_norm: Option<Vec<f32>>,
+}
+
+/// A feed-forward block.
+#[derive(Debug)]
+pub(crate) enum FeedForward {
+    Dense(Box<Dense>),
+    /// A mixture of experts.
+    Experts {
+        router: Linear,
+        own: Vec<Expert>,
+    },
+}
+
+/// `down(activation(gate x) · up x)`, or without a gate `down(activation(up x))`.
+#[derive(Debug)]
+pub(crate) struct Dense {
+    pub(crate) gate: Option<Linear>,
+    pub(crate) up: Linear,
+    pub(crate) down: Linear,
+}
+
+/// One of the experts that this rank has.
+#[derive(Debug)]
+pub(crate) struct Expert {
     pub(crate) gate: Linear,
     pub(crate) up: Linear,
     pub(crate) down: Linear,
-    /// Norm of the feed-forward block's output, before it is added.
-    pub(crate) post_ffn_norm: Option<Vec<f32>>,
 }
 
 /// Norm weights `[head_dim]` of query and key heads.
@@ -43,13 +76,25 @@ pub(crate) struct HeadNorms {
 pub(crate) struct Weights {
     /// Rows of the embedding table: on the first stage, and on the last where it is also the vocabulary matrix.
     pub(crate) embedding: Option<Matrix>,
+    /// Learned positions, on the first stage.
+    pub(crate) positions: Option<Matrix>,
     pub(crate) layers: Vec<LayerWeights>,
     /// On the last stage.
-    pub(crate) output_norm: Vec<f32>,
+    pub(crate) output_norm: Norm,
     /// Rows of a vocabulary matrix of its own.
     pub(crate) output: Option<Matrix>,
-    /// Divisors of the rotary frequencies.
-    pub(crate) rope_factors: Option<Vec<f32>>,
+    pub(crate) rope_factors: RopeFactors,
+}
+
+/// Stored divisors of the rotary frequencies; empty where there are none.
+#[derive(Debug, Default)]
+pub(crate) struct RopeFactors {
+    /// For every length.
+    pub(crate) all: Vec<f32>,
+    /// For lengths up to the original context.
+    pub(crate) short: Vec<f32>,
+    /// For longer ones.
+    pub(crate) long: Vec<f32>,
 }
 
 impl Weights {

@@ -12,8 +12,8 @@ use half::{bf16, f16};
 use plan::{
     dtype::DType,
     model::{
-        Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Role, Rope, RopeLayout, RopeScaling, TensorId,
-        TensorInfo,
+        Activation, Architecture, Experts, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Role, Rope, RopeLayout, RopeScaling,
+        TensorId, TensorInfo,
     },
 };
 
@@ -139,12 +139,11 @@ impl Recipe {
         let c = &self.config;
         let mut model = Builder { noise: Noise::new(self.seed), tensors: BTreeMap::new(), bytes: vec![0; 96] };
         let (q, kv) = (c.heads * c.head_dim, c.kv_heads * c.head_dim);
-        let gemma = c.architecture == Architecture::Gemma3;
         let dtype = |layer, role| (self.dtype)(layer, role);
         model.matrix(None, Role::Embedding, dtype(None, Role::Embedding), c.vocab, c.hidden);
         for (i, layer) in c.layers.iter().enumerate() {
             let l = Some(i);
-            let norms = if gemma {
+            let norms = if c.block_norms {
                 &[Role::AttnNorm, Role::PostAttnNorm, Role::FfnNorm, Role::PostFfnNorm][..]
             } else {
                 &[Role::AttnNorm, Role::FfnNorm]
@@ -152,7 +151,11 @@ impl Recipe {
             for &norm in norms {
                 model.norm(l, norm, c.hidden, c.norm_weight_offset);
             }
-            if gemma {
+            if c.layer_norms {
+                model.vector(l, Role::AttnNormBias, c.hidden, 0.0, 0.3);
+                model.vector(l, Role::FfnNormBias, c.hidden, 0.0, 0.3);
+            }
+            if c.head_norms {
                 model.norm(l, Role::QNorm, c.head_dim, c.norm_weight_offset);
                 model.norm(l, Role::KNorm, c.head_dim, c.norm_weight_offset);
             }
@@ -165,7 +168,24 @@ impl Recipe {
                 (Role::Up, Role::UpBias, c.ffn, c.hidden),
                 (Role::Down, Role::DownBias, c.hidden, c.ffn),
             ];
+            let experts = c.experts.filter(|_| layer.experts);
+            if let Some(e) = experts {
+                model.matrix(l, Role::Router, dtype(l, Role::Router), e.count, c.hidden);
+                for expert in 0..e.count as u32 {
+                    for (role, rows, k) in [
+                        (Role::ExpertGate(expert), e.ffn, c.hidden),
+                        (Role::ExpertUp(expert), e.ffn, c.hidden),
+                        (Role::ExpertDown(expert), c.hidden, e.ffn),
+                    ] {
+                        model.matrix(l, role, dtype(l, role), rows, k);
+                    }
+                }
+            }
             for (role, bias, rows, k) in matrices {
+                let ffn = matches!(role, Role::Gate | Role::Up | Role::Down);
+                if ffn && (experts.is_some() || (role == Role::Gate && !c.gated)) {
+                    continue;
+                }
                 model.matrix(l, role, dtype(l, role), rows, k);
                 if self.biases {
                     model.vector(l, bias, rows, 0.0, 0.2);
@@ -176,6 +196,12 @@ impl Recipe {
             }
         }
         model.norm(None, Role::OutputNorm, c.hidden, c.norm_weight_offset);
+        if c.layer_norms {
+            model.vector(None, Role::OutputNormBias, c.hidden, 0.0, 0.3);
+        }
+        if c.learned_positions {
+            model.matrix(None, Role::Positions, DType::F32, c.context, c.hidden);
+        }
         if !c.tied_embeddings {
             model.matrix(None, Role::Output, dtype(None, Role::Output), c.vocab, c.hidden);
         }
@@ -197,7 +223,7 @@ impl Builder {
         self.bytes.extend_from_slice(data);
         self.bytes.resize(self.bytes.len().next_multiple_of(32), 0xff);
         let name = format!("{role:?}.{layer:?}");
-        let tensor = TensorInfo { name, dtype, shape, file: 0, offset, bytes: data.len() as u64 };
+        let tensor = TensorInfo { name, dtype, shape, file: 0, offset, bytes: data.len() as u64, column_stride: None };
         self.tensors.insert(TensorId { layer: layer.map(|l| l as u32), role }, tensor);
     }
 
@@ -207,6 +233,7 @@ impl Builder {
         let size = match role {
             Role::Embedding => 1.0,
             Role::Output => 0.2,
+            Role::Positions => 0.5,
             _ => 2.0 / (k as f32).sqrt(),
         };
         let data = stored(&mut self.noise, dtype, rows, k, size);
@@ -231,7 +258,7 @@ impl Builder {
 }
 
 fn rope(base: f64, dims: usize, layout: RopeLayout, scaling: RopeScaling) -> Rope {
-    Rope { base, dims, layout, scaling }
+    Rope { base, dims, layout, scaling, amplitude: 1.0 }
 }
 
 /// A llama with biases, an untied vocabulary matrix of three tiles (the last one short), and rotary factors; types as `dtype` says.
@@ -254,15 +281,19 @@ pub(crate) fn llama(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         tied_embeddings: false,
         head_norms: false,
         block_norms: false,
-        layers: vec![LayerConfig { window: None, rope }; 3],
+        layer_norms: false,
+        gated: true,
+        learned_positions: false,
+        experts: None,
+        layers: vec![LayerConfig { window: None, rope, experts: false }; 3],
     };
     Recipe { config, biases: true, dtype, seed: 11 }
 }
 
 /// A gemma of three window layers and one full layer, tied, with stored norms one too small.
 pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
-    let local = LayerConfig { window: Some(window), rope: rope(10_000.0, 32, RopeLayout::Halves, RopeScaling::None) };
-    let full = LayerConfig { window: None, rope: rope(1e6, 32, RopeLayout::Halves, RopeScaling::Linear { factor: 8.0 }) };
+    let local = LayerConfig { window: Some(window), rope: rope(10_000.0, 32, RopeLayout::Halves, RopeScaling::None), experts: false };
+    let full = LayerConfig { window: None, rope: rope(1e6, 32, RopeLayout::Halves, RopeScaling::Linear { factor: 8.0 }), experts: false };
     let config = ModelConfig {
         architecture: Architecture::Gemma3,
         hidden: 96,
@@ -280,9 +311,46 @@ pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Rec
         tied_embeddings: true,
         head_norms: true,
         block_norms: true,
-        layers: vec![local, local, full, local],
+        layer_norms: false,
+        gated: true,
+        learned_positions: false,
+        experts: None,
+        layers: vec![local.clone(), local.clone(), full, local],
     };
     Recipe { config, biases: false, dtype, seed: 12 }
+}
+
+/// A GPT-2: layer norms, learned positions, no gate, biases everywhere.
+pub(crate) fn gpt2(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = llama(dtype);
+    recipe.config = ModelConfig {
+        architecture: Architecture::Gpt2,
+        kv_heads: 4,
+        context: 400,
+        activation: Activation::GeluTanh,
+        tied_embeddings: true,
+        layer_norms: true,
+        gated: false,
+        learned_positions: true,
+        layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; 3],
+        ..recipe.config
+    };
+    recipe
+}
+
+/// A mixture of 6 experts, 3 of them for a token, in the first and the last of three layers; heads normed.
+pub(crate) fn mixture(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = llama(dtype);
+    let layer = |experts| LayerConfig { window: None, rope: rope(10_000.0, 64, RopeLayout::Halves, RopeScaling::None), experts };
+    recipe.config = ModelConfig {
+        architecture: Architecture::Qwen3Moe,
+        head_norms: true,
+        experts: Some(Experts { count: 6, used: 3, ffn: 256, normalize: true }),
+        layers: vec![layer(true), layer(false), layer(true)],
+        ..recipe.config
+    };
+    recipe.biases = false;
+    recipe
 }
 
 /// Every stored type somewhere; inputs shared by products with blocks of 32, of 256 and none.

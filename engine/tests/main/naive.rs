@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use plan::{
     dtype::DType,
-    model::{Activation, Role, Rope, RopeLayout, RopeScaling, TensorId},
+    model::{Activation, Experts, Role, Rope, RopeLayout, RopeScaling, TensorId},
     step::TokenId,
 };
 
@@ -34,6 +34,24 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
 fn norm(model: &Model, layer: Option<usize>, role: Role, x: &mut [f64]) {
     let Some(w) = values(model, layer, role) else { return };
     let c = &model.header.config;
+    let bias = match role {
+        Role::AttnNorm => Some(Role::AttnNormBias),
+        Role::FfnNorm => Some(Role::FfnNormBias),
+        Role::OutputNorm => Some(Role::OutputNormBias),
+        _ => None,
+    };
+    if c.layer_norms
+        && let Some(bias) = bias.and_then(|role| values(model, layer, role))
+    {
+        let n = w.len() as f64;
+        let mean = x.iter().sum::<f64>() / n;
+        let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / n;
+        let scale = 1.0 / (variance + f64::from(c.norm_eps)).sqrt();
+        for ((x, w), b) in x.iter_mut().zip(&w).zip(&bias) {
+            *x = (*x - mean) * scale * w + b;
+        }
+        return;
+    }
     for row in x.chunks_mut(w.len()) {
         let scale = 1.0 / (dot(row, row) / w.len() as f64 + f64::from(c.norm_eps)).sqrt();
         row.iter_mut().zip(&w).for_each(|(x, w)| *x *= scale * (w + f64::from(c.norm_weight_offset)));
@@ -67,6 +85,11 @@ pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
     let table = values(model, None, Role::Embedding).expect("a table");
     let row = |id: TokenId| table[id as usize * c.hidden..][..c.hidden].iter().map(|x| x * f64::from(c.embedding_scale)).collect();
     let mut states: Vec<Vec<f64>> = ids.iter().map(|&id| row(id)).collect();
+    if let Some(table) = values(model, None, Role::Positions) {
+        for (x, p) in states.iter_mut().zip(table.chunks(c.hidden)) {
+            x.iter_mut().zip(p).for_each(|(x, p)| *x += p);
+        }
+    }
     for (index, layer) in c.layers.iter().enumerate() {
         let l = Some(index);
         let (mut keys, mut cached) = (Vec::new(), Vec::new());
@@ -97,10 +120,10 @@ pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
             x.iter_mut().zip(o).for_each(|(x, o)| *x += o);
             let mut h = x.clone();
             norm(model, l, Role::FfnNorm, &mut h);
-            let gate = linear(model, l, Role::Gate, Some(Role::GateBias), &h);
-            let up = linear(model, l, Role::Up, Some(Role::UpBias), &h);
-            let gated: Vec<f64> = gate.iter().zip(up).map(|(&g, u)| activation(c.activation, g) * u).collect();
-            let mut down = linear(model, l, Role::Down, Some(Role::DownBias), &gated);
+            let mut down = match c.experts.filter(|_| layer.experts) {
+                Some(experts) => mixture(model, l, experts, &h),
+                None => feed_forward(model, l, (Role::Gate, Role::Up, Role::Down), &h),
+            };
             norm(model, l, Role::PostFfnNorm, &mut down);
             x.iter_mut().zip(down).for_each(|(x, d)| *x += d);
         }
@@ -108,6 +131,33 @@ pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
     let output = if c.tied_embeddings { Role::Embedding } else { Role::Output };
     states.iter_mut().for_each(|x| norm(model, None, Role::OutputNorm, x));
     states.iter().map(|x| linear(model, None, output, None, x)).collect()
+}
+
+fn feed_forward(model: &Model, l: Option<usize>, (gate, up, down): (Role, Role, Role), h: &[f64]) -> Vec<f64> {
+    let c = &model.header.config;
+    let act = |x: &f64| activation(c.activation, *x);
+    let up = linear(model, l, up, Some(Role::UpBias), h);
+    let inner: Vec<f64> = if c.gated {
+        linear(model, l, gate, Some(Role::GateBias), h).iter().zip(up).map(|(g, u)| act(g) * u).collect()
+    } else {
+        up.iter().map(act).collect()
+    };
+    linear(model, l, down, Some(Role::DownBias), &inner)
+}
+
+fn mixture(model: &Model, l: Option<usize>, experts: Experts, h: &[f64]) -> Vec<f64> {
+    let p: Vec<f64> = linear(model, l, Role::Router, None, h).iter().map(|x| x.exp()).collect();
+    let mut best: Vec<usize> = (0..experts.count).collect();
+    best.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+    best.truncate(experts.used);
+    let all: f64 = if experts.normalize { best.iter().map(|&e| p[e]).sum() } else { p.iter().sum() };
+    let mut sum = vec![0.0; h.len()];
+    for e in best {
+        let roles = (Role::ExpertGate(e as u32), Role::ExpertUp(e as u32), Role::ExpertDown(e as u32));
+        let out = feed_forward(model, l, roles, h);
+        sum.iter_mut().zip(out).for_each(|(sum, y)| *sum += p[e] / all * y);
+    }
+    sum
 }
 
 fn activation(activation: Activation, x: f64) -> f64 {

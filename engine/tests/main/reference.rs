@@ -1,6 +1,9 @@
 //! Engines against the textbook.
 
-use plan::step::OutputValue;
+use plan::{
+    model::{Rope, RopeScaling},
+    step::OutputValue,
+};
 
 use crate::{
     model::{self, Model, Recipe},
@@ -43,4 +46,51 @@ fn llama_with_biases_and_rotary_factors_is_the_textbooks() {
 fn gemma_with_windows_is_the_textbooks() {
     agrees(|| model::gemma(20, model::floats), |r| r.config.layers[1].window = Some(19));
     agrees(|| model::gemma(1, model::floats), |r| r.config.layers[3].window = Some(2));
+}
+
+#[test]
+fn gpt2_is_the_textbooks() {
+    agrees(|| model::gpt2(model::floats), |r| r.config.norm_eps = 1e-2);
+}
+
+#[test]
+fn a_mixture_of_experts_is_the_textbooks() {
+    agrees(
+        || model::mixture(model::floats),
+        |r| r.config.experts = r.config.experts.map(|e| plan::model::Experts { normalize: false, ..e }),
+    );
+}
+
+/// A base that grows with the longest sequence: 400 tokens where 64 were trained.
+#[test]
+fn dynamic_scaling_goes_by_the_longest_sequence() {
+    let stretched = 10_000.0 * (2.0 * 400.0 / 64.0 - 1.0_f64).powf(64.0 / 62.0);
+    let recipe = |base, scaling: RopeScaling| {
+        let mut recipe = model::mixture(model::floats);
+        for layer in &mut recipe.config.layers {
+            layer.rope = Rope { base, scaling: scaling.clone(), ..layer.rope.clone() };
+        }
+        recipe.build()
+    };
+    let dynamic = |trained_context| recipe(10_000.0, RopeScaling::Dynamic { factor: 2.0, trained_context });
+    let textbook = recipe(stretched, RopeScaling::None);
+    assert!(distance(&dynamic(64.0), &textbook) < 1e-5);
+    assert!(distance(&dynamic(128.0), &textbook) > 1e-4, "another trained context went unseen");
+}
+
+/// Of two lists of divisors the one for the longest sequence that is served.
+#[test]
+fn long_rope_goes_by_the_longest_sequence() {
+    let recipe = |scaling: RopeScaling| {
+        let mut recipe = model::mixture(model::floats);
+        for layer in &mut recipe.config.layers {
+            layer.rope = Rope { scaling: scaling.clone(), ..layer.rope.clone() };
+        }
+        recipe.build()
+    };
+    let lists = |original_context| recipe(RopeScaling::LongRope { short: vec![2.0; 32], long: vec![8.0; 32], original_context });
+    let linear = |factor| recipe(RopeScaling::Linear { factor });
+    assert!(distance(&lists(399.0), &linear(8.0)) < 1e-5);
+    assert!(distance(&lists(400.0), &linear(2.0)) < 1e-5);
+    assert!(distance(&lists(400.0), &linear(8.0)) > 1e-4);
 }

@@ -80,4 +80,21 @@ impl<'a> Fields<'a> {
         let number = value.as_f64().filter(|n| n.is_finite() && *n > 0.0);
         number.map(Some).ok_or_else(|| self.wrong(name, "a positive number", value))
     }
+
+    /// A list of `len` positive numbers.
+    pub(super) fn positives(&self, name: &str, len: usize) -> Result<Vec<f32>, HeaderError> {
+        let expected = format!("{len} positive numbers");
+        let Some(value) = self.present(name) else { return Err(self.missing(name, &expected)) };
+        let number = |v: &Value| v.as_f64().map(|n| n as f32).filter(|n| n.is_finite() && *n > 0.0);
+        let list: Option<Vec<f32>> = value.as_array().and_then(|list| list.iter().map(number).collect());
+        list.filter(|list| list.len() == len).ok_or_else(|| self.wrong(name, &expected, value))
+    }
+
+    /// A list of numbers from 0; empty where it is absent.
+    pub(super) fn indices(&self, name: &str) -> Result<Vec<usize>, HeaderError> {
+        let Some(value) = self.present(name) else { return Ok(Vec::new()) };
+        let index = |v: &Value| v.as_u64().map(|n| n as usize);
+        let list: Option<Vec<usize>> = value.as_array().and_then(|list| list.iter().map(index).collect());
+        list.ok_or_else(|| self.wrong(name, "a list of integers", value))
+    }
 }

@@ -1,9 +1,9 @@
 //! A model's shape from GGUF metadata: what most families share.
 
-use super::{Found, HeaderError, MAX_COUNT, MAX_LAYERS, assemble, families, metadata::Meta, rope::gguf_rope};
+use super::{Found, HeaderError, MAX_COUNT, MAX_EXPERTS, MAX_LAYERS, assemble, families, metadata::Meta, rope::gguf_rope};
 use crate::{
     gguf::{Header, Value},
-    model::{Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, RopeLayout},
+    model::{Activation, Architecture, Experts, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Rope, RopeLayout},
 };
 
 /// Makes a model's header from that of its one GGUF file.
@@ -26,13 +26,17 @@ pub fn from_gguf_parts(parts: &[(ModelFile, Header)]) -> Result<ModelHeader, Hea
             shape: Vec::new(),
         });
     };
-    let meta = Meta { header, file: &file.name, arch: "" };
+    // What depends on whether a tensor is there asks all parts.
+    let tensors = parts.iter().flat_map(|(_, header)| header.tensors.iter().cloned()).collect();
+    let whole = Header { tensors, ..header.clone() };
+    let meta = Meta { header: &whole, file: &file.name, arch: "" };
     let arch = meta.text("general.architecture")?.ok_or_else(|| meta.missing("general.architecture", "the model's architecture"))?;
     let meta = Meta { arch, ..meta };
     let family = families::of_gguf(&meta)?;
     check_parts(parts)?;
     refuse_features(&meta)?;
     let config = (family.from_gguf)(&meta)?;
+    refuse_experts(&meta, &config)?;
     let tensors = parts.iter().enumerate().flat_map(|(file, (_, header))| header.tensors.iter().map(move |t| (file, t)));
     let found = tensors.map(|(file, t)| Found {
         name: t.name.clone(),
@@ -75,6 +79,20 @@ fn check_parts(parts: &[(ModelFile, Header)]) -> Result<(), HeaderError> {
 
 /// A decoder with the usual keys: RMS norms before its blocks, rotated heads, a feed-forward block gated by SiLU, full attention.
 pub(super) fn decoder(meta: &Meta<'_>, architecture: Architecture, layout: RopeLayout) -> Result<ModelConfig, HeaderError> {
+    let mut config = shape(meta, architecture, "attention.layer_norm_rms_epsilon")?;
+    let rope = gguf_rope(meta, config.head_dim, layout)?;
+    config.layers.iter_mut().for_each(|layer| layer.rope = rope.clone());
+    Ok(config)
+}
+
+/// A decoder with layer norms, whose heads are not rotated.
+pub(super) fn unrotated(meta: &Meta<'_>, architecture: Architecture) -> Result<ModelConfig, HeaderError> {
+    let config = shape(meta, architecture, "attention.layer_norm_epsilon")?;
+    Ok(ModelConfig { layer_norms: true, ..config })
+}
+
+/// The widths and counts of a decoder, its layers alike and not rotated; `eps` is the key of its norms' epsilon.
+fn shape(meta: &Meta<'_>, architecture: Architecture, eps: &str) -> Result<ModelConfig, HeaderError> {
     let hidden = meta.required("embedding_length")?;
     let heads = meta.required("attention.head_count")?;
     let kv_heads = meta.arch_count("attention.head_count_kv")?.unwrap_or(heads);
@@ -93,9 +111,7 @@ pub(super) fn decoder(meta: &Meta<'_>, architecture: Architecture, layout: RopeL
     if layers as u64 > MAX_LAYERS {
         return Err(meta.wrong("block_count", &format!("at most {MAX_LAYERS} layers"), &layers.to_string()));
     }
-    let eps = meta.positive("attention.layer_norm_rms_epsilon")?;
-    let eps = eps.ok_or_else(|| meta.wrong("attention.layer_norm_rms_epsilon", "a positive number", "missing"))?;
-    let rope = gguf_rope(meta, head_dim, layout)?;
+    let eps = meta.positive(eps)?.ok_or_else(|| meta.wrong(eps, "a positive number", "missing"))?;
     Ok(ModelConfig {
         architecture,
         hidden,
@@ -113,7 +129,11 @@ pub(super) fn decoder(meta: &Meta<'_>, architecture: Architecture, layout: RopeL
         tied_embeddings: !meta.header.tensors.iter().any(|t| t.name == "output.weight"),
         head_norms: false,
         block_norms: false,
-        layers: vec![LayerConfig { window: None, rope }; layers],
+        layer_norms: false,
+        gated: true,
+        learned_positions: false,
+        experts: None,
+        layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     })
 }
 
@@ -138,12 +158,53 @@ pub(super) fn refuse_window(meta: &Meta<'_>) -> Result<(), HeaderError> {
     }
 }
 
+/// Makes the feed-forward block of every layer a mixture of experts of width `ffn`, where the file has experts.
+pub(super) fn experts_everywhere(meta: &Meta<'_>, config: &mut ModelConfig, ffn: usize) -> Result<(), HeaderError> {
+    let count = meta.arch_count_or_zero("expert_count")?;
+    if count == 0 {
+        return Ok(());
+    }
+    if count > MAX_EXPERTS {
+        return Err(meta.wrong("expert_count", &format!("at most {MAX_EXPERTS} experts"), &count.to_string()));
+    }
+    let used = meta.required("expert_used_count")?;
+    if used as u64 > count {
+        return Err(meta.wrong("expert_used_count", &format!("at most the {count} experts"), &used.to_string()));
+    }
+    for (name, expected) in [("expert_shared_count", "no shared experts"), ("leading_dense_block_count", "experts in every layer")] {
+        let got = meta.arch_count_or_zero(name)?;
+        if got > 0 {
+            return Err(meta.unsupported(name, expected, &got.to_string()));
+        }
+    }
+    if let Some(gating) = meta.count(&meta.key("expert_gating_func"))?.filter(|&g| g > 1) {
+        return Err(meta.unsupported("expert_gating_func", "1, softmax", &gating.to_string()));
+    }
+    if let Some(scale) = meta.float("expert_weights_scale")?.filter(|&s| s != 0.0 && s != 1.0) {
+        return Err(meta.unsupported("expert_weights_scale", "1", &scale.to_string()));
+    }
+    let normalize = match meta.header.get(&meta.key("expert_weights_norm")) {
+        None => true,
+        Some(Value::Bool(normalize)) => *normalize,
+        Some(other) => return Err(meta.wrong("expert_weights_norm", "a bool", other.kind().name())),
+    };
+    config.experts = Some(Experts { count: count as usize, used, ffn, normalize });
+    config.layers.iter_mut().for_each(|layer| layer.experts = true);
+    Ok(())
+}
+
+/// Refuses experts in a family that has none.
+fn refuse_experts(meta: &Meta<'_>, config: &ModelConfig) -> Result<(), HeaderError> {
+    match meta.arch_count_or_zero("expert_count")? {
+        count if count > 0 && config.experts.is_none() => {
+            Err(meta.unsupported("expert_count", "a dense model of this architecture", &format!("{count} experts")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Refuses what a file asks for and no forward pass here does.
 fn refuse_features(meta: &Meta<'_>) -> Result<(), HeaderError> {
-    let experts = meta.arch_count_or_zero("expert_count")?;
-    if experts > 0 {
-        return Err(meta.unsupported("expert_count", "dense models", &format!("{experts} experts")));
-    }
     for name in ["final_logit_softcapping", "attn_logit_softcapping"] {
         if let Some(cap) = meta.float(name)?.filter(|&c| c != 0.0) {
             return Err(meta.unsupported(name, "models without logit soft-capping", &cap.to_string()));

@@ -3,10 +3,10 @@
 use serde_json::{Map, Value};
 
 use super::{
-    Found, HeaderError, MAX_LAYERS, assemble,
+    Found, HeaderError, MAX_EXPERTS, MAX_LAYERS, assemble,
     families::{self, Family},
     fields::{FILE, Fields},
-    rope::{DEFAULT_BASE, hf_rope, rope_fields},
+    rope::{DEFAULT_BASE, hf_context, hf_rope, rope_fields},
     tensors::Biases,
 };
 use crate::{
@@ -88,7 +88,8 @@ pub(super) fn decoder(fields: &Fields<'_>, architecture: Architecture) -> Result
     let mut config = shape(fields, architecture)?;
     config.activation = activation(fields, "hidden_act", Activation::Silu)?;
     let rope = hf_rope(&rope_fields(fields, None)?, fields, DEFAULT_BASE, config.head_dim)?;
-    config.layers = vec![LayerConfig { window: None, rope }; layers(fields)?];
+    config.context = hf_context(config.context, &rope);
+    config.layers = vec![LayerConfig { window: None, rope, experts: false }; layers(fields, "num_hidden_layers")?];
     Ok(config)
 }
 
@@ -123,17 +124,34 @@ pub(super) fn shape(fields: &Fields<'_>, architecture: Architecture) -> Result<M
         tied_embeddings: fields.flag("tie_word_embeddings")?.unwrap_or(false),
         head_norms: false,
         block_norms: false,
+        layer_norms: false,
+        gated: true,
+        learned_positions: false,
+        experts: None,
         layers: Vec::new(),
     })
 }
 
-/// Number of layers.
-pub(super) fn layers(fields: &Fields<'_>) -> Result<usize, HeaderError> {
-    let layers = fields.required("num_hidden_layers")?;
+/// Number of layers, in field `name`.
+pub(super) fn layers(fields: &Fields<'_>, name: &str) -> Result<usize, HeaderError> {
+    let layers = fields.required(name)?;
     if layers as u64 > MAX_LAYERS {
-        return Err(fields.wrong("num_hidden_layers", &format!("at most {MAX_LAYERS} layers"), &layers.into()));
+        return Err(fields.wrong(name, &format!("at most {MAX_LAYERS} layers"), &layers.into()));
     }
     Ok(layers)
+}
+
+/// Number of experts, by the first of `names` that is there, and how many of them a token goes to.
+pub(super) fn experts(fields: &Fields<'_>, names: &[&str]) -> Result<(usize, usize), HeaderError> {
+    let name = names.iter().find(|name| fields.present(name).is_some()).unwrap_or(&names[0]);
+    let (count, used) = (fields.required(name)?, fields.required("num_experts_per_tok")?);
+    if count as u64 > MAX_EXPERTS {
+        return Err(fields.wrong(name, &format!("at most {MAX_EXPERTS} experts"), &count.into()));
+    }
+    if used > count {
+        return Err(fields.wrong("num_experts_per_tok", &format!("at most the {count} experts"), &used.into()));
+    }
+    Ok((count, used))
 }
 
 /// The activation that field `name` gives, which must be `wanted`, the only one of its family.

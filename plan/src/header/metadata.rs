@@ -91,4 +91,9 @@ impl<'a> Meta<'a> {
             None => Ok(None),
         }
     }
+
+    /// A count of at least 1, as a number.
+    pub(super) fn positive_count(&self, name: &str) -> Result<Option<f64>, HeaderError> {
+        Ok(self.arch_count(name)?.map(|n| n as f64))
+    }
 }

@@ -31,6 +31,8 @@ use crate::{
 const MAX_COUNT: u64 = 1 << 24;
 /// Most layers; each costs memory before its tensors are looked for.
 const MAX_LAYERS: u64 = 4096;
+/// Most experts of a layer; each costs memory before its tensors are looked for.
+const MAX_EXPERTS: u64 = 1024;
 
 /// A model that cannot be loaded: what is wrong, where.
 #[derive(Debug, thiserror::Error)]
@@ -97,7 +99,7 @@ impl HeaderError {
 
 /// Types Skein computes with, for messages.
 const DTYPES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, IQ4_NL, MXFP4, Q2_K, Q3_K, Q4_K, Q5_K or Q6_K";
-/// Types of vectors, for messages.
+/// Types of vectors and of matrices stored by columns, for messages.
 const VECTOR_DTYPES: &str = "F32, F16 or BF16";
 
 /// A tensor found in a file.
@@ -132,7 +134,11 @@ fn assemble(
     }
     let mut tensors = BTreeMap::new();
     let mut used = HashSet::new();
-    for want in tensors::wanted(family, &config, format, biases) {
+    let bare = format != Format::GGUF && !found.iter().any(|f| f.name.starts_with(family.hf_base));
+    for mut want in tensors::wanted(family, &config, format, biases) {
+        if bare && let Some(rest) = want.name.strip_prefix(family.hf_base) {
+            want.name = rest.to_owned();
+        }
         let Some(&f) = by_name.get(want.name.as_str()) else {
             if want.optional {
                 continue;
@@ -145,17 +151,15 @@ fn assemble(
         }
         let vector = want.shape.len() == 1;
         let wrong_type = |got: String| {
-            let expected = if vector { VECTOR_DTYPES } else { DTYPES };
+            let expected = if vector || want.columns { VECTOR_DTYPES } else { DTYPES };
             HeaderError::TensorType { name: f.name.clone(), place: place(f), got, expected }
         };
         let dtype = match &f.dtype {
-            Ok(dtype) if !vector || dtype.block_len() == 1 => *dtype,
+            Ok(dtype) if !(vector || want.columns) || dtype.block_len() == 1 => *dtype,
             Ok(dtype) => return Err(wrong_type(format!("{dtype:?}"))),
             Err(got) => return Err(wrong_type(got.clone())),
         };
-        let row_bytes = f.bytes / want.stored[0].max(1) as u64;
-        let (offset, bytes) = (f.offset + want.first_row as u64 * row_bytes, want.shape[0] as u64 * row_bytes);
-        tensors.insert(want.id, TensorInfo { name: want.name, dtype, shape: want.shape, file: f.file, offset, bytes });
+        tensors.insert(want.id, view(f, want, dtype));
     }
     let unused = found
         .iter()
@@ -165,6 +169,22 @@ fn assemble(
         return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture: family.name });
     }
     Ok(ModelHeader { format, config, files, tensors })
+}
+
+/// A wanted tensor as what it is of the one that was found.
+fn view(found: &Found, want: tensors::Wanted, dtype: DType) -> TensorInfo {
+    let values: u64 = want.shape.iter().map(|&n| n as u64).product();
+    // Where it is stored by columns, each of the stored rows holds one column of every role.
+    let (step, bytes, column_stride) = if want.columns {
+        let element = dtype.block_bytes() as u64;
+        (element, values * element, Some(want.stored[1] as u64 * element))
+    } else {
+        let whole = want.stored.len().max(2) - 1;
+        let row = found.bytes / want.stored[..whole].iter().map(|&n| n as u64).product::<u64>().max(1);
+        (row, want.shape[0] as u64 * row, None)
+    };
+    let offset = found.offset + want.first_row as u64 * step;
+    TensorInfo { name: want.name, dtype, shape: want.shape, file: found.file, offset, bytes, column_stride }
 }
 
 /// The tensor tables that were searched, in words.

@@ -1,26 +1,48 @@
 //! Which tensors a model has, by what name and with what shape.
 
 use super::families::Family;
-use crate::model::{Format, ModelConfig, Role, RopeScaling, TensorId};
+use crate::model::{Format, LayerConfig, ModelConfig, Role, RopeScaling, TensorId};
 
 /// Where the values of a role are stored.
 #[derive(Clone, Copy)]
 pub(super) struct Name {
-    /// Name of the tensor, within its layer for layer tensors.
+    /// Name of the tensor, within its layer for layer tensors; `{}` stands for an expert's number.
     pub(super) stem: &'static str,
-    /// The roles whose rows follow each other in it; empty when it is one role's alone.
-    pub(super) parts: &'static [Role],
+    pub(super) form: Form,
+}
+
+/// How a tensor holds the values of a role.
+#[derive(Clone, Copy)]
+pub(super) enum Form {
+    /// It holds nothing else.
+    Own,
+    /// It holds the rows of several roles, in this order.
+    Fused(&'static [Role]),
+    /// It holds the matrices of all experts, in their order.
+    Stacked,
+    /// It holds the columns, `[in, out]`: alone, or those of several roles side by side.
+    Columns(&'static [Role]),
 }
 
 impl Name {
     /// A tensor of its own.
     pub(super) const fn own(stem: &'static str) -> Self {
-        Self { stem, parts: &[] }
+        Self { stem, form: Form::Own }
     }
 
     /// Rows of a tensor that several roles share, in the order of `parts`.
     pub(super) const fn fused(stem: &'static str, parts: &'static [Role]) -> Self {
-        Self { stem, parts }
+        Self { stem, form: Form::Fused(parts) }
+    }
+
+    /// One expert's matrix of a tensor that holds those of all.
+    pub(super) const fn stacked(stem: &'static str) -> Self {
+        Self { stem, form: Form::Stacked }
+    }
+
+    /// A matrix stored by columns; `parts` share the tensor, where there are any.
+    pub(super) const fn columns(stem: &'static str, parts: &'static [Role]) -> Self {
+        Self { stem, form: Form::Columns(parts) }
     }
 }
 
@@ -31,8 +53,10 @@ pub(super) struct Wanted {
     pub(super) name: String,
     /// Shape of that tensor.
     pub(super) stored: Vec<usize>,
-    /// The row of it at which this one begins.
+    /// The row of it (the column, where it is stored by columns) at which this one begins.
     pub(super) first_row: usize,
+    /// It is stored by columns.
+    pub(super) columns: bool,
     /// Shape of this one.
     pub(super) shape: Vec<usize>,
     pub(super) optional: bool,
@@ -54,7 +78,9 @@ const MLP_BIASES: [Role; 3] = [Role::GateBias, Role::UpBias, Role::DownBias];
 
 /// Tensors that some files carry and no forward pass needs.
 pub(super) fn ignorable(name: &str, tied: bool) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
+    // GPT-2's files may hold its causal mask.
+    let mask = [".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+    mask || name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
 }
 
 /// Every tensor of a model, in the order of [`Role`]. Without `biases` those that the file has are taken (GGUF).
@@ -63,14 +89,24 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
     if !config.tied_embeddings {
         outer.push(Role::Output);
     }
+    if config.layer_norms {
+        outer.push(Role::OutputNormBias);
+    }
+    if config.learned_positions {
+        outer.push(Role::Positions);
+    }
     if config.layers.iter().any(|l| l.rope.scaling == RopeScaling::Tensor) {
         outer.push(Role::RopeFactors);
+    }
+    if config.layers.iter().any(|l| matches!(l.rope.scaling, RopeScaling::LongRopeTensors { .. })) {
+        outer.extend([Role::ShortRopeFactors, Role::LongRopeFactors]);
     }
     let biases = match biases {
         None => QKV_BIASES.into_iter().chain([Role::OBias]).chain(MLP_BIASES).map(|role| (role, true)).collect(),
         Some(b) => {
             let with = |roles: &[Role], wanted: bool| roles.iter().filter(|_| wanted).map(|&role| (role, false)).collect::<Vec<_>>();
-            [with(&QKV_BIASES, b.qkv), with(&[Role::OBias], b.o), with(&MLP_BIASES, b.mlp)].concat()
+            let mlp = if config.gated { &MLP_BIASES[..] } else { &MLP_BIASES[1..] };
+            [with(&QKV_BIASES, b.qkv), with(&[Role::OBias], b.o), with(mlp, b.mlp)].concat()
         }
     };
     let make = |layer: Option<u32>, role: Role, optional: bool| {
@@ -79,40 +115,62 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
             Format::Safetensors => (family.hf_name)(role),
         };
         let shape = config.shape(role);
-        let rows = |role: Role| config.shape(role)[0];
-        let (first_row, all_rows) = if name.parts.is_empty() {
-            (0, shape[0])
-        } else {
-            (
-                name.parts.iter().take_while(|&&part| part != role).map(|&part| rows(part)).sum(),
-                name.parts.iter().map(|&part| rows(part)).sum(),
-            )
-        };
+        let rows = |roles: &[Role]| roles.iter().map(|&role| config.shape(role)[0]).sum::<usize>();
+        let before = |parts: &[Role]| rows(&parts[..parts.iter().position(|&part| part == role).unwrap_or(0)]);
         let mut stored = shape.clone();
-        stored[0] = all_rows;
-        let name = match (layer, format) {
-            (Some(layer), Format::GGUF) => format!("blk.{layer}.{}", name.stem),
-            (Some(layer), Format::Safetensors) => format!("{}{layer}.{}", family.hf_layers, name.stem),
-            (None, _) => name.stem.to_owned(),
+        let (first_row, columns) = match name.form {
+            Form::Own | Form::Columns([]) => (0, matches!(name.form, Form::Columns(_))),
+            Form::Fused(parts) | Form::Columns(parts) => {
+                stored[0] = rows(parts);
+                (before(parts), matches!(name.form, Form::Columns(_)))
+            }
+            Form::Stacked => {
+                stored.insert(0, config.experts.map_or(0, |e| e.count));
+                (role.expert().unwrap_or(0) as usize * shape[0], false)
+            }
         };
-        Wanted { id: TensorId { layer, role }, name, stored, first_row, shape, optional }
+        if columns {
+            stored.reverse();
+        }
+        let stem = match role.expert() {
+            Some(expert) => name.stem.replace("{}", &expert.to_string()),
+            None => name.stem.to_owned(),
+        };
+        let name = match (layer, format) {
+            (Some(layer), Format::GGUF) => format!("blk.{layer}.{stem}"),
+            (Some(layer), Format::Safetensors) => format!("{}{layer}.{stem}", family.hf_layers),
+            (None, _) => stem,
+        };
+        Wanted { id: TensorId { layer, role }, name, stored, first_row, columns, shape, optional }
     };
     let mut all: Vec<Wanted> = outer.into_iter().map(|role| make(None, role, false)).collect();
-    for layer in 0..config.layers.len() as u32 {
-        all.extend(layer_roles(config).into_iter().map(|role| make(Some(layer), role, false)));
-        all.extend(biases.iter().map(|&(role, optional)| make(Some(layer), role, optional)));
+    for (index, layer) in config.layers.iter().enumerate() {
+        let index = Some(index as u32);
+        all.extend(layer_roles(config, layer).into_iter().map(|role| make(index, role, false)));
+        all.extend(biases.iter().map(|&(role, optional)| make(index, role, optional)));
     }
     all
 }
 
-/// The roles of a layer, biases aside.
-fn layer_roles(config: &ModelConfig) -> Vec<Role> {
-    let mut roles = vec![Role::AttnNorm, Role::Q, Role::K, Role::V, Role::O, Role::FfnNorm, Role::Gate, Role::Up, Role::Down];
+/// The roles of a layer, biases of products aside.
+fn layer_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<Role> {
+    let mut roles = vec![Role::AttnNorm, Role::Q, Role::K, Role::V, Role::O, Role::FfnNorm];
+    match config.experts.filter(|_| layer.experts) {
+        Some(experts) => {
+            roles.push(Role::Router);
+            roles.extend((0..experts.count as u32).flat_map(|e| [Role::ExpertGate(e), Role::ExpertUp(e), Role::ExpertDown(e)]));
+        }
+        None if config.gated => roles.extend([Role::Gate, Role::Up, Role::Down]),
+        None => roles.extend([Role::Up, Role::Down]),
+    }
     if config.head_norms {
         roles.extend([Role::QNorm, Role::KNorm]);
     }
     if config.block_norms {
         roles.extend([Role::PostAttnNorm, Role::PostFfnNorm]);
+    }
+    if config.layer_norms {
+        roles.extend([Role::AttnNormBias, Role::FfnNormBias]);
     }
     roles
 }
@@ -122,6 +180,8 @@ pub(super) const fn gguf_name(role: Role) -> Name {
     Name::own(match role {
         Role::Embedding => "token_embd.weight",
         Role::RopeFactors => "rope_freqs.weight",
+        Role::ShortRopeFactors => "rope_factors_short.weight",
+        Role::LongRopeFactors => "rope_factors_long.weight",
         Role::OutputNorm => "output_norm.weight",
         Role::Output => "output.weight",
         Role::AttnNorm => "attn_norm.weight",
@@ -144,6 +204,14 @@ pub(super) const fn gguf_name(role: Role) -> Name {
         Role::Down => "ffn_down.weight",
         Role::DownBias => "ffn_down.bias",
         Role::PostFfnNorm => "post_ffw_norm.weight",
+        Role::Positions => "position_embd.weight",
+        Role::AttnNormBias => "attn_norm.bias",
+        Role::FfnNormBias => "ffn_norm.bias",
+        Role::OutputNormBias => "output_norm.bias",
+        Role::Router => "ffn_gate_inp.weight",
+        Role::ExpertGate(_) => return Name::stacked("ffn_gate_exps.weight"),
+        Role::ExpertUp(_) => return Name::stacked("ffn_up_exps.weight"),
+        Role::ExpertDown(_) => return Name::stacked("ffn_down_exps.weight"),
     })
 }
 
@@ -152,6 +220,8 @@ pub(super) const fn hf_name(role: Role) -> Name {
     Name::own(match role {
         Role::Embedding => "model.embed_tokens.weight",
         Role::RopeFactors => "rope_freqs.weight",
+        Role::ShortRopeFactors => "rope_factors_short.weight",
+        Role::LongRopeFactors => "rope_factors_long.weight",
         Role::OutputNorm => "model.norm.weight",
         Role::Output => "lm_head.weight",
         Role::AttnNorm => "input_layernorm.weight",
@@ -174,5 +244,13 @@ pub(super) const fn hf_name(role: Role) -> Name {
         Role::Down => "mlp.down_proj.weight",
         Role::DownBias => "mlp.down_proj.bias",
         Role::PostFfnNorm => "post_feedforward_layernorm.weight",
+        Role::Positions => "model.embed_positions.weight",
+        Role::AttnNormBias => "input_layernorm.bias",
+        Role::FfnNormBias => "post_attention_layernorm.bias",
+        Role::OutputNormBias => "model.norm.bias",
+        Role::Router => "mlp.gate.weight",
+        Role::ExpertGate(_) => "mlp.experts.{}.gate_proj.weight",
+        Role::ExpertUp(_) => "mlp.experts.{}.up_proj.weight",
+        Role::ExpertDown(_) => "mlp.experts.{}.down_proj.weight",
     })
 }

@@ -14,6 +14,7 @@ use crate::{
     model::{Activation, Architecture, Format, ModelFile, ModelHeader, Role, Rope, RopeLayout, RopeScaling, TensorId},
     safetensors,
     samples::Sample,
+    shard::TensorSlice,
 };
 
 fn fixture(model: &str) -> PathBuf {
@@ -25,13 +26,14 @@ fn fixture_config(model: &str) -> Json {
 }
 
 fn fixture_header(model: &str) -> ModelHeader {
-    let index = fs::read(fixture(model).join("model.safetensors.index.json")).unwrap();
+    let index = fs::read(fixture(model).join("model.safetensors.index.json"));
     let part = |name: String| {
         let bytes = fs::read(fixture(model).join(&name)).unwrap();
         let header = safetensors::read(&mut &*bytes, bytes.len() as u64).unwrap();
         (ModelFile { name, bytes: bytes.len() as u64 }, header)
     };
-    let parts: Vec<_> = safetensors::Index::parse(&index).unwrap().files().into_iter().map(part).collect();
+    let names = index.map_or_else(|_| vec!["model.safetensors".to_owned()], |index| safetensors::Index::parse(&index).unwrap().files());
+    let parts: Vec<_> = names.into_iter().map(part).collect();
     from_safetensors(&fs::read(fixture(model).join("config.json")).unwrap(), &parts).unwrap()
 }
 
@@ -52,7 +54,7 @@ fn changed(config: &Json, with: Json) -> Json {
 }
 
 fn rope(base: f64, dims: usize, layout: RopeLayout) -> Rope {
-    Rope { base, dims, layout, scaling: RopeScaling::None }
+    Rope { base, dims, layout, scaling: RopeScaling::None, amplitude: 1.0 }
 }
 
 #[test]
@@ -184,8 +186,8 @@ fn refusals_of_config_json_name_field_value_and_expectation() {
         (g(json!({"hidden_activation": "silu"})), ["hidden_activation", "silu", "gelu_pytorch_tanh"]),
         (l(json!({"tie_word_embeddings": 1})), ["tie_word_embeddings", "1", "true or false"]),
         (
-            l(json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}})),
-            ["rope_parameters.rope_type", "yarn", "default, linear or llama3"],
+            l(json!({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}})),
+            ["rope_parameters.rope_type", "spiral", "default, linear, dynamic, yarn, longrope or llama3"],
         ),
         (
             l(json!({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}})),
@@ -335,7 +337,7 @@ fn gguf_metadata_is_the_models_shape() {
     let c = &model.config;
     assert_eq!((model.format, c.architecture, c.tied_embeddings), (Format::GGUF, Architecture::Llama, false));
     assert_eq!((c.hidden, c.heads, c.kv_heads, c.head_dim, c.ffn, c.vocab, c.context), (8, 4, 2, 2, 12, 6, 64));
-    assert_eq!((c.layers.len(), c.layers[0].window, c.layers[0].rope), (2, None, rope(5e5, 2, RopeLayout::Adjacent)));
+    assert_eq!((c.layers.len(), c.layers[0].window, c.layers[0].rope.clone()), (2, None, rope(5e5, 2, RopeLayout::Adjacent)));
     assert_eq!((c.norm_weight_offset, c.embedding_scale, c.norm_eps), (0.0, 1.0, 1e-5));
 
     let model = Sample::gemma3().model();
@@ -383,7 +385,8 @@ fn gguf_settings_have_their_defaults_and_forms() {
     assert_eq!(local(list(Kind::U32, flags.map(|f| Value::U32(f.into())).to_vec())), flags);
     assert_eq!(config(&gemma, &[("gemma3.rope.freq_base_swa", Some(Value::F32(2e4)))]).layers[0].rope.base, 2e4);
     let scaled = config(&gemma, &[("gemma3.rope.scaling.factor", Some(Value::F32(8.0)))]);
-    assert_eq!((scaled.layers[0].rope.scaling, scaled.layers[5].rope.scaling), (RopeScaling::None, RopeScaling::Linear { factor: 8.0 }));
+    let scaling = |layer: usize| scaled.layers[layer].rope.scaling.clone();
+    assert_eq!((scaling(0), scaling(5)), (RopeScaling::None, RopeScaling::Linear { factor: 8.0 }));
     // 27B: the score scale is that of hidden / heads.
     let large = Sample { layers: 62, hidden: 36, ..gemma }.model();
     assert_eq!(large.config.attention_scale, 1.0 / 3.0);
@@ -413,12 +416,14 @@ fn refusals_of_gguf_metadata_name_key_place_value_and_expectation() {
         (Sample::llama(), "llama.attention.sliding_window_pattern", count(4), ["a pattern", "one window for all layers"]),
         (Sample { arch: "qwen2", ..Sample::llama() }, "qwen2.attention.sliding_window", count(4), ["4", "no sliding window"]),
         (Sample::llama(), "llama.attention.causal", Some(Value::Bool(false)), ["false", "causal attention"]),
-        (Sample::llama(), "llama.expert_count", count(8), ["8 experts", "dense models"]),
+        (Sample::llama(), "llama.expert_count", count(2000), ["2000", "at most 1024 experts"]),
+        (Sample::gemma3(), "gemma3.expert_count", count(8), ["8 experts", "a dense model"]),
         (Sample::llama(), "llama.rope.dimension_count", count(3), ["3", "an even number up to the head's 2"]),
         (Sample::llama(), "llama.rope.freq_base", Some(Value::F32(0.0)), ["0", "a positive number"]),
-        (Sample::llama(), "llama.rope.scaling.type", text("yarn"), ["yarn", "none or linear"]),
+        (Sample::llama(), "llama.rope.scaling.type", text("spiral"), ["spiral", "none, linear or yarn"]),
         (Sample::llama(), "llama.rope.scaling.type", text("linear"), ["missing", "a positive number"]),
-        (Sample::llama(), "llama.rope.scaling.attn_factor", Some(Value::F32(2.0)), ["2", "1"]),
+        (Sample::llama(), "llama.rope.scaling.attn_factor", Some(Value::F32(-2.0)), ["-2", "a positive number"]),
+        (Sample::llama(), "llama.rope.scaling.yarn_ext_factor", Some(Value::F32(0.5)), ["0.5", "its default"]),
         (Sample::llama(), "llama.vocab_size", count(5), ["5", "at least the 6 tokens"]),
         (Sample::gemma3(), "gemma3.attention.sliding_window", None, ["missing", "an integer"]),
         (Sample::gemma3(), "gemma3.final_logit_softcapping", Some(Value::F32(30.0)), ["30", "without logit soft-capping"]),
@@ -479,6 +484,101 @@ fn tensors_of_gguf_files_are_checked() {
     assert!(!model.tensors.contains_key(&TensorId { layer: Some(1), role: Role::QBias }));
     assert_eq!(model.config.layers[0].rope.scaling, RopeScaling::Tensor);
     assert!(model.tensors.contains_key(&TensorId { layer: None, role: Role::RopeFactors }));
+}
+
+/// Rotary scaling of `config.json` and of GGUF.
+#[test]
+fn every_rotary_scaling_is_read() {
+    let llama = fixture_config("llama");
+    let of = |with: Json| hf(&changed(&llama, with)).unwrap().config;
+    let close = |a: f64, b: f64| (a - b).abs() < 1e-12;
+    let yarn =
+        of(json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}}));
+    let scaling = |factor| RopeScaling::Yarn { factor, original_context: 512.0, beta_fast: 32.0, beta_slow: 1.0, truncate: true };
+    assert_eq!((&yarn.layers[0].rope.scaling, yarn.context), (&scaling(4.0), 2048));
+    assert!(close(yarn.layers[0].rope.amplitude, 0.1 * 4f64.ln() + 1.0));
+    // The factor may be that of the contexts; the amplitude may be given, or come from two scales.
+    let older = json!({"rope_parameters": null, "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 256, "attention_factor": 1.5}});
+    let older = of(older);
+    assert!(matches!(older.layers[0].rope.scaling, RopeScaling::Yarn { factor: 2.0, original_context: 256.0, .. }));
+    assert!(close(older.layers[0].rope.amplitude, 1.5));
+    let both = of(json!({"rope_scaling": {"type": "yarn", "factor": 40, "mscale": 0.707, "mscale_all_dim": 1.0}, "rope_parameters": null}));
+    assert!(close(both.layers[0].rope.amplitude, (0.0707 * 40f64.ln() + 1.0) / (0.1 * 40f64.ln() + 1.0)));
+
+    let dynamic = of(json!({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}));
+    assert_eq!((&dynamic.layers[0].rope.scaling, dynamic.context), (&RopeScaling::Dynamic { factor: 4.0, trained_context: 512.0 }, 2048));
+    assert!(dynamic.layers[0].rope.scaling.depends_on_length() && !yarn.layers[0].rope.scaling.depends_on_length());
+
+    let list = |x: f64| vec![x; 8];
+    let long = json!({"rope_scaling": {"type": "longrope", "short_factor": list(1.5), "long_factor": list(3.0)}, "rope_parameters": null, "original_max_position_embeddings": 128});
+    let rope = of(long.clone()).layers[0].rope.clone();
+    assert_eq!(rope.scaling, RopeScaling::LongRope { short: vec![1.5; 8], long: vec![3.0; 8], original_context: 128.0 });
+    assert!(close(rope.amplitude, (1.0 + 4f64.ln() / 128f64.ln()).sqrt()));
+    let mut short = long;
+    short["rope_scaling"]["long_factor"] = json!(list(3.0)[..7]);
+    let said = hf(&changed(&llama, short)).unwrap_err().to_string();
+    assert!(said.contains("rope_scaling.long_factor") && said.contains("8 positive numbers"), "{said}");
+
+    let text = |s: &str| Some(Value::String(s.into()));
+    let keys = [
+        ("llama.rope.scaling.type", text("yarn")),
+        ("llama.rope.scaling.factor", Some(Value::F32(4.0))),
+        ("llama.rope.scaling.original_context_length", Some(Value::U32(512))),
+    ];
+    let rope = gguf_model(&set(&Sample::llama(), &keys)).unwrap().config.layers[0].rope.clone();
+    assert_eq!(rope.scaling, scaling(4.0));
+    assert!(close(rope.amplitude, 0.1 * 4f64.ln() + 1.0));
+}
+
+/// What a family's `config.json` cannot ask for.
+#[test]
+fn features_of_families_that_are_absent_are_named() {
+    let qwen2 = fixture_config("qwen2");
+    let said = |base: &Json, with: Json| hf(&changed(base, with)).expect_err("a refusal").to_string();
+    let kinds = json!(["full_attention", "sliding_attention", "full_attention", "full_attention"]);
+    let text = said(&qwen2, json!({"layer_types": kinds}));
+    assert!(text.contains("layer_types") && text.contains("use_sliding_window"), "{text}");
+    let text = said(&qwen2, json!({"use_sliding_window": true, "max_window_layers": 0, "layer_types": null}));
+    assert!(text.contains("sliding_window") && text.contains("missing"), "{text}");
+    let moe = fixture_config("qwen3-moe");
+    let text = said(&moe, json!({"use_sliding_window": true}));
+    assert!(text.contains("use_sliding_window"), "{text}");
+    let text = said(&moe, json!({"num_experts_per_tok": 9}));
+    assert!(text.contains("num_experts_per_tok") && text.contains("at most the 8 experts"), "{text}");
+    let gpt2 = fixture_config("gpt2");
+    for (field, value) in [("scale_attn_by_inverse_layer_idx", json!(true)), ("activation_function", json!("relu"))] {
+        let text = said(&gpt2, json!({field: value}));
+        assert!(text.contains(field), "{text}");
+    }
+}
+
+/// Layers without experts among those with, and experts that one rank alone holds.
+#[test]
+fn experts_have_their_layers_and_tensors() {
+    let moe = fixture_config("qwen3-moe");
+    let layers = |with: Json| hf(&changed(&moe, with)).unwrap().config.layers.iter().map(|l| l.experts).collect::<Vec<_>>();
+    assert_eq!(layers(json!({})), [true; 4]);
+    assert_eq!(layers(json!({"decoder_sparse_step": 2})), [false, true, false, true]);
+    assert_eq!(layers(json!({"mlp_only_layers": [1, 2]})), [true, false, false, true]);
+    let header = fixture_header("qwen3-moe");
+    let expert = &header.tensors[&TensorId { layer: Some(3), role: Role::ExpertDown(7) }];
+    assert_eq!((expert.name.as_str(), expert.shape.as_slice()), ("model.layers.3.mlp.experts.7.down_proj.weight", &[128, 96][..]));
+}
+
+/// Columns of GPT-2's fused tensor, of which each rank reads its part of every column.
+#[test]
+fn matrices_stored_by_columns_are_cut_into_strides() {
+    let header = fixture_header("gpt2");
+    let of = |role| &header.tensors[&TensorId { layer: Some(1), role }];
+    let (q, k) = (of(Role::Q), of(Role::K));
+    assert_eq!(
+        (q.name.as_str(), q.shape.as_slice(), q.column_stride),
+        ("transformer.h.1.attn.c_attn.weight", &[128, 128][..], Some(4 * 384))
+    );
+    assert_eq!((q.bytes, k.offset - q.offset), (4 * 128 * 128, 4 * 128));
+    let slice = TensorSlice::new(TensorId { layer: Some(1), role: Role::K }, k, 32..64);
+    assert_eq!(slice.len(), 4 * 32 * 128);
+    assert_eq!(slice.bytes, k.offset + 4 * 32..k.offset + 127 * 4 * 384 + 4 * 64);
 }
 
 #[test]

@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     fleet::ReplicaLimits,
     model::{Format, ModelHeader, Role},
-    shard::{ExecutionPlan, KvDType, Shard, Stage},
+    shard::{ExecutionPlan, KvDType, Shard, Stage, TensorSlice},
     worker::{CollectiveKind, WorkerSpec},
 };
 
@@ -157,7 +157,7 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
                 ranks: spec.tensor,
                 layers: range.clone(),
                 splits: splits.clone(),
-                weight_bytes: slices.iter().map(|s| s.bytes.end - s.bytes.start).sum(),
+                weight_bytes: slices.iter().map(TensorSlice::len).sum(),
                 slices,
                 kv_bytes: 0,
             }
@@ -194,10 +194,12 @@ fn shards(stages: &[Stage]) -> impl Iterator<Item = &Shard> {
 /// Bytes of activations and logits that a worker needs beside weights and KV cache.
 ///
 /// Per token of a step: residual, norm and gathered outputs (8 × hidden), gate, up and their product (3 × ffn), query, key, value and
-/// attention output of all heads, as f32; on the last stage one row of logits per sequence.
+/// attention output of all heads, and of each expert that it goes to input, output, gate and up, as f32; on the last stage one row of logits
+/// per sequence.
 fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     let c = &header.config;
-    let width = 8 * c.hidden + 3 * c.ffn + 2 * (c.heads + c.kv_heads) * c.head_dim;
+    let experts = c.experts.map_or(0, |e| e.count + e.used * 2 * (c.hidden + e.ffn));
+    let width = 8 * c.hidden + 3 * c.ffn + 2 * (c.heads + c.kv_heads) * c.head_dim + experts;
     let tokens = (spec.max_batch_tokens as u64).saturating_mul(width as u64).saturating_mul(4);
     let logits = if shard.is_last() { (spec.max_batch_sequences as u64).saturating_mul(c.vocab as u64).saturating_mul(4) } else { 0 };
     tokens.saturating_add(logits)
@@ -251,11 +253,15 @@ pub fn limits(plan: &ExecutionPlan, prefix_caching: bool) -> ReplicaLimits {
 /// The numerics id of a replica: equal ids give equal bits for equal ids and seeds.
 ///
 /// It covers the weights (`identity`: their digest or, when unpinned, their resolved source and revision), the shape with its rope
-/// settings, the stored types, the KV entry type and [`ARITHMETIC_VERSION`]; not the plan, on which no bit depends.
-pub fn numerics(header: &ModelHeader, identity: &str, kv: KvDType) -> String {
+/// settings, the stored types, the KV entry type and [`ARITHMETIC_VERSION`]; of the plan only the longest sequence, where rotary
+/// frequencies go by it, for no bit depends on anything else.
+pub fn numerics(header: &ModelHeader, identity: &str, kv: KvDType, max_context: usize) -> String {
     let types: Vec<_> = header.tensors.iter().map(|(id, t)| (*id, t.dtype, t.shape.clone())).collect();
     let mut hash = Sha256::new();
     hash.update(format!("{ARITHMETIC_VERSION}\n{identity}\n{kv:?}\n{:?}\n{types:?}", header.config));
+    if header.config.layers.iter().any(|l| l.rope.scaling.depends_on_length()) {
+        hash.update(format!("\n{max_context} tokens"));
+    }
     hash.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect()
 }
 

@@ -4,11 +4,12 @@ use std::ops::Range;
 
 use super::output_role;
 use crate::{
-    model::{ModelHeader, Role, TensorId, TensorInfo},
+    model::{ModelHeader, Role, TensorId},
     shard::{Splits, TensorSlice},
 };
 
-/// The slices of rank `rank` of stage `stage` of `stages`, ordered by file and offset: one for every tensor the stage uses, empty ones included.
+/// The slices of rank `rank` of stage `stage` of `stages`, ordered by file and offset: one for every tensor the stage uses, empty ones included,
+/// but no experts of other ranks.
 pub(super) fn slices(
     header: &ModelHeader,
     layers: &Range<usize>,
@@ -22,7 +23,8 @@ pub(super) fn slices(
         Some(layer) => layers.contains(&(layer as usize)),
         None => match id.role {
             Role::Embedding => first || (last && output == Role::Embedding),
-            Role::Output | Role::OutputNorm => last,
+            Role::Positions => first,
+            Role::Output | Role::OutputNorm | Role::OutputNormBias => last,
             _ => true,
         },
     };
@@ -30,14 +32,9 @@ pub(super) fn slices(
         .tensors
         .iter()
         .filter(|(id, _)| used(id))
-        .map(|(id, tensor)| slice(*id, tensor, splits.rows(&header.config, id.role, rank)))
+        .map(|(id, tensor)| TensorSlice::new(*id, tensor, splits.rows(&header.config, id.role, rank)))
+        .filter(|slice| !(slice.is_empty() && slice.id.role.expert().is_some()))
         .collect();
     slices.sort_by_key(|s| (s.tensor.file, s.bytes.start, s.id));
     slices
-}
-
-fn slice(id: TensorId, tensor: &TensorInfo, rows: Range<usize>) -> TensorSlice {
-    let row_bytes = tensor.bytes / tensor.shape.first().map_or(1, |&n| n.max(1) as u64);
-    let bytes = tensor.offset + rows.start as u64 * row_bytes..tensor.offset + rows.end as u64 * row_bytes;
-    TensorSlice { id, tensor: tensor.clone(), rows, bytes }
 }

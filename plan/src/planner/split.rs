@@ -24,6 +24,7 @@ pub(super) fn splits(header: &ModelHeader, layers: &Range<usize>, ranks: usize) 
         kv_heads,
         hidden: balanced(c.hidden, ranks, row_unit(c.hidden)),
         ffn: balanced(c.ffn, ranks, block.unwrap_or_else(|| row_unit(c.ffn))),
+        experts: c.experts.map_or_else(Vec::new, |e| balanced(e.count, ranks, 1)),
         vocab: balanced(c.vocab, ranks, VOCAB_TILE),
         heads,
     }

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::{Capacity, KvMemory, Origin, PlanError, Spec, default_kv_dtype, kv::shard_bytes, limits, numerics, plan, worker_specs};
 use crate::{
     dtype::DType,
-    model::{ModelHeader, Role, TensorId},
+    model::{ModelHeader, Role, RopeScaling, TensorId},
     samples::Sample,
     shard::{BLOCK_TOKENS, ExecutionPlan, KvDType, Shard, VOCAB_TILE},
     worker::CollectiveKind,
@@ -386,11 +386,16 @@ fn the_reference_model_at_two_by_two() {
 #[test]
 fn the_numerics_id_changes_with_what_changes_bits_and_nothing_else() {
     let model = Sample::llama().model();
-    let id = numerics(&model, "sha256:a", KvDType::F32);
-    assert_eq!(id, numerics(&model.clone(), "sha256:a", KvDType::F32));
+    let id = numerics(&model, "sha256:a", KvDType::F32, 64);
+    assert_eq!(id, numerics(&model.clone(), "sha256:a", KvDType::F32, 64));
     assert_eq!(id.len(), 32);
     let mut rope = model.clone();
     rope.config.layers[0].rope.base += 1.0;
+    // Where frequencies go by the longest sequence, it is one of the numerics.
+    let mut dynamic = model.clone();
+    dynamic.config.layers[0].rope.scaling = RopeScaling::Dynamic { factor: 2.0, trained_context: 16.0 };
+    let of = |max_context| numerics(&dynamic, "sha256:a", KvDType::F32, max_context);
+    assert_ne!(of(32), of(64));
     let mut moved = model.clone();
     for tensor in moved.tensors.values_mut() {
         tensor.offset += 32;
@@ -398,11 +403,12 @@ fn the_numerics_id_changes_with_what_changes_bits_and_nothing_else() {
     let mut stored = model.clone();
     stored.tensors.values_mut().for_each(|t| t.dtype = DType::BF16);
     for (other, same) in [
-        (numerics(&model, "sha256:b", KvDType::F32), false),
-        (numerics(&model, "sha256:a", KvDType::F16), false),
-        (numerics(&rope, "sha256:a", KvDType::F32), false),
-        (numerics(&stored, "sha256:a", KvDType::F32), false),
-        (numerics(&moved, "sha256:a", KvDType::F32), true),
+        (numerics(&model, "sha256:b", KvDType::F32, 64), false),
+        (numerics(&model, "sha256:a", KvDType::F16, 64), false),
+        (numerics(&rope, "sha256:a", KvDType::F32, 64), false),
+        (numerics(&stored, "sha256:a", KvDType::F32, 64), false),
+        (numerics(&moved, "sha256:a", KvDType::F32, 64), true),
+        (numerics(&model, "sha256:a", KvDType::F32, 32), true),
     ] {
         assert_eq!(other == id, same);
     }

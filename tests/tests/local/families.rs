@@ -99,6 +99,35 @@ fn qwen3() {
     both_files("qwen3", ("\"rms_norm_eps\": 1e-06", "\"rms_norm_eps\": 1e-03"), "qwen3");
 }
 
+#[test]
+fn gpt2() {
+    both_files("gpt2", ("\"layer_norm_epsilon\": 1e-05", "\"layer_norm_epsilon\": 1e-03"), "gpt2");
+}
+
+#[test]
+fn mixtral() {
+    both_files("mixtral", ("\"num_experts_per_tok\": 2", "\"num_experts_per_tok\": 3"), "llama");
+}
+
+#[test]
+fn qwen3_moe() {
+    both_files("qwen3-moe", ("\"norm_topk_prob\": true", "\"norm_topk_prob\": false"), "qwen3moe");
+}
+
+/// More ranks than some experts' worth, and experts that do not divide: the bits of one process.
+#[test]
+fn experts_split_unevenly() {
+    for (name, way) in
+        [("mixtral", ["--tp", "3"]), ("qwen3-moe", ["--tp", "3"]), ("qwen3-moe", ["--tp", "4"]), ("mixtral", ["--chunk", "3"])]
+    {
+        let (expected, model) = (files::expected(name), files::fixture(name));
+        let input = ids(&expected, "input_ids");
+        let alone = bits(&logits(&model, &input, 8, &[]));
+        assert!(bits(&logits(&model, &input, 8, &way)) == alone, "{name} with {} differs", way.join(" "));
+        assert!(bits(&logits(&model, &input[1..], 8, &way)) != alone, "{name}: an id fewer went unseen");
+    }
+}
+
 /// The layers from `max_window_layers` on have a window, as if `layer_types` named them.
 #[test]
 fn late_windows_of_qwen2() {

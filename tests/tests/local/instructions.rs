@@ -33,7 +33,7 @@ fn same_everywhere(model: &Path, input: &[u32]) {
 
 #[test]
 fn fixtures_have_the_same_bits_on_every_instruction_set() {
-    for name in ["llama", "gemma3"] {
+    for name in ["llama", "gemma3", "gpt2", "mixtral", "qwen3-moe"] {
         same_everywhere(&files::fixture(name), &ids(&files::expected(name), "input_ids"));
     }
 }

@@ -89,7 +89,9 @@ fn q4_k_llama_with_cut_blocks_splits_exactly() {
 /// The bytes that the workers read are the tensors plus what the plan says several of them hold.
 #[test]
 fn each_rank_reads_its_own_bytes_only() {
-    for (model, pp, tp) in [(files::fixture("llama"), "2", "2"), (files::fixture("gemma3"), "1", "4"), (files::reference(), "2", "2")] {
+    let fixtures = [("llama", "2", "2"), ("gemma3", "1", "4"), ("gpt2", "2", "2"), ("qwen3-moe", "1", "2"), ("mixtral", "2", "2")];
+    let fixtures = fixtures.map(|(name, pp, tp)| (files::fixture(name), pp, tp));
+    for (model, pp, tp) in fixtures.into_iter().chain([(files::reference(), "2", "2")]) {
         let model = model.to_string_lossy();
         let place = ["--pp", pp, "--tp", tp];
         let plan = json(&[&["plan", &model, "--json"][..], &place].concat());

@@ -66,13 +66,13 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
         RopeFields::New(new) => hf_rope(&RopeFields::New(new), fields, DEFAULT_BASE, config.head_dim)?,
         RopeFields::Old => {
             let base = fields.positive("rope_local_base_freq")?.unwrap_or(DEFAULT_BASE);
-            Rope { base, scaling: RopeScaling::None, ..global }
+            Rope { base, scaling: RopeScaling::None, amplitude: 1.0, ..global.clone() }
         }
     };
-    let full = LayerConfig { window: None, rope: global };
-    let windowed = LayerConfig { window: Some(fields.required("sliding_window")? as u32), rope: local };
-    let is_local = hf_local(fields, hf::layers(fields)?)?;
-    config.layers = is_local.into_iter().map(|local| if local { windowed } else { full }).collect();
+    let full = LayerConfig { window: None, rope: global, experts: false };
+    let windowed = LayerConfig { window: Some(fields.required("sliding_window")? as u32), rope: local, experts: false };
+    let is_local = hf_local(fields, hf::layers(fields, "num_hidden_layers")?)?;
+    config.layers = is_local.into_iter().map(|local| if local { windowed.clone() } else { full.clone() }).collect();
     let attention = fields.flag("attention_bias")?.unwrap_or(false);
     Ok(HfConfig { config, biases: Biases { qkv: attention, o: attention, mlp: false } })
 }
@@ -110,7 +110,7 @@ fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
             return Err(meta.unsupported("rope_freqs.weight", "gemma3 without rotary divisors", "divisors per pair"));
         }
         layer.window = Some(window as u32);
-        (layer.rope.base, layer.rope.scaling) = (base, RopeScaling::None);
+        layer.rope = Rope { base, scaling: RopeScaling::None, amplitude: 1.0, ..layer.rope.clone() };
     }
     Ok(config)
 }

@@ -19,6 +19,7 @@ pub(super) const LLAMA: Family = Family {
     class: "LlamaForCausalLM",
     model_type: "llama",
     from_hf,
+    hf_base: "model.",
     hf_layers: "model.layers.",
     hf_name: tensors::hf_name,
     gguf: Some("llama"),
@@ -33,9 +34,11 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     Ok(HfConfig { config, biases: Biases { qkv: attention, o: attention, mlp } })
 }
 
-/// Mistral's files are of this architecture too; those with a window have it in every layer.
+/// Files of Mistral and Mixtral are of this architecture too: with a window in every layer, with experts in every layer.
 fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
     let mut config = gguf::decoder(meta, Architecture::Llama, RopeLayout::Adjacent)?;
     gguf::window_everywhere(meta, &mut config)?;
+    let ffn = meta.arch_count("expert_feed_forward_length")?.unwrap_or(config.ffn);
+    gguf::experts_everywhere(meta, &mut config, ffn)?;
     Ok(config)
 }

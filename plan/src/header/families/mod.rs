@@ -4,11 +4,14 @@
 //! The engine reads the config alone, so that a family whose layers are made of parts it has is this file and a line in [`FAMILIES`].
 
 mod gemma3;
+mod gpt2;
 mod llama;
 mod mistral;
+mod mixtral;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 
 use serde_json::Value;
 
@@ -31,6 +34,8 @@ pub(super) struct Family {
     pub(super) model_type: &'static str,
     /// Its shape from `config.json`.
     pub(super) from_hf: fn(&Fields<'_>) -> Result<HfConfig, HeaderError>,
+    /// What comes before the names of the model without its head; files of such a model may leave it out.
+    pub(super) hf_base: &'static str,
     /// What comes before a layer's number in Hugging Face's names.
     pub(super) hf_layers: &'static str,
     /// Names in Hugging Face's files.
@@ -44,7 +49,17 @@ pub(super) struct Family {
 }
 
 /// Every family.
-const FAMILIES: [&Family; 6] = [&llama::LLAMA, &gemma3::GEMMA3, &mistral::MISTRAL, &qwen2::QWEN2, &qwen3::QWEN3, &phi3::PHI3];
+const FAMILIES: [&Family; 9] = [
+    &llama::LLAMA,
+    &gemma3::GEMMA3,
+    &mistral::MISTRAL,
+    &qwen2::QWEN2,
+    &qwen3::QWEN3,
+    &phi3::PHI3,
+    &gpt2::GPT2,
+    &mixtral::MIXTRAL,
+    &qwen3_moe::QWEN3_MOE,
+];
 
 /// The family that `config.json` names: by its class, or by its type where it has no class.
 pub(super) fn of_hf(fields: &Fields<'_>) -> Result<&'static Family, HeaderError> {

@@ -1,0 +1,45 @@
+//! Qwen 3, mixture of experts: Yang et al. 2025, arXiv:2505.09388. [Qwen 3](super::qwen3) whose feed-forward blocks, all of them or every
+//! n-th, are mixtures of experts as in [Mixtral](super::mixtral); whether the chosen weights are made to sum to 1 is a setting.
+
+use super::{Family, llama::LLAMA};
+use crate::{
+    header::{HeaderError, fields::Fields, gguf, hf, hf::HfConfig, metadata::Meta, tensors::Biases},
+    model::{Architecture, Experts, ModelConfig, RopeLayout},
+};
+
+pub(super) const QWEN3_MOE: Family = Family {
+    name: "qwen3_moe",
+    class: "Qwen3MoeForCausalLM",
+    model_type: "qwen3_moe",
+    from_hf,
+    gguf: Some("qwen3moe"),
+    from_gguf,
+    ..LLAMA
+};
+
+fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
+    let mut config = hf::decoder(fields, Architecture::Qwen3Moe)?;
+    if fields.flag("use_sliding_window")?.unwrap_or(false) {
+        return Err(fields.unsupported("use_sliding_window", "false", "true"));
+    }
+    config.head_norms = true;
+    let (count, used) = hf::experts(fields, &["num_experts", "num_local_experts"])?;
+    let normalize = fields.flag("norm_topk_prob")?.unwrap_or(false);
+    config.experts = Some(Experts { count, used, ffn: fields.required("moe_intermediate_size")?, normalize });
+    let step = fields.count("decoder_sparse_step")?.unwrap_or(1);
+    let dense = fields.indices("mlp_only_layers")?;
+    for (index, layer) in config.layers.iter_mut().enumerate() {
+        layer.experts = (index + 1) % step == 0 && !dense.contains(&index);
+    }
+    let attention = fields.flag("attention_bias")?.unwrap_or(false);
+    Ok(HfConfig { config, biases: Biases { qkv: attention, o: attention, mlp: false } })
+}
+
+fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
+    gguf::refuse_window(meta)?;
+    let mut config = gguf::decoder(meta, Architecture::Qwen3Moe, RopeLayout::Halves)?;
+    config.head_norms = true;
+    let ffn = meta.required("expert_feed_forward_length")?;
+    gguf::experts_everywhere(meta, &mut config, ffn)?;
+    Ok(config)
+}
