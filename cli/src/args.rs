@@ -15,7 +15,7 @@ use clap::{
     builder::styling::{AnsiColor, Effects, Styles},
 };
 
-use plan::worker::CollectiveKind;
+use plan::{dtype::DType, worker::CollectiveKind};
 
 pub(crate) use self::{
     answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
@@ -115,6 +115,8 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Show what a model is, from its headers alone.
     Inspect(InspectArgs),
+    /// Write a GGUF file with its matrices in another type, and say what that cost.
+    Quantize(QuantizeArgs),
     /// Compute logits or perplexity.
     #[command(subcommand)]
     Eval(EvalCommand),
@@ -169,6 +171,9 @@ pub(crate) struct Placement {
     /// Type of KV cache entries [default: f32 for float weights, else f16].
     #[arg(long, value_enum, help_heading = "Placement")]
     pub(crate) kv: Option<KvChoice>,
+    /// Convert weights that are stored as floats as they are loaded [default: none, or the manifest's].
+    #[arg(long, value_enum, value_name = "BITS|TYPE", help_heading = "Placement")]
+    load_in: Option<LoadIn>,
     /// Most tokens in one step [default: 512, or the manifest's].
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) chunk: Option<NonZeroUsize>,
@@ -186,9 +191,51 @@ impl Placement {
         (self.pp.map_or(1, NonZeroUsize::get), self.tp.map_or(1, NonZeroUsize::get))
     }
 
+    /// Type that floats are converted to as they are loaded.
+    pub(crate) fn load_in(&self) -> Option<DType> {
+        self.load_in.map(LoadIn::dtype)
+    }
+
     /// Most tokens in a step, where no manifest says.
     pub(crate) fn chunk(&self) -> usize {
         self.chunk.map_or(CHUNK, NonZeroUsize::get)
+    }
+}
+
+/// Type that weights are converted to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LoadIn {
+    #[value(name = "8bit", aliases = ["q8_0", "Q8_0"])]
+    Q8,
+    #[value(name = "4bit", aliases = ["q4_k", "Q4_K"])]
+    Q4K,
+    #[value(name = "q6_k")]
+    Q6K,
+    #[value(name = "q5_k")]
+    Q5K,
+    #[value(name = "q5_1")]
+    Q51,
+    #[value(name = "q5_0")]
+    Q50,
+    #[value(name = "q4_1")]
+    Q41,
+    #[value(name = "q4_0")]
+    Q40,
+}
+
+impl LoadIn {
+    /// The type.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::Q8 => DType::Q8_0,
+            Self::Q4K => DType::Q4_K,
+            Self::Q6K => DType::Q6_K,
+            Self::Q5K => DType::Q5_K,
+            Self::Q51 => DType::Q5_1,
+            Self::Q50 => DType::Q5_0,
+            Self::Q41 => DType::Q4_1,
+            Self::Q40 => DType::Q4_0,
+        }
     }
 }
 
@@ -312,6 +359,33 @@ pub(crate) struct PplArgs {
     /// Score the first N chunks alone.
     #[arg(long, value_name = "N")]
     pub(crate) chunks: Option<NonZeroUsize>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) placement: Placement,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct QuantizeArgs {
+    /// GGUF file, folder or source of a model.
+    #[arg(value_name = "IN")]
+    pub(crate) input: String,
+    /// GGUF file to write.
+    #[arg(value_name = "OUT")]
+    pub(crate) output: PathBuf,
+    /// Type of the matrices.
+    #[arg(long, value_enum, value_name = "TYPE", ignore_case = true)]
+    pub(crate) to: LoadIn,
+    /// Text on which both models are compared; `-` reads standard input.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// Tokens of a chunk of the text; the second half of each is scored.
+    #[arg(long, default_value_t = 256, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(4..))]
+    pub(crate) context: u32,
+    /// Chunks of the text that are compared.
+    #[arg(long, default_value = "4", value_name = "N")]
+    pub(crate) chunks: NonZeroUsize,
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

@@ -10,7 +10,7 @@ use std::{
 use anyhow::Context;
 use engine::WeightReader;
 use indicatif::ProgressBar;
-use plan::{card::ModelCard, model::ModelHeader};
+use plan::{card::ModelCard, dtype::DType, model::ModelHeader};
 use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 use crate::{
@@ -56,6 +56,14 @@ impl Model {
         let (name, source, header) = opened.await.context("opening the model was cut off")?.map_err(failure)?;
         let uri = absolute(&name)?;
         Ok(Self { name, uri, digest, source: Arc::new(source), header: Arc::new(header) })
+    }
+
+    /// The same model with its floats converted to `to` as they are loaded.
+    pub(crate) fn loaded_as(mut self, to: Option<DType>) -> Self {
+        if let Some(to) = to {
+            self.header = Arc::new(self.header.loaded_as(to));
+        }
+        self
     }
 
     /// The files that tell how its text is made.

@@ -7,6 +7,7 @@
 
 mod attention;
 pub mod bytes;
+mod convert;
 pub mod elementwise;
 pub mod file_map;
 mod isa;
@@ -34,6 +35,7 @@ mod weight;
 mod x86_64;
 
 pub use attention::Attention;
+pub use convert::{ConvertError, convert_rows, dequantize_rows};
 pub use file_map::FileMap;
 pub use isa::{Avx2, Avx512, Isa, IsaError};
 pub use kv::{ABSENT, KV_BLOCK, KvCache, KvError, KvSpan, KvType};

@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
-use kernels::{Isa, Matrix, Pool, WeightType};
+use kernels::{Isa, Matrix, Pool, WeightType, convert_rows};
 
 /// What the golden file has of a type.
 struct Known {
     stored: Vec<u8>,
     values: Vec<u32>,
+    /// Floats, and what they become.
+    quantized: Option<(Vec<u8>, Vec<u8>)>,
 }
 
 fn bytes(hex: &str) -> Vec<u8> {
@@ -17,8 +19,10 @@ fn bytes(hex: &str) -> Vec<u8> {
 fn known() -> BTreeMap<String, Known> {
     let file: serde_json::Value = serde_json::from_str(include_str!("golden/blocks.json")).unwrap();
     let of = |(name, of): (&String, &serde_json::Value)| {
-        let values = of["values"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
-        (name.clone(), Known { stored: bytes(of["stored"].as_str().unwrap()), values })
+        let numbers = |key: &str| of[key].as_array().map(|list| list.iter().map(|v| v.as_u64().unwrap() as u32).collect::<Vec<_>>());
+        let hex = |key: &str| of[key].as_str().map(bytes);
+        let input = numbers("input").map(|list| list.into_iter().flat_map(u32::to_le_bytes).collect());
+        (name.clone(), Known { stored: hex("stored").unwrap(), values: numbers("values").unwrap(), quantized: input.zip(hex("quantized")) })
     };
     file.as_object().unwrap().iter().map(of).collect()
 }
@@ -27,7 +31,7 @@ fn known() -> BTreeMap<String, Known> {
 fn every_block_type_has_the_values_of_the_gguf_package() {
     let (known, pool) = (known(), Pool::new(1));
     for dtype in WeightType::ALL.into_iter().filter(|dtype| dtype.activation_block().is_some()) {
-        let Known { stored, values } = &known[&dtype.to_string()];
+        let Known { stored, values, .. } = &known[&dtype.to_string()];
         for isa in Isa::available() {
             let row = |stored: &[u8]| {
                 let matrix = Matrix::pack(isa, dtype, 1, values.len(), stored, &pool).unwrap();
@@ -44,4 +48,17 @@ fn every_block_type_has_the_values_of_the_gguf_package() {
             assert!(!same(&row(&other), values), "{dtype} on {isa}");
         }
     }
+}
+
+#[test]
+fn simple_types_are_quantized_as_the_gguf_package_does() {
+    let (known, pool) = (known(), Pool::new(1));
+    let mut compared = 0;
+    for dtype in WeightType::ALL.into_iter().filter(|dtype| dtype.activation_block().is_some()) {
+        let Some((input, expected)) = &known[&dtype.to_string()].quantized else { continue };
+        let got = convert_rows(&pool, (WeightType::F32, dtype), 512, input, None).unwrap();
+        assert_eq!(&got, expected, "{dtype}");
+        compared += 1;
+    }
+    assert_eq!(compared, 5);
 }

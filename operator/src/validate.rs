@@ -96,7 +96,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         return Err(refuse(ACCEPTED, "NameTaken", message, Until::Elsewhere));
     }
     let header = match &fetched.header {
-        Some(Ok(header)) => header.clone(),
+        Some(Ok(header)) => Arc::new(manifest.loaded(header)),
         Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
         None => {
             let message = format!(

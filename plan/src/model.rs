@@ -316,8 +316,11 @@ pub struct TensorId {
 pub struct TensorInfo {
     /// Name in the file, for messages.
     pub name: String,
-    /// Stored type.
+    /// Type in memory.
     pub dtype: DType,
+    /// Type in the file, where it is converted as it is loaded.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stored: Option<DType>,
     /// Row-major shape, `[out, in]` for matrices, `[n]` for vectors.
     pub shape: Vec<usize>,
     /// Index into [`ModelHeader::files`].
@@ -329,6 +332,19 @@ pub struct TensorInfo {
     /// For a matrix whose columns are stored one after the other: bytes from one to the next. `None`: it is stored row by row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub column_stride: Option<u64>,
+}
+
+impl TensorInfo {
+    /// Type in the file.
+    pub fn stored_type(&self) -> DType {
+        self.stored.unwrap_or(self.dtype)
+    }
+
+    /// Bytes of `rows` of its rows in memory.
+    pub fn held_bytes(&self, rows: usize) -> u64 {
+        let width = self.shape.get(1).copied().unwrap_or(1);
+        self.dtype.row_bytes(width).map_or(0, |bytes| rows as u64 * bytes as u64)
+    }
 }
 
 /// One weight file of a model.
@@ -360,6 +376,29 @@ pub struct ModelHeader {
     /// The tensors the forward pass uses.
     #[serde(with = "tensor_list")]
     pub tensors: BTreeMap<TensorId, TensorInfo>,
+}
+
+impl ModelHeader {
+    /// The same model with the matrices that are stored as floats converted to `to` as they are loaded; vectors and what is quantized
+    /// already stay as they are.
+    ///
+    /// A matrix whose rows are not whole blocks of `to` gets the nearest type of smaller blocks, or stays; the vocabulary matrices, whose
+    /// errors show most, have 6 bits where `to` has fewer.
+    pub fn loaded_as(&self, to: DType) -> Self {
+        let mut header = self.clone();
+        for (id, tensor) in &mut header.tensors {
+            // The choice of experts turns on small differences.
+            if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || id.role == Role::Router {
+                continue;
+            }
+            let vocabulary = matches!(id.role, Role::Embedding | Role::Output);
+            if let Some(to) = to.for_rows(tensor.shape[1], vocabulary).filter(|to| *to != tensor.dtype) {
+                tensor.stored = Some(tensor.dtype);
+                tensor.dtype = to;
+            }
+        }
+        header
+    }
 }
 
 /// Serialises the tensor table as a list, since JSON keys are strings.

@@ -156,13 +156,18 @@ pub struct Shard {
     /// Everything to load, ordered by file and offset: one slice for every tensor the stage uses, also where this rank holds no row of it.
     /// A tied table stands on the first and the last stage under [`Role::Embedding`](crate::model::Role::Embedding).
     pub slices: Vec<TensorSlice>,
-    /// Bytes of weights to load.
+    /// Bytes of weights in memory.
     pub weight_bytes: u64,
     /// Bytes of KV cache.
     pub kv_bytes: u64,
 }
 
 impl Shard {
+    /// Bytes of weight files to read: other than [`Shard::weight_bytes`] where tensors are converted as they are loaded.
+    pub fn bytes_to_load(&self) -> u64 {
+        self.slices.iter().map(TensorSlice::len).sum()
+    }
+
     /// Whether this stage turns ids into hidden states.
     pub fn is_first(&self) -> bool {
         self.stage == 0
@@ -200,7 +205,7 @@ pub struct ExecutionPlan {
     pub max_batch_tokens: usize,
     /// Bytes of weight files.
     pub file_bytes: u64,
-    /// Bytes of the tensors the forward pass uses, each counted once.
+    /// Bytes in memory of the tensors the forward pass uses, each counted once.
     pub tensor_bytes: u64,
     /// Bytes held by more than one worker, counted once for each extra holder.
     pub shared_bytes: u64,

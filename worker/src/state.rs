@@ -102,7 +102,7 @@ impl Worker {
     /// The answer to a probe.
     pub(crate) fn probed(&self) -> wire::ProbeReply {
         let loaded = self.loading.progress().is_some();
-        let (read, all) = (self.loading.bytes.load(Ordering::Relaxed), self.spec.shard.weight_bytes.max(1));
+        let (read, all) = (self.loading.bytes.load(Ordering::Relaxed), self.spec.shard.bytes_to_load().max(1));
         wire::ProbeReply {
             identity: Some(self.identity()),
             highest: Some(proto::convert::encode_epoch(self.gate.highest())),

@@ -62,7 +62,7 @@ pub(crate) async fn eval(global: &Global, args: PplArgs) -> Outcome {
 }
 
 /// The whole text, which must be UTF-8.
-fn read_text(path: &Path) -> Outcome<String> {
+pub(super) fn read_text(path: &Path) -> Outcome<String> {
     if path == Path::new("-") {
         let mut text = String::new();
         std::io::stdin().read_to_string(&mut text).context("failed to read the text from standard input").bad_input()?;
@@ -73,7 +73,7 @@ fn read_text(path: &Path) -> Outcome<String> {
 }
 
 /// Whole chunks of `context` ids, each beginning with the beginning token.
-fn chunks(tokenizer: &Tokenizer, text: &str, context: usize, most: Option<usize>) -> Outcome<Vec<Vec<TokenId>>> {
+pub(super) fn chunks(tokenizer: &Tokenizer, text: &str, context: usize, most: Option<usize>) -> Outcome<Vec<Vec<TokenId>>> {
     let bos = tokenizer.bos().ok_or_else(|| bad_input!("the model's tokenizer has no beginning token, perplexity needs one"))?;
     let mut ids = vec![bos];
     ids.extend(tokenizer.encode(text, false).bad_input()?);
@@ -95,23 +95,8 @@ async fn score(global: &Global, loaded: &Loaded, chunks: &[Vec<TokenId>], most: 
     let bar = output::bar(global.quiet, "Scoring", chunks.len() as u64, Unit::Items);
     let (mut sum, mut tokens) = (0.0, 0);
     for (number, ids) in chunks.iter().enumerate() {
-        let sequence = number as u64 + 1;
         for first in (0..context).step_by(most) {
-            let part = &ids[first..context.min(first + most)];
-            let wants = wants(ids, first, part.len());
-            let step = Step {
-                frees: if first == 0 && number > 0 { vec![sequence - 1] } else { Vec::new() },
-                sequences: vec![SequenceStep {
-                    sequence,
-                    first_position: first as u32,
-                    input: Input::Ids(part.to_vec()),
-                    tables: blocks.changes(0, first, part.len()),
-                    wants,
-                    begin: None,
-                    adapter: 0,
-                }],
-                ..Step::default()
-            };
+            let step = scored_step(&blocks, ids, number, first, most, |target| WantKind::Score { target, top: 0 });
             for output in drive.run(step).await? {
                 sum += loss(output.value).with_context(|| format!("chunk {number} position {}", output.position))?;
                 tokens += 1;
@@ -128,10 +113,36 @@ async fn score(global: &Global, loaded: &Loaded, chunks: &[Vec<TokenId>], most: 
     Ok(Perplexity { ppl: (sum / tokens as f64).exp(), tokens, chunks: chunks.len(), context })
 }
 
-/// Scores at positions `context / 2 .. context − 1`, as far as they lie in `first .. first + tokens`.
-fn wants(ids: &[TokenId], first: usize, tokens: usize) -> Vec<Want> {
+/// The step that feeds at most `most` ids of chunk `number` from `first` on, and wants `kind` of the scored ids among those that follow.
+pub(super) fn scored_step(
+    blocks: &Blocks,
+    ids: &[TokenId],
+    number: usize,
+    first: usize,
+    most: usize,
+    kind: impl Fn(TokenId) -> WantKind,
+) -> Step {
+    let part = &ids[first..ids.len().min(first + most)];
+    let sequence = number as u64 + 1;
+    Step {
+        frees: if first == 0 && number > 0 { vec![sequence - 1] } else { Vec::new() },
+        sequences: vec![SequenceStep {
+            sequence,
+            first_position: first as u32,
+            input: Input::Ids(part.to_vec()),
+            tables: blocks.changes(0, first, part.len()),
+            wants: wants(ids, first, part.len(), kind),
+            begin: None,
+            adapter: 0,
+        }],
+        ..Step::default()
+    }
+}
+
+/// What is wanted at positions `context / 2 .. context − 1`, as far as they lie in `first .. first + tokens`.
+fn wants(ids: &[TokenId], first: usize, tokens: usize, kind: impl Fn(TokenId) -> WantKind) -> Vec<Want> {
     (first.max(ids.len() / 2)..(first + tokens).min(ids.len() - 1))
-        .map(|at| Want { offset: (at - first) as u32, kind: WantKind::Score { target: ids[at + 1], top: 0 } })
+        .map(|at| Want { offset: (at - first) as u32, kind: kind(ids[at + 1]) })
         .collect()
 }
 
@@ -151,14 +162,15 @@ mod tests {
     #[test]
     fn the_second_half_is_scored_whatever_the_chunking() {
         let ids: Vec<TokenId> = (0..512).collect();
-        let whole = wants(&ids, 0, 512);
+        let score = |target| WantKind::Score { target, top: 0 };
+        let whole = wants(&ids, 0, 512, score);
         assert_eq!(whole.len(), 255);
         assert_eq!(whole[0], Want { offset: 256, kind: WantKind::Score { target: 257, top: 0 } });
         assert_eq!(whole[254], Want { offset: 510, kind: WantKind::Score { target: 511, top: 0 } });
         for most in [1, 7, 64, 300] {
             let positions: Vec<u32> = (0..512)
                 .step_by(most)
-                .flat_map(|first| wants(&ids, first, most.min(512 - first)).into_iter().map(move |w| w.offset + first as u32))
+                .flat_map(|first| wants(&ids, first, most.min(512 - first), score).into_iter().map(move |w| w.offset + first as u32))
                 .collect();
             assert_eq!(positions, (256..511).collect::<Vec<u32>>(), "{most}");
         }

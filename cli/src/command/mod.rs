@@ -7,6 +7,7 @@ mod eval_ppl;
 mod inspect;
 mod logs;
 mod plan;
+mod quantize;
 mod router;
 mod run;
 mod serve;
@@ -34,6 +35,7 @@ pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
         Command::Eval(EvalCommand::Ppl(args)) => stop.or(eval_ppl::eval(global, args)).await,
         Command::Bench(BenchCommand::Engine(args)) => stop.or(bench_engine::bench(global, args)).await,
         Command::Bench(BenchCommand::Load(args)) => stop.or(bench_load::bench(global, args)).await,
+        Command::Quantize(args) => stop.or(quantize::quantize(global, args)).await,
         Command::Status(args) => stop.or(status::status(args)).await,
         Command::Top(args) => stop.or(top::top(args)).await,
         Command::Logs(args) => stop.or(logs::logs(args)).await,

@@ -75,6 +75,7 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
     let mut planned = Vec::with_capacity(parsed.len());
     for manifest in parsed {
         let model = Model::pinned(global, &manifest.spec().model.uri, manifest.spec().model.digest.as_deref()).await?;
+        let model = model.loaded_as(placement.load_in().or(manifest.spec().engine.quantization.dtype()));
         manifest.check_format(&model.header).bad_input()?;
         let spec = overridden(manifest.planner_spec(), placement, context)?;
         let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
@@ -120,7 +121,7 @@ fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<us
 
 /// Plans a model by the command line alone.
 async fn model_alone(global: &Global, uri: &str, placement: &Placement, context: Option<usize>) -> Outcome<Planned> {
-    let model = Model::open(global, uri).await?;
+    let model = Model::open(global, uri).await?.loaded_as(placement.load_in());
     let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
     let spec = overridden(planner::Spec::default(), placement, Some(context))?;
     let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;

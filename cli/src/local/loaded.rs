@@ -98,6 +98,7 @@ pub(crate) fn isa(placement: &Placement) -> Outcome<Isa> {
 impl Loaded {
     /// Loads `model` as `placement` says.
     pub(crate) async fn start(global: &Global, model: Model, placement: &Placement, needs: &Needs) -> Outcome<Self> {
+        let model = model.loaded_as(placement.load_in());
         let plan = plan(&model, placement, needs)?;
         let isa = isa(placement)?;
         let threads = placement.threads.map_or_else(threads::available, Into::into);

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use half::{bf16, f16};
-use kernels::{Matrix, MatrixBuilder};
+use kernels::{Matrix, MatrixBuilder, convert_rows};
 use plan::{
     dtype::DType,
     model::{ModelConfig, Role, RopeScaling, TensorId},
@@ -69,15 +69,26 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
     let pack = |error: kernels::MatrixError| LoadShardError::Pack { name: slice.tensor.name.clone(), detail: error.to_string() };
     let k = slice.tensor.shape.get(1).copied().unwrap_or(0);
     let rows = slice.rows.len();
-    let mut builder = MatrixBuilder::new(loading.compute.isa, weight_type(slice.tensor.dtype), rows, k).map_err(pack)?;
-    let Some(row_bytes) = slice.tensor.dtype.row_bytes(k).filter(|&bytes| bytes > 0) else { return builder.finish().map_err(pack) };
+    let (stored, held) = (weight_type(slice.tensor.stored_type()), weight_type(slice.tensor.dtype));
+    let mut builder = MatrixBuilder::new(loading.compute.isa, held, rows, k).map_err(pack)?;
+    let Some(row_bytes) = stored.row_bytes(k).filter(|&bytes| bytes > 0) else { return builder.finish().map_err(pack) };
     let piece = (BUFFER_BYTES / row_bytes).max(1);
+    let pool = &loading.compute.pool;
+    let push = |builder: &mut MatrixBuilder, bytes: &[u8]| {
+        if stored == held {
+            return builder.push(bytes, pool).map_err(pack);
+        }
+        // Row by row: what a rank makes of its rows does not depend on whose the others are.
+        let converted = convert_rows(pool, (stored, held), k, bytes, None)
+            .map_err(|error| LoadShardError::Pack { name: slice.tensor.name.clone(), detail: error.to_string() })?;
+        builder.push(&converted, pool).map_err(pack)
+    };
     if let Some(stride) = slice.tensor.column_stride {
         let mut turned = Vec::new();
         for first in (0..rows).step_by(piece) {
             let rows = first..rows.min(first + piece);
             by_columns(slice, (rows, k, stride), &mut turned, buffer, read)?;
-            builder.push(&turned, &loading.compute.pool).map_err(pack)?;
+            push(&mut builder, &turned)?;
         }
         return builder.finish().map_err(pack);
     }
@@ -86,7 +97,7 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
         let bytes = resized(buffer, rows.len() * row_bytes);
         let start = slice.bytes.start + (first * row_bytes) as u64;
         read(start..start + bytes.len() as u64, bytes)?;
-        builder.push(bytes, &loading.compute.pool).map_err(pack)?;
+        push(&mut builder, bytes)?;
     }
     builder.finish().map_err(pack)
 }
@@ -99,7 +110,7 @@ fn by_columns(
     buffer: &mut Vec<u8>,
     read: &mut Read<'_>,
 ) -> Result<(), LoadShardError> {
-    let element = slice.tensor.dtype.block_bytes();
+    let element = slice.tensor.stored_type().block_bytes();
     let part = rows.len() * element;
     let bytes = resized(buffer, part * k);
     let start = slice.bytes.start + (rows.start * element) as u64;
@@ -178,7 +189,7 @@ fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardErro
         return Err(LoadShardError::VectorType { name: tensor.name.clone(), dtype: tensor.dtype });
     }
     let width = shape.get(1).copied().unwrap_or(1);
-    let Some(row_bytes) = tensor.dtype.row_bytes(width) else {
+    let Some(row_bytes) = tensor.stored_type().row_bytes(width) else {
         return Err(wrong(format!("rows of {width} values"), format!("whole blocks of {}", tensor.dtype.block_len())));
     };
     let count = shape[0] as u64;
@@ -186,11 +197,11 @@ fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardErro
         return Err(wrong(format!("{} bytes from {}", tensor.bytes, tensor.offset), format!("{count} rows of {row_bytes}")));
     }
     if let Some(stride) = tensor.column_stride {
-        let column = count * tensor.dtype.block_bytes() as u64;
+        let column = count * tensor.stored_type().block_bytes() as u64;
         let end = (width as u64).checked_mul(stride).and_then(|n| n.checked_add(tensor.offset));
-        if tensor.dtype.block_len() != 1 || shape.len() != 2 || stride < column || end.is_none() {
+        if tensor.stored_type().block_len() != 1 || shape.len() != 2 || stride < column || end.is_none() {
             return Err(wrong(
-                format!("columns of {:?} every {stride} bytes", tensor.dtype),
+                format!("columns of {:?} every {stride} bytes", tensor.stored_type()),
                 format!("columns of {column} bytes of floats"),
             ));
         }

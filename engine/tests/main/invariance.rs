@@ -1,7 +1,9 @@
 //! Whatever the chunks, batch mates, threads, instructions, ranks and stages: the same bits.
 
-use kernels::Isa;
-use plan::{shard::KvDType, step::TokenId};
+use std::sync::atomic::AtomicU64;
+
+use kernels::{Isa, WeightType, convert_rows};
+use plan::{dtype::DType, shard::KvDType, step::TokenId};
 
 use crate::{
     model::{self, Model, Recipe},
@@ -133,4 +135,36 @@ fn both_ways_of_gathering_are_taken() {
     assert_eq!(blocks, [Some(256), Some(32), None]);
     let ffn = &crate::rig::plan(&model, Layout { tensor: 3, ..Layout::default() }).stages[0].shards[0].splits.ffn;
     assert!(ffn[2].is_empty(), "a rank without rows of the feed-forward block: {ffn:?}");
+}
+
+/// Weights converted as they are loaded: every rank converts rows of its own, and the bits are those of weights that were converted before.
+#[test]
+fn conversion_at_load_does_not_depend_on_the_split() {
+    let pool = kernels::Pool::new(1);
+    for (recipe, types) in [
+        (model::llama(model::floats), [DType::Q8_0, DType::Q4_K, DType::Q6_K]),
+        (model::gemma(20, model::floats), [DType::Q4_0, DType::Q5_1, DType::Q4_K]),
+    ] {
+        let floats = recipe.build();
+        for to in types {
+            let loaded = Model { header: floats.header.loaded_as(to), bytes: floats.bytes.clone(), read: AtomicU64::new(0) };
+            let expected = alone(&loaded);
+            assert!(expected != alone(&floats), "{to:?} shows");
+            for (pipeline, tensor) in [(1, 3), (2, 2)] {
+                let layout = Layout { pipeline, tensor, threads: 2, ..Layout::default() };
+                assert!(mixed_batch(&loaded, layout) == expected, "{to:?}: {pipeline} stages of {tensor} ranks");
+            }
+            // A file that holds what the rows are converted to.
+            let mut before = Model { header: loaded.header.clone(), bytes: floats.bytes.clone(), read: AtomicU64::new(0) };
+            for tensor in before.header.tensors.values_mut() {
+                let Some(stored) = tensor.stored.take() else { continue };
+                let name = |dtype: DType| WeightType::ALL.into_iter().find(|t| t.to_string() == format!("{dtype:?}")).expect("a type");
+                let rows = &floats.bytes[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+                let made = convert_rows(&pool, (name(stored), name(tensor.dtype)), tensor.shape[1], rows, None).expect("finite weights");
+                (tensor.offset, tensor.bytes) = (before.bytes.len() as u64, made.len() as u64);
+                before.bytes.extend(made);
+            }
+            assert!(alone(&before) == expected, "{to:?}: converted before");
+        }
+    }
 }

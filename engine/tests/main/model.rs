@@ -223,7 +223,7 @@ impl Builder {
         self.bytes.extend_from_slice(data);
         self.bytes.resize(self.bytes.len().next_multiple_of(32), 0xff);
         let name = format!("{role:?}.{layer:?}");
-        let tensor = TensorInfo { name, dtype, shape, file: 0, offset, bytes: data.len() as u64, column_stride: None };
+        let tensor = TensorInfo { name, dtype, stored: None, shape, file: 0, offset, bytes: data.len() as u64, column_stride: None };
         self.tensors.insert(TensorId { layer: layer.map(|l| l as u32), role }, tensor);
     }
 

@@ -3,3 +3,4 @@
 pub(crate) mod blocks;
 pub(crate) mod dot;
 pub(crate) mod quantize;
+pub(crate) mod requantize;

@@ -27,6 +27,7 @@ for name in TYPES:
     out[name] = {"stored": row.tobytes().hex(), "values": values.view(np.uint32).tolist()}
     if name in ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1"):
         x = (random.standard_normal(512) * np.repeat([0.02, 1.0, 300.0, 0.0], 128)).astype(np.float32)
+        x[x == 0] = 0.0  # no negative zeros: which zero is the least is numpy's choice
         out[name]["input"] = x.view(np.uint32).tolist()
         out[name]["quantized"] = quantize(x, kind).tobytes().hex()
 print(json.dumps(out))

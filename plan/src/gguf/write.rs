@@ -39,11 +39,12 @@ impl Writer {
         self
     }
 
-    /// Writes the file.
+    /// Everything before the tensors' data, which follows in order, each tensor padded to 32 bytes: for files too large to be put together in
+    /// memory, whose tensors were added without data.
     ///
     /// # Errors
-    /// When `out` fails, or when a tensor's data does not have the length of its shape and type.
-    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+    /// When a tensor's rows are not whole blocks.
+    pub fn header(&self) -> io::Result<Vec<u8>> {
         let mut header = Vec::new();
         header.extend_from_slice(b"GGUF");
         header.extend_from_slice(&3u32.to_le_bytes());
@@ -55,14 +56,8 @@ impl Writer {
             put_value(&mut header, value)?;
         }
         let mut offset = 0u64;
-        for (name, shape, dtype, data) in &self.tensors {
-            let rows: usize = shape.iter().rev().skip(1).product();
-            let expected = shape.last().and_then(|&k| dtype.row_bytes(k)).map(|b| b * rows);
-            if expected != Some(data.len()) {
-                let message =
-                    format!("tensor {name} of shape {shape:?} and type {dtype:?} has {} bytes, expected {expected:?}", data.len());
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
-            }
+        for (name, shape, dtype, _) in &self.tensors {
+            let bytes = tensor_bytes(name, shape, *dtype)?;
             put_text(&mut header, name);
             header.extend_from_slice(&(shape.len() as u32).to_le_bytes());
             for &extent in shape.iter().rev() {
@@ -70,10 +65,25 @@ impl Writer {
             }
             header.extend_from_slice(&GgmlType::id_of(*dtype).to_le_bytes());
             header.extend_from_slice(&offset.to_le_bytes());
-            offset = (offset + data.len() as u64).next_multiple_of(ALIGNMENT);
+            offset = (offset + bytes as u64).next_multiple_of(ALIGNMENT);
         }
         pad(&mut header);
-        out.write_all(&header)?;
+        Ok(header)
+    }
+
+    /// Writes the file.
+    ///
+    /// # Errors
+    /// When `out` fails, or when a tensor's data does not have the length of its shape and type.
+    pub fn write(&self, out: &mut dyn Write) -> io::Result<()> {
+        for (name, shape, dtype, data) in &self.tensors {
+            let expected = tensor_bytes(name, shape, *dtype)?;
+            if expected != data.len() {
+                let message = format!("tensor {name} of shape {shape:?} and type {dtype:?} has {} bytes, expected {expected}", data.len());
+                return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+            }
+        }
+        out.write_all(&self.header()?)?;
         for (_, _, _, data) in &self.tensors {
             out.write_all(data)?;
             let end = data.len() as u64;
@@ -91,6 +101,16 @@ impl Writer {
         self.write(&mut bytes)?;
         Ok(bytes)
     }
+}
+
+/// Bytes of a tensor's data.
+fn tensor_bytes(name: &str, shape: &[usize], dtype: DType) -> io::Result<usize> {
+    let rows = shape.iter().rev().skip(1).try_fold(1_usize, |n, &extent| n.checked_mul(extent));
+    let bytes = shape.last().and_then(|&k| dtype.row_bytes(k)).zip(rows).and_then(|(row, rows)| row.checked_mul(rows));
+    bytes.ok_or_else(|| {
+        let message = format!("rows of tensor {name} of shape {shape:?} are not whole blocks of {dtype:?}");
+        io::Error::new(io::ErrorKind::InvalidInput, message)
+    })
 }
 
 fn pad(bytes: &mut Vec<u8>) {

@@ -184,7 +184,7 @@ fn view(found: &Found, want: tensors::Wanted, dtype: DType) -> TensorInfo {
         (row, want.shape[0] as u64 * row, None)
     };
     let offset = found.offset + want.first_row as u64 * step;
-    TensorInfo { name: want.name, dtype, shape: want.shape, file: found.file, offset, bytes, column_stride }
+    TensorInfo { name: want.name, dtype, stored: None, shape: want.shape, file: found.file, offset, bytes, column_stride }
 }
 
 /// The tensor tables that were searched, in words.

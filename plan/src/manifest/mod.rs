@@ -16,8 +16,8 @@ pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
     BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec, KvDTypeChoice,
-    LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec,
-    WorkersSpec,
+    LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QuantizationChoice, QueueSpec, ResourcesSpec, RouterSpec, StageSpec,
+    TemplateSpec, WorkersSpec,
 };
 
 use std::collections::BTreeMap;
@@ -205,6 +205,11 @@ impl Manifest {
             },
             worker_memory: workers.resources.limits.memory.map(|m| m.0),
         }
+    }
+
+    /// The model as it is held: weights converted as `spec.engine.quantization` says.
+    pub fn loaded(&self, header: &ModelHeader) -> ModelHeader {
+        self.deployment.spec.engine.quantization.dtype().map_or_else(|| header.clone(), |to| header.loaded_as(to))
     }
 
     /// Checks that the model's files are of the format the manifest names.

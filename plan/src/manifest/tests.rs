@@ -208,7 +208,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "model.caBundleRef",
         "model.tokenizerURI",
         "chat.defaults",
-        "engine.quantization",
         "engine.draft",
         "rollout.partition",
         "rollout.canary",

@@ -22,14 +22,13 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 42] = [
+const LATER: [&str; 41] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.credentialsSecretRef",
     "spec.model.caBundleRef",
     "spec.model.tokenizerURI",
     "spec.chat.defaults",
-    "spec.engine.quantization",
     "spec.engine.draft",
     "spec.autoscaling.behavior.schedules",
     "spec.autoscaling.coldStart.progressEvents",

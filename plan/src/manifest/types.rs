@@ -9,7 +9,7 @@ use super::{
     quantity::{Bytes, Memory},
     rollout::{RecoverySpec, RolloutSpec, SchedulingSpec},
 };
-use crate::fleet::RoutingPolicy;
+use crate::{dtype::DType, fleet::RoutingPolicy};
 
 /// A deployment of a model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -196,8 +196,44 @@ pub struct EngineSpec {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 65536)))]
     pub max_batch_tokens: Option<u32>,
+    /// Type that weights stored as floats are converted to as they are loaded.
+    pub quantization: QuantizationChoice,
     /// The KV cache.
     pub kv_cache: KvCacheSpec,
+}
+
+/// Type that weights are converted to as they are loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[expect(missing_docs, non_camel_case_types, reason = "these are the format's own names")]
+pub enum QuantizationChoice {
+    #[default]
+    None,
+    Q8_0,
+    Q6_K,
+    Q5_K,
+    Q5_1,
+    Q5_0,
+    Q4_K,
+    Q4_1,
+    Q4_0,
+}
+
+impl QuantizationChoice {
+    /// The type.
+    pub const fn dtype(self) -> Option<DType> {
+        match self {
+            Self::None => None,
+            Self::Q8_0 => Some(DType::Q8_0),
+            Self::Q6_K => Some(DType::Q6_K),
+            Self::Q5_K => Some(DType::Q5_K),
+            Self::Q5_1 => Some(DType::Q5_1),
+            Self::Q5_0 => Some(DType::Q5_0),
+            Self::Q4_K => Some(DType::Q4_K),
+            Self::Q4_1 => Some(DType::Q4_1),
+            Self::Q4_0 => Some(DType::Q4_0),
+        }
+    }
 }
 
 /// Type the weights are computed in.

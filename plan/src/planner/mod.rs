@@ -14,7 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     fleet::ReplicaLimits,
     model::{Format, ModelHeader, Role},
-    shard::{ExecutionPlan, KvDType, Shard, Stage, TensorSlice},
+    shard::{ExecutionPlan, KvDType, Shard, Stage},
     worker::{CollectiveKind, WorkerSpec},
 };
 
@@ -157,7 +157,7 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
                 ranks: spec.tensor,
                 layers: range.clone(),
                 splits: splits.clone(),
-                weight_bytes: slices.iter().map(TensorSlice::len).sum(),
+                weight_bytes: slices.iter().map(|s| s.tensor.held_bytes(s.rows.len())).sum(),
                 slices,
                 kv_bytes: 0,
             }
@@ -165,7 +165,7 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
         stages.push(Stage { layers: range.clone(), shards: shards.collect() });
     }
     let held: u64 = shards(&stages).map(|s| s.weight_bytes).sum();
-    let tensor_bytes: u64 = header.tensors.values().map(|t| t.bytes).sum();
+    let tensor_bytes: u64 = header.tensors.values().map(|t| t.held_bytes(t.shape.first().copied().unwrap_or(0))).sum();
 
     let needs: Vec<u64> = shards(&stages).map(|s| working_bytes(spec, header, s)).collect();
     let sized = kv::size(spec, header, capacity, max_context, &stages, &needs)?;

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, reason = "tests say what they measured and what they could not compare")]
 
 mod clients;
+mod convert;
 mod exact;
 mod families;
 mod input;

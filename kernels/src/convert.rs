@@ -1,0 +1,229 @@
+//! Rows of weights from one stored type to another.
+
+use half::{bf16, f16};
+
+use crate::scalar::{blocks, requantize};
+use crate::{Pool, WeightType};
+
+/// Why rows cannot be converted.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ConvertError {
+    /// No conversion to that type.
+    #[error("nothing is converted to {to}")]
+    Type {
+        /// The type.
+        to: WeightType,
+    },
+    /// The rows are not whole blocks of both types, or `rows` is not whole rows.
+    #[error("rows of {k} values are not whole blocks of {from} and {to}")]
+    Blocks {
+        /// Values of a row.
+        k: usize,
+        /// Type of the rows.
+        from: WeightType,
+        /// Type wanted.
+        to: WeightType,
+    },
+    /// A value that no block can hold.
+    #[error("row {row} holds a value that is not finite, or too large for {to}")]
+    Value {
+        /// The row, from 0.
+        row: usize,
+        /// Type wanted.
+        to: WeightType,
+    },
+}
+
+impl WeightType {
+    /// Whether [`convert_rows`] makes this type.
+    pub const fn can_be_made(self) -> bool {
+        !matches!(self, Self::IQ4_NL | Self::MXFP4 | Self::Q2_K | Self::Q3_K)
+    }
+}
+
+/// Converts rows of `k` values, in parallel; `importance`, `[k]`, says how much the error of each value counts, where the type makes use of it.
+///
+/// A row's bytes depend on the row and the importance alone: not on the rows beside it, the threads or the machine. Floats are rounded to
+/// nearest, halves to even.
+///
+/// # Errors
+/// If nothing is converted to `to`, rows are not whole blocks, or a value does not fit.
+pub fn convert_rows(
+    pool: &Pool,
+    (from, to): (WeightType, WeightType),
+    k: usize,
+    rows: &[u8],
+    importance: Option<&[f32]>,
+) -> Result<Vec<u8>, ConvertError> {
+    if !to.can_be_made() {
+        return Err(ConvertError::Type { to });
+    }
+    let wrong = || ConvertError::Blocks { k, from, to };
+    let (row, made) = from.row_bytes(k).zip(to.row_bytes(k)).filter(|&(row, made)| row > 0 && made > 0).ok_or_else(wrong)?;
+    if !rows.len().is_multiple_of(row) || importance.is_some_and(|given| given.len() != k) {
+        return Err(wrong());
+    }
+    let mut out = vec![0; rows.len() / row * made];
+    pool.for_rows(&mut out, made, 1, |first, out| {
+        let mut values = vec![0.0; k];
+        for (i, out) in out.chunks_exact_mut(made).enumerate() {
+            blocks::dequantize(from, &rows[(first + i) * row..(first + i + 1) * row], &mut values);
+            encode(to, &values, importance, out);
+        }
+    });
+    match out.chunks_exact(made).position(|row| !holds(to, row, k)) {
+        Some(row) => Err(ConvertError::Value { row, to }),
+        None => Ok(out),
+    }
+}
+
+/// The values of rows of `k` values.
+///
+/// # Panics
+/// If `rows` is not whole rows.
+pub fn dequantize_rows(dtype: WeightType, k: usize, rows: &[u8]) -> Vec<f32> {
+    let row = dtype.row_bytes(k).filter(|&bytes| bytes > 0 && rows.len().is_multiple_of(bytes));
+    let row = row.unwrap_or_else(|| panic!("{} bytes are not whole rows of {k} values of {dtype}", rows.len()));
+    let mut values = vec![0.0; rows.len() / row * k];
+    for (values, row) in values.chunks_exact_mut(k).zip(rows.chunks_exact(row)) {
+        blocks::dequantize(dtype, row, values);
+    }
+    values
+}
+
+fn encode(to: WeightType, values: &[f32], importance: Option<&[f32]>, out: &mut [u8]) {
+    match to {
+        WeightType::F32 => out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, v)| *out = v.to_le_bytes()),
+        WeightType::F16 => out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, v)| *out = f16::from_f32(*v).to_le_bytes()),
+        WeightType::BF16 => out.as_chunks_mut().0.iter_mut().zip(values).for_each(|(out, v)| *out = bf16::from_f32(*v).to_le_bytes()),
+        _ => {
+            let len = to.block_len();
+            for (b, (x, block)) in values.chunks_exact(len).zip(out.chunks_exact_mut(to.block_bytes())).enumerate() {
+                // Past this, the squares of the search for a scale would overflow.
+                let most = if len == 256 { f32::from(f16::MAX) } else { f32::MAX };
+                if x.iter().all(|x| x.abs() <= most) {
+                    requantize::quantize(to, x, importance.map(|given| &given[b * len..(b + 1) * len]), block);
+                } else {
+                    // Its scale is not a number, which `holds` sees.
+                    block.fill(0xff);
+                }
+            }
+        }
+    }
+}
+
+/// Whether every number of a converted row is finite.
+fn holds(to: WeightType, row: &[u8], k: usize) -> bool {
+    let half = |block: &[u8], at: usize| blocks::half_at(block, at).is_finite();
+    let mut all = row.chunks_exact(to.block_bytes());
+    match to {
+        WeightType::F32 | WeightType::F16 | WeightType::BF16 => {
+            let mut values = vec![0.0; k];
+            blocks::dequantize(to, row, &mut values);
+            values.iter().all(|v| v.is_finite())
+        }
+        WeightType::Q6_K => all.all(|block| half(block, 208)),
+        WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => all.all(|block| half(block, 0) && half(block, 2)),
+        _ => all.all(|block| half(block, 0)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn normal(n: usize, size: f32) -> Vec<f32> {
+        let mut state = 5_u64;
+        let mut uniform = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 40) as f32 / (1 << 24) as f32
+        };
+        (0..n).map(|_| ((0..12).map(|_| uniform()).sum::<f32>() - 6.0) * size).collect()
+    }
+
+    fn bytes(values: &[f32]) -> Vec<u8> {
+        values.iter().flat_map(|v| v.to_le_bytes()).collect()
+    }
+
+    /// Root of the mean square of the error, by that of the values.
+    fn error(to: WeightType, x: &[f32], importance: Option<&[f32]>) -> f32 {
+        let pool = Pool::new(2);
+        let made = convert_rows(&pool, (WeightType::F32, to), importance.map_or(512, <[f32]>::len), &bytes(x), importance).unwrap();
+        let got = dequantize_rows(to, 512, &made);
+        let weight = |i: usize| importance.map_or(1.0, |given| given[i % given.len()]);
+        let off: f32 = got.iter().zip(x).enumerate().map(|(i, (a, b))| weight(i) * (a - b) * (a - b)).sum();
+        (off / x.iter().enumerate().map(|(i, x)| weight(i) * x * x).sum::<f32>()).sqrt()
+    }
+
+    #[test]
+    fn conversion_loses_what_the_bits_cannot_hold() {
+        let x = normal(8 * 512, 0.02);
+        let most = [
+            (WeightType::F32, 0.0),
+            (WeightType::F16, 4e-4),
+            (WeightType::BF16, 3e-3),
+            (WeightType::Q8_0, 7e-3),
+            (WeightType::Q6_K, 2.1e-2),
+            (WeightType::Q5_1, 4.4e-2),
+            (WeightType::Q5_K, 4.3e-2),
+            (WeightType::Q5_0, 5e-2),
+            (WeightType::Q4_K, 8.5e-2),
+            (WeightType::Q4_1, 9.3e-2),
+            (WeightType::Q4_0, 0.11),
+        ];
+        for (to, most) in most {
+            let off = error(to, &x, None);
+            assert!(off <= most && off >= most / 2.5, "{to}: {off}, expected about {most}");
+        }
+    }
+
+    #[test]
+    fn importance_moves_the_error_to_where_it_counts_less() {
+        let x = normal(8 * 512, 0.02);
+        let importance: Vec<f32> = (0..512).map(|i| if i % 4 == 0 { 30.0 } else { 0.1 }).collect();
+        for to in [WeightType::Q4_K, WeightType::Q5_K, WeightType::Q6_K] {
+            let made = |given: Option<&[f32]>| convert_rows(&Pool::new(1), (WeightType::F32, to), 512, &bytes(&x), given).unwrap();
+            let counted = |made: &[u8]| {
+                let got = dequantize_rows(to, 512, made);
+                got.iter().zip(&x).enumerate().map(|(i, (a, b))| importance[i % 512] * (a - b) * (a - b)).sum::<f32>()
+            };
+            assert!(counted(&made(Some(&importance))) < counted(&made(None)), "{to}");
+        }
+    }
+
+    #[test]
+    fn rows_do_not_depend_on_pieces_or_threads() {
+        let x = bytes(&normal(9 * 512, 1.0));
+        for to in WeightType::ALL.into_iter().filter(|to| to.can_be_made()) {
+            let whole = convert_rows(&Pool::new(3), (WeightType::F32, to), 512, &x, None).unwrap();
+            let pieces: Vec<u8> = x
+                .chunks(4 * 512 * 2)
+                .flat_map(|rows| convert_rows(&Pool::new(1), (WeightType::F32, to), 512, rows, None).unwrap())
+                .collect();
+            assert!(whole == pieces, "{to}");
+            // What is already so stays so, where the type's own values are what it makes of them.
+            if matches!(to, WeightType::F32 | WeightType::F16 | WeightType::BF16) {
+                assert!(convert_rows(&Pool::new(1), (to, to), 512, &whole, None).unwrap() == whole);
+            }
+        }
+    }
+
+    #[test]
+    fn what_no_block_can_hold_is_refused() {
+        let pool = Pool::new(1);
+        for to in WeightType::ALL.into_iter().filter(|to| to.can_be_made()) {
+            for (at, bad) in [(0, f32::NAN), (300, f32::INFINITY), (511, -1e38)] {
+                let mut x = vec![0.5; 1024];
+                x[512 + at] = bad;
+                let made = convert_rows(&pool, (WeightType::F32, to), 512, &bytes(&x), None);
+                let fits = bad == -1e38 && matches!(to, WeightType::F32 | WeightType::BF16);
+                assert_eq!(made.is_err(), !fits, "{to} {bad}");
+                assert!(fits || made == Err(ConvertError::Value { row: 1, to }));
+            }
+            assert!(convert_rows(&pool, (WeightType::F32, to), 512, &bytes(&[0.0; 512]), None).is_ok());
+        }
+        let to = WeightType::Q2_K;
+        assert_eq!(convert_rows(&pool, (WeightType::F32, to), 256, &[], None), Err(ConvertError::Type { to }));
+        assert!(convert_rows(&pool, (WeightType::F32, WeightType::Q4_K), 32, &[0; 128], None).is_err());
+    }
+}
