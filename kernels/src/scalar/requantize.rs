@@ -205,8 +205,8 @@ fn six_bits(x: &[f32], importance: Option<&[f32]>, block: &mut [u8]) {
         let scale = nearest(scale * id).clamp(-128.0, 127.0) as i8;
         block[192 + j] = scale.cast_unsigned();
         let id = inverse(d * f32::from(scale));
-        for i in 16 * j..16 * j + 16 {
-            let q = (nearest(x[i] * id).clamp(-32.0, 31.0) as i8 + 32).cast_unsigned();
+        for (i, x) in x.iter().enumerate().skip(16 * j).take(16) {
+            let q = (nearest(x * id).clamp(-32.0, 31.0) as i8 + 32).cast_unsigned();
             let (half, field, l) = (i / 128, i / 32 % 4, i % 32);
             block[64 * half + 32 * (field % 2) + l] |= (q & 15) << (4 * (field / 2));
             block[128 + 32 * half + l] |= (q >> 4) << (2 * field);
