@@ -105,8 +105,9 @@ async fn take(listener: TcpListener, identity: Option<Identity>, protocol: Proto
         tokio::spawn(async move {
             let accepted = match identity {
                 None => Ok(Accepted { stream: Stream::Plain(stream), peer: Peer(None) }),
-                Some(identity) => match timeout(HANDSHAKE, accept(&identity, protocol, stream)).await {
-                    Ok(Ok((stream, name))) => Ok(Accepted { stream: Stream::Server(Box::new(stream)), peer: Peer(Some(name)) }),
+                Some(identity) => match timeout(HANDSHAKE, introduced(&identity, protocol, stream)).await {
+                    Ok(Ok(None)) => return debug!("a connection was closed without a word: a probe of the port, say"),
+                    Ok(Ok(Some((stream, name)))) => Ok(Accepted { stream: Stream::Server(Box::new(stream)), peer: Peer(Some(name)) }),
                     Ok(Err(reason)) => Err(reason),
                     Err(_) => Err("it did not prove its name in time".to_owned()),
                 },
@@ -118,6 +119,19 @@ async fn take(listener: TcpListener, identity: Option<Identity>, protocol: Proto
                 Err(reason) => warn!(reason, "a connection was refused"),
             }
         });
+    }
+}
+
+/// As [`accept`]; `None` where the other end says nothing.
+async fn introduced(
+    identity: &Identity,
+    protocol: Protocol,
+    stream: TcpStream,
+) -> Result<Option<(server::TlsStream<TcpStream>, Name)>, String> {
+    match stream.peek(&mut [0]).await {
+        Ok(0) => Ok(None),
+        Ok(_) => accept(identity, protocol, stream).await.map(Some),
+        Err(error) => Err(error.to_string()),
     }
 }
 

@@ -43,7 +43,7 @@ pub enum Protocol {
 }
 
 impl Protocol {
-    fn id(self) -> Vec<u8> {
+    pub(crate) fn id(self) -> Vec<u8> {
         match self {
             Self::Grpc => b"h2".to_vec(),
             Self::Collective => b"skein-collective/1".to_vec(),

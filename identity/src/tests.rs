@@ -11,7 +11,7 @@ use tokio::{
 };
 
 use super::{
-    testing::{Authority, Process},
+    testing::{Authority, Process, connect_unnamed},
     *,
 };
 
@@ -85,7 +85,11 @@ async fn whoever_is_not_expected_or_not_admitted_is_refused() {
     refused(Identity::open(stranger.folder.path()).expect("an identity"), WORKER, Protocol::Grpc).await;
     // The wrong kind of connection.
     refused(ca.process(ROUTER).identity, WORKER, Protocol::Collective).await;
-    // No certificate at all.
+    // No certificate at all, encrypted or not. A client hears so when it reads.
+    let unnamed = connect_unnamed(Protocol::Grpc, TcpStream::connect(address).await.expect("a connection")).await;
+    if let Ok(mut unnamed) = unnamed {
+        timeout(LONG, unnamed.read_u8()).await.expect("in time").expect_err("it has no name");
+    }
     let mut plain = TcpStream::connect(address).await.expect("a connection");
     plain.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("written");
     let mut rest = Vec::new();

@@ -2,9 +2,20 @@
 
 use std::net::SocketAddr;
 
-use clap::{ArgAction, Parser, value_parser};
+use clap::{ArgAction, Parser, ValueEnum, value_parser};
 
 use crate::stop::Place;
+
+/// Whether internal connections prove names.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Tls {
+    /// By certificates that the operator issues and replaces.
+    #[value(name = "Auto")]
+    Auto,
+    /// Not: tokens, in clear text.
+    #[value(name = "Disabled")]
+    Disabled,
+}
 
 /// Reconciles `ModelDeployment` resources into routers and workers.
 #[derive(Clone, Debug, Parser)]
@@ -49,6 +60,21 @@ pub struct Args {
     /// Memory that each router asks for.
     #[arg(long, env = "SKEIN_ROUTER_MEMORY", value_name = "QUANTITY", default_value = "256Mi")]
     pub router_memory: String,
+    /// Whether internal connections are encrypted, and each end proves its name: by certificates that this operator issues, or not.
+    #[arg(long, env = "SKEIN_TLS", value_name = "MODE", value_enum, default_value_t = Tls::Auto)]
+    pub tls: Tls,
+    /// How long a certificate is valid.
+    #[arg(long, env = "SKEIN_CERTIFICATE_SECONDS", value_name = "SECONDS", default_value_t = 72 * 3600, value_parser = value_parser!(u64).range(120..))]
+    pub certificate_seconds: u64,
+    /// After how long it is replaced.
+    #[arg(long, env = "SKEIN_CERTIFICATE_RENEW_SECONDS", value_name = "SECONDS", default_value_t = 12 * 3600, value_parser = value_parser!(u64).range(10..))]
+    pub certificate_renew_seconds: u64,
+    /// After how long another authority signs.
+    #[arg(long, env = "SKEIN_AUTHORITY_SECONDS", value_name = "SECONDS", default_value_t = 30 * 24 * 3600, value_parser = value_parser!(u64).range(10..))]
+    pub authority_seconds: u64,
+    /// How long a new authority is trusted before it signs: what a Secret takes to reach every process.
+    #[arg(long, env = "SKEIN_AUTHORITY_SETTLE_SECONDS", value_name = "SECONDS", default_value_t = 600, value_parser = value_parser!(u64).range(5..))]
+    pub authority_settle_seconds: u64,
     /// For tests: where to end with exit code 86, once.
     #[arg(long, env = "SKEIN_STOP_AT", value_name = "PLACE", hide = true)]
     pub stop_at: Option<Place>,

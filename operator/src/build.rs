@@ -11,7 +11,7 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
 use plan::{shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
-use self::pod::{CACHE, SPEC, restricted, volume_mount, with_args};
+use self::pod::{CACHE, SPEC, restricted, volume_mount, with_args, with_identity};
 use crate::{
     names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
@@ -39,6 +39,8 @@ pub struct Settings {
     pub router_cpu: String,
     /// Memory that a router asks for.
     pub router_memory: String,
+    /// Whether internal connections are encrypted, and each end proves its name.
+    pub proven: bool,
 }
 
 /// One object: exactly the fields that the operator owns.
@@ -259,6 +261,9 @@ impl Build<'_> {
         let mut pod = record.stages[stage].pod.clone();
         if let Some(meeting) = self.meeting {
             with_args(&mut pod["containers"][0], ["--announce", meeting]);
+        }
+        if !record.plain {
+            with_identity(&mut pod, &names::identity(&name, stage));
         }
         let rest = json!({ "spec": {
             "replicas": record.stages[stage].ranks,

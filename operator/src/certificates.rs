@@ -86,6 +86,13 @@ pub enum CertificateError {
     },
 }
 
+impl Note {
+    /// When the certificate is to be replaced though whom it trusts does not change, in seconds since 1970.
+    pub fn due(&self, lifetimes: &Lifetimes) -> i64 {
+        self.issued + seconds(lifetimes.renew)
+    }
+}
+
 fn failed(what: impl Into<String>) -> impl FnOnce(rcgen::Error) -> CertificateError {
     let what = what.into();
     |source| CertificateError::Make { what, source }
@@ -104,10 +111,15 @@ impl Authority {
         let key = KeyPair::generate().map_err(failed("the key of an authority"))?;
         let mut params = Self::params(now);
         params.not_before = at(now - seconds(SKEW));
-        // Until the one after it signs, and what it signed last has run out.
-        params.not_after = at(now + seconds(2 * (lifetimes.authority + lifetimes.settle) + lifetimes.certificate));
-        let certificate = params.self_signed(&key).map_err(failed("an authority"))?;
-        Ok(Self { created: now, certificate: certificate.pem(), key: key.serialize_pem() })
+        let mut authority = Self { created: now, certificate: String::new(), key: key.serialize_pem() };
+        params.not_after = at(authority.expires(lifetimes));
+        authority.certificate = params.self_signed(&key).map_err(failed("an authority"))?.pem();
+        Ok(authority)
+    }
+
+    /// Once the one after it signs, and what it signed last has run out.
+    fn expires(&self, lifetimes: &Lifetimes) -> i64 {
+        self.created + seconds(2 * (lifetimes.authority + lifetimes.settle) + lifetimes.certificate)
     }
 
     /// What its certificate and those that it signs have in common.
@@ -152,13 +164,18 @@ impl Authorities {
         self.0.iter().map(|a| a.certificate.as_str()).collect()
     }
 
+    /// When the newest expires, in seconds since 1970.
+    pub fn expires(&self, lifetimes: &Lifetimes) -> Option<i64> {
+        self.0.last().map(|newest| newest.expires(lifetimes))
+    }
+
     fn digest(&self) -> String {
         names::digest(&[&self.trusted()], 16)
     }
 
     /// Whether a process called `name` needs other files than those that `note` was written beside.
     pub fn due(&self, name: &Name, note: Option<&Note>, now: i64, lifetimes: &Lifetimes) -> bool {
-        note.is_none_or(|n| n.name != name.to_string() || n.trusted != self.digest() || n.issued + seconds(lifetimes.renew) <= now)
+        note.is_none_or(|n| n.name != name.to_string() || n.trusted != self.digest() || n.due(lifetimes) <= now)
     }
 
     /// Seconds until [`Authorities::turn`] changes something or a certificate that is issued now is due.

@@ -1,6 +1,7 @@
 //! The loop: which deployment is looked at when, and the five steps for one.
 
 mod advance;
+mod certify;
 
 use std::{
     collections::HashMap,
@@ -26,7 +27,7 @@ use kube::{
 };
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::CancellationToken;
+use tokio_util::{sync::CancellationToken, task::AbortOnDropHandle};
 use tracing::{debug, info, warn};
 
 use self::advance::Step;
@@ -35,6 +36,7 @@ use crate::{
     build::{Settings, TooLarge},
     dereference::{Fetched, dereference},
     fleet::{Hub, Space},
+    issuer::{IssueError, Issuer},
     metrics::Metrics,
     models::{Models, chain},
     names::{DEPLOYMENT, MANAGER},
@@ -74,6 +76,8 @@ pub struct Context {
     recorder: Recorder,
     metrics: Arc<Metrics>,
     scaling: Scaling,
+    /// Who certifies processes, where they prove their names.
+    issuer: Option<Arc<Issuer>>,
     /// Failures in a row, by unique id.
     failures: Mutex<HashMap<String, u32>>,
     /// What rollouts remember, by unique id.
@@ -97,27 +101,32 @@ pub struct Options {
     pub woken: mpsc::Receiver<ObjectRef<ModelDeployment>>,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Who certifies processes, where they prove their names.
+    pub issuer: Option<Arc<Issuer>>,
     /// Where this process ends, for tests.
     pub stops: Stops,
 }
 
 /// Reconciles until `stop`; then ends what is under way.
 pub async fn run(options: Options, stop: CancellationToken) {
-    let Options { client, settings, namespace, identity, hub, woken, metrics, stops } = options;
+    let Options { client, settings, namespace, identity, hub, woken, metrics, issuer, stops } = options;
     let (deployments, writer) = reflector::store();
     let pools = Arc::new(Pools::default());
     let asking = pools.clone();
-    let asked = (pools.clone(), hub.clone(), deployments.clone());
+    let asked = (pools.clone(), hub.clone(), deployments.clone(), issuer.clone());
     let events = watcher(api::<ModelDeployment>(&client, namespace.as_deref()), watcher::Config::default()).default_backoff();
     let objects = events
         .reflect(writer)
         .inspect(move |event| {
-            let (pools, hub, store) = &asked;
+            let (pools, hub, store, issuer) = &asked;
             match event {
                 Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => pools.ask(object.namespace()),
                 Ok(watcher::Event::Delete(object)) => {
                     pools.ask(object.namespace());
                     hub.space(object.namespace()).refresh(&expected(store, object.namespace()));
+                    if let Some(issuer) = issuer {
+                        issuer.note_expiry("worker", (object.namespace(), object.name()), None);
+                    }
                 }
                 Ok(_) => {}
                 Err(error) => warn!(error = chain(error), "the watch of deployments broke; it starts again"),
@@ -130,8 +139,11 @@ pub async fn run(options: Options, stop: CancellationToken) {
         deployments: deployments.clone(),
         hub: hub.clone(),
         pools: pools.clone(),
+        issuer: issuer.clone(),
     };
     let pool = tokio::spawn(pool.run(stop.clone()));
+    let keeping =
+        issuer.clone().map(|issuer| AbortOnDropHandle::new(tokio::spawn(keep(issuer, deployments.clone(), pools.clone(), hub.clone()))));
     let reporter = Reporter { controller: MANAGER.to_owned(), instance: Some(identity) };
     let context = Context {
         recorder: Recorder::new(client.clone(), reporter),
@@ -146,6 +158,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
         hub,
         pools,
         metrics,
+        issuer,
     };
     let ours = watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
     let of_pod = move |pod: Pod| {
@@ -170,8 +183,20 @@ pub async fn run(options: Options, stop: CancellationToken) {
             }
         })
         .await;
+    drop(keeping);
     if let Err(error) = pool.await {
         warn!(%error, "the reconcile of pools broke");
+    }
+}
+
+/// Keeps authorities current, and has everybody told of others that are to be trusted.
+async fn keep(issuer: Arc<Issuer>, deployments: Store<ModelDeployment>, pools: Arc<Pools>, hub: Arc<Hub>) {
+    loop {
+        issuer.changed().await;
+        for object in deployments.state() {
+            pools.ask(object.namespace());
+            hub.wake(object.namespace(), vec![object.name().to_owned()]).await;
+        }
     }
 }
 
@@ -191,7 +216,8 @@ fn expected(store: &Store<ModelDeployment>, namespace: &str) -> Vec<String> {
 /// How a reconcile ended well.
 struct Done {
     result: &'static str,
-    again: Action,
+    /// When to look again though nothing happens.
+    again: Option<Duration>,
 }
 
 /// A reconcile that failed and is tried again.
@@ -201,6 +227,8 @@ enum ReconcileError {
     Api(#[from] kube::Error),
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    #[error(transparent)]
+    Issue(#[from] IssueError),
 }
 
 impl ReconcileError {
@@ -208,6 +236,7 @@ impl ReconcileError {
         match self {
             Self::Api(_) => "ApiUnreachable",
             Self::Apply(error) => error.reason(),
+            Self::Issue(_) => "NotCertified",
         }
     }
 }
@@ -220,7 +249,7 @@ async fn reconcile(object: Arc<ModelDeployment>, context: Arc<Context>) -> Resul
             if result == "Applied" {
                 context.succeeded(&object);
             }
-            (result, again)
+            (result, again.map_or_else(Action::await_change, Action::requeue))
         }
         Err(error) => {
             let pause = context.pause(&object, API_BACKOFF);
@@ -240,7 +269,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     if object.is_deleted() {
         // Owner references take everything along.
         context.scaling.forget(object);
-        return Ok(Done { result: "Deleted", again: Action::await_change() });
+        return Ok(Done { result: "Deleted", again: None });
     }
     let space = context.hub.space(object.namespace());
     let others = context.deployments.state();
@@ -248,9 +277,16 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         context.say(object, status::resolving(object)).await?;
     }
     let fetched = dereference(&context.client, &context.models, &space, &others, object).await?;
-    let mut valid = match validate(object, &fetched) {
+    let renew = context.renew(object, &fetched.standing).await;
+    let done = advance(object, context, &space, &fetched).await?;
+    Ok(Done { again: done.again.into_iter().chain(renew).min(), ..done })
+}
+
+/// What is left once everything is read.
+async fn advance(object: &mut ModelDeployment, context: &Context, space: &Space, fetched: &Fetched) -> Result<Done, ReconcileError> {
+    let mut valid = match validate(object, fetched) {
         Ok(valid) => valid,
-        Err(rejection) => return context.reject(object, &space, &fetched, &rejection).await,
+        Err(rejection) => return context.reject(object, space, fetched, &rejection).await,
     };
     let now = Timestamp::now().as_second();
     let ready = fetched.standing.load.replicas.values().filter(|said| said.ready).count() as u32;
@@ -258,19 +294,19 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     let revision = Revision::of(&valid, object, &context.settings, &fetched.standing.revisions, collisions(object));
     let (revision, collisions) = match revision {
         Ok(found) => found,
-        Err(error) => return context.reject(object, &space, &fetched, &too_large(&error)).await,
+        Err(error) => return context.reject(object, space, fetched, &too_large(&error)).await,
     };
     // The plan stands in status before any pod exists.
     if object.status.as_ref().is_none_or(|s| s.update_revision.as_ref() != Some(&revision.name)) {
         context.say(object, status::planned(object, &valid, &revision, collisions)).await?;
     }
     context.pools.ask(object.namespace());
-    let step = match Step::new(object, &valid, &revision, &fetched.standing, (context, &space)) {
+    let step = match Step::new(object, &valid, &revision, &fetched.standing, (context, space)) {
         Ok(step) => step,
-        Err(error) => return context.reject(object, &space, &fetched, &too_large(&error)).await,
+        Err(error) => return context.reject(object, space, fetched, &too_large(&error)).await,
     };
-    let applied = step.take(object, &space, context).await;
-    if let Err(error) = &applied {
+    let applied = step.take(object, space, context).await;
+    if let Err(ReconcileError::Apply(error)) = &applied {
         let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
         let planned = status::planned(object, &valid, &revision, collisions);
         context.say(object, status::failed(planned, object, reason, &chain(error))).await?;
@@ -280,7 +316,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         object.condition(status::ROUTER_READY).is_some_and(|c| c.status == "True" && c.observed_generation == object.generation());
     if had_routers && fetched.standing.load.open == 0 && context.hub.age() < RETURN {
         // Routers are on their way back to an operator that has just started; until then nothing is known to be worse.
-        return Ok(Done { result: "Applied", again: Action::requeue(RETURN) });
+        return Ok(Done { result: "Applied", again: Some(RETURN) });
     }
     let again = step.again();
     let mut status = status::applied(object, &step.view(collisions));
@@ -289,7 +325,7 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     context.say(object, status).await?;
     let idle = if ready { IDLE } else { STARTING };
     let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
-    Ok(Done { result: "Applied", again: Action::requeue(again.into_iter().chain(looks).fold(idle, Duration::min)) })
+    Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).fold(idle, Duration::min)) })
 }
 
 fn too_large(error: &TooLarge) -> Rejection {
@@ -318,9 +354,9 @@ impl Context {
         self.pools.ask(object.namespace());
         self.say(object, status::rejected(object, rejection)).await?;
         let again = match rejection.until {
-            Until::Changed => Action::await_change(),
-            Until::Elsewhere => Action::requeue(ELSEWHERE),
-            Until::Source => Action::requeue(self.pause(object, SOURCE_BACKOFF)),
+            Until::Changed => None,
+            Until::Elsewhere => Some(ELSEWHERE),
+            Until::Source => Some(self.pause(object, SOURCE_BACKOFF)),
         };
         Ok(Done { result: rejection.reason, again })
     }

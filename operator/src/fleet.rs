@@ -13,6 +13,7 @@ use std::{
     time::Duration,
 };
 
+use identity::{Name, Peer};
 use kube::runtime::reflector::ObjectRef;
 use plan::fleet::{FleetDeployment, FleetRouter, FleetState};
 use proto::{bearer::Bearer, fleet as wire};
@@ -23,7 +24,7 @@ use tokio::{
 use tonic::Request;
 use tracing::info;
 
-pub use self::service::{FleetService, Leader};
+pub use self::service::FleetService;
 use crate::{autoscale::Report, resource::ModelDeployment};
 
 /// A router that has not reported for this long counts as gone.
@@ -133,8 +134,13 @@ impl Hub {
         lock(&self.spaces).entry(name.to_owned()).or_insert_with(|| Arc::new(space())).clone()
     }
 
-    /// The namespace whose token a call carries.
+    /// The namespace that a call comes from: whose router the caller has proven to be, or, where names are not proven, whose token it carries.
     fn admit<T>(&self, request: &Request<T>) -> Option<Arc<Space>> {
+        match request.extensions().get::<Peer>()? {
+            Peer(Some(Name::Router { namespace })) => return Some(self.space(namespace)),
+            Peer(Some(_)) => return None,
+            Peer(None) => {}
+        }
         let carries = |space: &&Arc<Space>| {
             let token = lock(&space.inner).token.clone();
             token.is_some_and(|token| Bearer::new(Some(token)).check(request).is_ok())

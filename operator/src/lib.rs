@@ -12,9 +12,12 @@ pub mod controller;
 pub mod crd;
 pub mod dereference;
 pub mod fleet;
+pub mod issuer;
 pub mod lease;
 pub mod lost;
 pub mod metrics;
+#[cfg(test)]
+pub(crate) mod mock;
 pub mod models;
 pub mod names;
 pub mod observe;

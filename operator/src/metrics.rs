@@ -1,6 +1,6 @@
 //! What the operator counts of itself.
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -15,6 +15,13 @@ struct Result {
     result: &'static str,
 }
 
+/// Whose certificate.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Kind {
+    /// `authority`, `operator`, `router` or `worker`.
+    kind: &'static str,
+}
+
 /// The operator's metrics.
 #[derive(Debug)]
 pub struct Metrics {
@@ -24,6 +31,7 @@ pub struct Metrics {
     status_writes: Counter,
     routers: Gauge,
     leading: Gauge,
+    expiries: Family<Kind, Gauge>,
 }
 
 impl Default for Metrics {
@@ -36,7 +44,10 @@ impl Default for Metrics {
         registry.register("status_writes", "Statuses written", status_writes.clone());
         registry.register("routers", "Routers connected", routers.clone());
         registry.register("leading", "1 while this process leads", leading.clone());
-        Self { registry, reconciles, seconds, status_writes, routers, leading }
+        let expiries = Family::<Kind, Gauge>::default();
+        let help = "When the first certificate of its kind expires unless it is renewed, in seconds since 1970; of authorities, the newest";
+        registry.register("certificate_expiry_timestamp_seconds", help, expiries.clone());
+        Self { registry, reconciles, seconds, status_writes, routers, leading, expiries }
     }
 }
 
@@ -55,6 +66,16 @@ impl Metrics {
     /// Notes that this process leads.
     pub fn lead(&self) {
         self.leading.set(1);
+    }
+
+    /// Notes when certificates expire, by kind, in place of what was noted.
+    pub fn expiries(&self, all: &BTreeMap<&'static str, i64>) {
+        for kind in ["authority", "operator", "router", "worker"].map(|kind| Kind { kind }) {
+            match all.get(kind.kind) {
+                Some(at) => drop(self.expiries.get_or_create(&kind).set(*at)),
+                None => drop(self.expiries.remove(&kind)),
+            }
+        }
     }
 
     /// Everything as text, with the number of `routers` connected.

@@ -15,6 +15,10 @@ pub const POOL_PEERS: &str = "skein-pool";
 pub const WORKER_ACCOUNT: &str = "skein-worker";
 /// Secret with the tokens of a namespace.
 pub const TOKENS: &str = "skein-tokens";
+/// Secret with the authorities, in the operator's namespace.
+pub const AUTHORITIES: &str = "skein-authorities";
+/// Secret with the certificate of a namespace's routers.
+pub const ROUTER_IDENTITY: &str = "skein-router-identity";
 /// Key of the token for calls to workers.
 pub const WORKER_TOKEN: &str = "worker";
 /// Key of the token for calls to the operator.
@@ -73,6 +77,11 @@ pub fn replica(name: &str, uid: &str, revision: &str, replica: u32) -> String {
 /// Name of the StatefulSet of a stage of a replica.
 pub fn stateful_set(replica: &str, stage: usize) -> String {
     format!("{replica}-s{stage}")
+}
+
+/// Name of the Secret with the certificate of a stage of a replica, which its ranks share.
+pub fn identity(replica: &str, stage: usize) -> String {
+    format!("{}-identity", stateful_set(replica, stage))
 }
 
 /// Name of the pod of a worker.

@@ -9,11 +9,15 @@ use std::{
     time::Duration,
 };
 
-use k8s_openapi::api::{
-    apps::v1::Deployment,
-    core::v1::{Pod, Secret, Service, ServiceAccount},
-    networking::v1::NetworkPolicy,
-    policy::v1::PodDisruptionBudget,
+use identity::Name;
+use k8s_openapi::{
+    api::{
+        apps::v1::Deployment,
+        core::v1::{Pod, Secret, Service, ServiceAccount},
+        networking::v1::NetworkPolicy,
+        policy::v1::PodDisruptionBudget,
+    },
+    apimachinery::pkg::apis::meta::v1::OwnerReference,
 };
 use kube::{
     Api, Client,
@@ -33,8 +37,9 @@ use crate::{
         pool::{PoolResources, build_pool, selector},
     },
     fleet::Hub,
+    issuer::{IssueError, Issuer, Wanted},
     models::chain,
-    names::{FLEET_TOKEN, MANAGER, POOL_PORT, POOL_TOKEN, TOKENS, WORKER_TOKEN},
+    names::{self, FLEET_TOKEN, MANAGER, POOL, POOL_PORT, POOL_TOKEN, ROUTER_IDENTITY, TOKENS, WORKER_TOKEN},
     resource::ModelDeployment,
 };
 
@@ -67,6 +72,8 @@ impl Pools {
 enum PoolError {
     #[error(transparent)]
     Apply(#[from] ApplyError),
+    #[error(transparent)]
+    Issue(#[from] IssueError),
     #[error("failed to list the routers of the namespace")]
     Routers(#[source] kube::Error),
     #[error("failed to read the tokens of the namespace")]
@@ -89,13 +96,30 @@ pub struct PoolReconciler {
     pub hub: Arc<Hub>,
     /// What is to be done.
     pub pools: Arc<Pools>,
+    /// Who certifies routers, where they prove their names.
+    pub issuer: Option<Arc<Issuer>>,
 }
 
 /// How a pool stands.
 struct Standing {
     /// What was applied, and when; `None` after a failure.
-    applied: Option<(PoolResources, Instant)>,
+    applied: Option<Applied>,
     retry: Option<(Instant, Duration)>,
+}
+
+/// What was applied of a pool.
+struct Applied {
+    built: PoolResources,
+    at: Instant,
+    /// When its certificate is to be looked at.
+    certificate: Option<Instant>,
+}
+
+impl Standing {
+    /// When it is to be looked at though nothing happens.
+    fn next(&self) -> Option<Instant> {
+        self.retry.map(|(at, _)| at).or_else(|| self.applied.as_ref()?.certificate)
+    }
 }
 
 impl PoolReconciler {
@@ -103,14 +127,14 @@ impl PoolReconciler {
     pub async fn run(self, stop: CancellationToken) {
         let mut standing: HashMap<String, Standing> = HashMap::new();
         loop {
-            let next = standing.values().filter_map(|s| s.retry.map(|(at, _)| at)).min();
+            let next = standing.values().filter_map(Standing::next).min();
             tokio::select! {
                 () = stop.cancelled() => return,
                 () = self.pools.notify.notified() => {}
                 () = until(next) => {}
             }
             let now = Instant::now();
-            let due = standing.iter().filter(|(_, s)| s.retry.is_some_and(|(at, _)| at <= now)).map(|(n, _)| n.clone());
+            let due = standing.iter().filter(|(_, s)| s.next().is_some_and(|at| at <= now)).map(|(n, _)| n.clone());
             let due: BTreeSet<String> = due.chain(self.pools.take()).collect();
             for namespace in due {
                 match self.reconcile(&namespace, standing.get(&namespace)).await {
@@ -127,10 +151,13 @@ impl PoolReconciler {
     }
 
     /// Applies a namespace's pool, unless that was done a moment ago; `None` when the namespace has no deployments.
-    async fn reconcile(&self, namespace: &str, before: Option<&Standing>) -> Result<Option<(PoolResources, Instant)>, PoolError> {
+    async fn reconcile(&self, namespace: &str, before: Option<&Standing>) -> Result<Option<Applied>, PoolError> {
         let all = self.deployments.state();
         let mut here: Vec<_> = all.iter().filter(|d| d.namespace() == namespace && !d.is_deleted()).collect();
         if here.is_empty() {
+            if let Some(issuer) = &self.issuer {
+                issuer.note_expiry("router", (namespace, POOL), None);
+            }
             return Ok(None);
         }
         let expected: Vec<String> = here.iter().map(|d| d.name().to_owned()).collect();
@@ -141,11 +168,12 @@ impl PoolReconciler {
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
         let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
         let mut built = build_pool(&owners, &self.settings, space.meeting().as_deref());
-        if let Some((applied, at)) = before.and_then(|s| s.applied.as_ref())
+        let certificate = self.certify(namespace, owners.clone()).await?;
+        if let Some(Applied { built: applied, at, .. }) = before.and_then(|s| s.applied.as_ref())
             && *applied == built
             && at.elapsed() < SETTLED
         {
-            return Ok(Some((built, *at)));
+            return Ok(Some(Applied { built, at: *at, certificate }));
         }
         for account in &built.accounts {
             write::<ServiceAccount>(&self.client, namespace, account, Conflicts::Ours).await?;
@@ -162,7 +190,17 @@ impl PoolReconciler {
         write::<NetworkPolicy>(&self.client, namespace, network_policy, Conflicts::Ours).await?;
         write::<PodDisruptionBudget>(&self.client, namespace, disruption_budget, Conflicts::Ours).await?;
         write::<Deployment>(&self.client, namespace, deployment, Conflicts::Ours).await?;
-        Ok(Some((built, Instant::now())))
+        Ok(Some(Applied { built, at: Instant::now(), certificate }))
+    }
+
+    /// Sees to it that the routers have a certificate before they need one; when it is to be looked at again.
+    async fn certify(&self, namespace: &str, owners: Vec<OwnerReference>) -> Result<Option<Instant>, PoolError> {
+        let Some(issuer) = &self.issuer else { return Ok(None) };
+        let name = Name::Router { namespace: namespace.to_owned() };
+        let wanted = Wanted { secret: ROUTER_IDENTITY.to_owned(), name, labels: names::labels("router"), owners };
+        let stands = issuer.certify(namespace, vec![wanted]).await?;
+        issuer.note_expiry("router", (namespace, POOL), stands.map(|s| s.expires));
+        Ok(stands.map(|s| Instant::now() + s.again))
     }
 
     /// The pods of a namespace's routers.

@@ -38,6 +38,9 @@ pub struct Record {
     pub limits: ReplicaLimits,
     /// Its stages.
     pub stages: Vec<StageRecord>,
+    /// Its workers prove no names. That they do is said nowhere, and how is no part of a revision: certificates change under pods that run.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub plain: bool,
 }
 
 /// One stage of a revision.
@@ -106,7 +109,13 @@ impl Revision {
         loop {
             let name = name(valid, settings, collisions)?;
             let stages = build::stages(valid, &name, settings)?;
-            let record = Record { spec: object.spec.clone(), numerics: valid.numerics.clone(), limits: valid.limits(), stages };
+            let record = Record {
+                spec: object.spec.clone(),
+                numerics: valid.numerics.clone(),
+                limits: valid.limits(),
+                stages,
+                plain: !settings.proven,
+            };
             match known.iter().find(|r| r.name == name) {
                 Some(found) if found.record.same_workers(&record) => {
                     let number = if found.number == highest { highest } else { highest + 1 };
@@ -175,7 +184,7 @@ impl Revision {
 impl Record {
     /// Whether two records make the same workers; the specs they came from may differ in what is not the workers'.
     fn same_workers(&self, other: &Self) -> bool {
-        (&self.numerics, &self.limits, &self.stages) == (&other.numerics, &other.limits, &other.stages)
+        (&self.numerics, &self.limits, &self.stages, self.plain) == (&other.numerics, &other.limits, &other.stages, other.plain)
     }
 }
 
@@ -183,7 +192,11 @@ impl Record {
 fn name(valid: &ValidatedDeployment, settings: &Settings, collisions: u32) -> Result<String, build::TooLarge> {
     // Names of ConfigMaps hold that of the revision, so they stay out of it; what is in them is in it.
     let stages = build::stages(valid, "", settings)?;
-    let parts = json!({ "numerics": valid.numerics, "limits": valid.limits(), "stages": stages, "specifications": valid.worker_specs() });
+    let mut parts =
+        json!({ "numerics": valid.numerics, "limits": valid.limits(), "stages": stages, "specifications": valid.worker_specs() });
+    if !settings.proven {
+        parts["plain"] = true.into();
+    }
     let again = if collisions == 0 { String::new() } else { collisions.to_string() };
     Ok(names::digest(&[&parts.to_string(), &again], DIGITS))
 }

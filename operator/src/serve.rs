@@ -10,18 +10,25 @@ use std::{
 
 use anyhow::{Context, bail};
 use axum::{Router, extract::State, http::StatusCode, routing::get};
+use identity::{Identity, Incoming, Protocol};
 use kube::Client;
 use proto::fleet::fleet_server::FleetServer;
-use tokio::{net::TcpListener, sync::mpsc, time::sleep};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, oneshot},
+    time::sleep,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 use tracing::{info, warn};
 
 use crate::{
-    args::Args,
+    args::{Args, Tls},
     build::Settings,
+    certificates::Lifetimes,
     controller::{self, Options},
-    fleet::{FleetService, Hub, Leader},
+    fleet::{FleetService, Hub},
+    issuer::Issuer,
     lease::{Election, Notes},
     metrics::Metrics,
     models::chain,
@@ -32,6 +39,13 @@ use crate::{
 const REPORT: usize = 64 << 20;
 /// How often a router's connection is tried out, and how long its other end may take.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(5));
+
+/// Pause after a connection could not be taken: out of file descriptors, say.
+const PAUSE: Duration = Duration::from_millis(10);
+/// The hub, once this process leads.
+type Leader = Arc<OnceLock<Arc<Hub>>>;
+/// What the fleet's server needs once this process leads: the hub, and what this process is, where names are proven.
+type Led = (Arc<Hub>, Option<Identity>);
 
 /// How long reconciles may go on once this process is told to stop.
 const GRACE: Duration = Duration::from_secs(10);
@@ -57,19 +71,14 @@ pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
     let reached = Arc::new(AtomicBool::new(false));
     let health = Health { metrics: metrics.clone(), leader: leader.clone(), reached: reached.clone() };
     let web = tokio::spawn(axum::serve(http, routes(health)).with_graceful_shutdown(stop.clone().cancelled_owned()).into_future());
-    let service = FleetService::new(leader.clone(), tasks.clone(), stop.clone());
-    let routers = Server::builder()
-        .http2_keepalive_interval(Some(KEEPALIVE.0))
-        .http2_keepalive_timeout(Some(KEEPALIVE.1))
-        .add_service(FleetServer::new(service).max_decoding_message_size(REPORT))
-        .serve_with_incoming_shutdown(TcpIncoming::from(fleet).with_nodelay(Some(true)), stop.clone().cancelled_owned());
-    let routers = tokio::spawn(routers);
+    let (leading, led) = oneshot::channel();
+    let routers = tokio::spawn(serve_fleet(fleet, led, tasks.clone(), stop.clone()));
 
     let client = Client::try_default().await.context("failed to find the API server")?;
     let version = client.apiserver_version().await.context("failed to reach the API server")?;
     info!(version = version.git_version, "API server reached");
     reached.store(true, Ordering::Relaxed);
-    let outcome = lead(&args, client, (&leader, &metrics), &stop).await;
+    let outcome = lead(&args, client, (&leader, leading, &metrics), &stop).await;
     stop.cancel();
     tasks.close();
     tasks.wait().await;
@@ -79,12 +88,24 @@ pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
 }
 
 /// Waits for the lease, and reconciles for as long as it is held.
-async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Metrics>), stop: &CancellationToken) -> anyhow::Result<()> {
+async fn lead(
+    args: &Args,
+    client: Client,
+    (leader, leading, metrics): (&Leader, oneshot::Sender<Led>, &Arc<Metrics>),
+    stop: &CancellationToken,
+) -> anyhow::Result<()> {
     let identity = args.identity.clone().unwrap_or_else(|| format!("{}-{}", args.namespace, std::process::id()));
     let election = Election::new(client.clone(), &args.namespace, identity.clone());
     let term = tokio::select! {
         () = stop.cancelled() => return Ok(()),
         term = election.win() => term,
+    };
+    let issuer = match args.tls {
+        Tls::Disabled => None,
+        Tls::Auto => {
+            let begun = Issuer::begin(client.clone(), &args.namespace, lifetimes(args)?, metrics.clone()).await;
+            Some(Arc::new(begun.context("failed to get the authorities")?))
+        }
     };
     // As many as deployments may change with one report; more wait in their routers' streams.
     let (wake, woken) = mpsc::channel(1024);
@@ -99,9 +120,13 @@ async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Met
         hub: hub.clone(),
         woken,
         metrics: metrics.clone(),
+        issuer: issuer.clone(),
     };
-    if leader.set(hub).is_err() {
+    if leader.set(hub.clone()).is_err() {
         bail!("this process leads already");
+    }
+    if leading.send((hub, issuer.map(|issuer| issuer.identity().clone()))).is_err() {
+        bail!("the fleet's server has ended");
     }
     metrics.lead();
     let ending = stop.child_token();
@@ -127,6 +152,57 @@ async fn lead(args: &Args, client: Client, (leader, metrics): (&Leader, &Arc<Met
     Ok(())
 }
 
+/// Turns routers away until this process leads, so that they dial again and find who does; then serves them.
+async fn serve_fleet(
+    listener: TcpListener,
+    led: oneshot::Receiver<Led>,
+    tasks: TaskTracker,
+    stop: CancellationToken,
+) -> Result<(), tonic::transport::Error> {
+    let turning_away = async {
+        loop {
+            match listener.accept().await {
+                Ok(connection) => drop(connection),
+                Err(error) => {
+                    warn!(%error, "failed to take a connection");
+                    sleep(PAUSE).await;
+                }
+            }
+        }
+    };
+    let (hub, identity) = tokio::select! {
+        led = led => match led {
+            Ok(led) => led,
+            // This process ends without having led.
+            Err(_) => return Ok(()),
+        },
+        () = turning_away => return Ok(()),
+    };
+    let service = FleetService::new(hub, tasks, stop.clone());
+    Server::builder()
+        .http2_keepalive_interval(Some(KEEPALIVE.0))
+        .http2_keepalive_timeout(Some(KEEPALIVE.1))
+        .add_service(FleetServer::new(service).max_decoding_message_size(REPORT))
+        .serve_with_incoming_shutdown(Incoming::new(listener, identity, Protocol::Grpc), stop.cancelled_owned())
+        .await
+}
+
+/// How long things last, as told; what cannot work is refused before anything is signed.
+fn lifetimes(args: &Args) -> anyhow::Result<Lifetimes> {
+    let [certificate, renew, authority, settle] =
+        [args.certificate_seconds, args.certificate_renew_seconds, args.authority_seconds, args.authority_settle_seconds]
+            .map(Duration::from_secs);
+    // What is replaced must reach a process while it is still valid, as must a new authority before it signs.
+    if renew + settle > certificate {
+        bail!(
+            "certificates are valid for {certificate:?}, replaced after {renew:?}, and reach everybody within {settle:?}: expected a validity of \
+             at least {:?}",
+            renew + settle
+        );
+    }
+    Ok(Lifetimes { certificate, renew, authority, settle })
+}
+
 fn settings(args: &Args) -> Settings {
     Settings {
         image: args.image.clone(),
@@ -137,6 +213,7 @@ fn settings(args: &Args) -> Settings {
         pool_size: args.pool_size,
         router_cpu: args.router_cpu.clone(),
         router_memory: args.router_memory.clone(),
+        proven: args.tls == Tls::Auto,
     }
 }
 
@@ -158,5 +235,25 @@ async fn text(State(health): State<Health>) -> (StatusCode, String) {
     match health.metrics.text(routers) {
         Ok(text) => (StatusCode::OK, text),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_reach_a_process_in_time_is_refused() {
+        let with = |more: &[&str]| {
+            let args = ["skein-operator", "--image=i", "--fleet-address=http://10.0.0.1:7070"];
+            lifetimes(&Args::try_parse_from(args.iter().chain(more)).expect("they are understood"))
+        };
+        let usual = with(&[]).expect("the defaults work");
+        assert!(usual.renew + usual.settle < usual.certificate && usual.certificate < usual.authority);
+        with(&["--certificate-seconds=300", "--certificate-renew-seconds=60", "--authority-settle-seconds=240"]).expect("just enough");
+        let refused = with(&["--certificate-seconds=300", "--certificate-renew-seconds=60", "--authority-settle-seconds=241"]);
+        assert!(refused.expect_err("too short").to_string().contains("301s"));
     }
 }

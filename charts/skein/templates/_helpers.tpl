@@ -58,7 +58,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [""]
   resources: [configmaps, services, serviceaccounts]
   verbs: [get, list, watch, create, patch, delete]
-# Secrets are made and read by name; none is listed.
+# Secrets (tokens, certificates) are made and read by name; none is listed, and none is deleted: they go with what they belong to.
 - apiGroups: [""]
   resources: [secrets]
   verbs: [get, create, patch]

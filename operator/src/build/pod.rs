@@ -11,6 +11,11 @@ pub(super) const SPEC: &str = "/etc/skein/spec";
 /// Folder of fetched weights.
 pub(super) const CACHE: &str = "/var/cache/skein";
 
+/// Folder of a process's certificate.
+const IDENTITY: &str = "/etc/skein/identity";
+/// Mode of its files: for the group of the pod alone.
+const IDENTITY_MODE: u32 = 0o440;
+
 /// A pod of one container.
 pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> Value {
     json!({
@@ -33,6 +38,18 @@ pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> V
 pub(super) fn with_args(container: &mut Value, more: [&str; 2]) {
     if let Some(args) = container["args"].as_array_mut() {
         args.extend(more.map(Value::from));
+    }
+}
+
+/// Has the pod prove its name by what is in `secret`. The Secret is mounted whole, since a part of it would stay as it is when it changes.
+pub(super) fn with_identity(pod: &mut Value, secret: &str) {
+    let container = &mut pod["containers"][0];
+    with_args(container, ["--identity", IDENTITY]);
+    if let Some(mounts) = container["volumeMounts"].as_array_mut() {
+        mounts.push(volume_mount("identity", IDENTITY, true));
+    }
+    if let Some(volumes) = pod["volumes"].as_array_mut() {
+        volumes.push(json!({ "name": "identity", "secret": { "secretName": secret, "defaultMode": IDENTITY_MODE } }));
     }
 }
 

@@ -5,10 +5,12 @@ use serde_json::{Value, json};
 
 use super::{
     Object, Settings, owned,
-    pod::{restricted, template, token, volume_mount, with_args},
+    pod::{restricted, template, token, volume_mount, with_args, with_identity},
     router_service,
 };
-use crate::names::{self, FLEET_TOKEN, POOL, POOL_PEERS, POOL_PORT, POOL_TOKEN, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN};
+use crate::names::{
+    self, FLEET_TOKEN, POOL, POOL_PEERS, POOL_PORT, POOL_TOKEN, ROUTER_IDENTITY, ROUTER_PORTS, TOKENS, WORKER_ACCOUNT, WORKER_TOKEN,
+};
 
 /// Folder of the state that a router keeps.
 const STATE: &str = "/var/lib/skein";
@@ -133,6 +135,9 @@ fn routers(settings: &Settings, meeting: Option<&str>) -> Value {
     }
     let mut pod = template(POOL, DRAIN.1, container);
     pod["volumes"] = json!([{ "name": "state", "emptyDir": {} }]);
+    if settings.proven {
+        with_identity(&mut pod, ROUTER_IDENTITY);
+    }
     json!({
         "replicas": settings.pool_size,
         "selector": { "matchLabels": selector() },

@@ -28,6 +28,7 @@ pub(crate) fn settings() -> Settings {
         pool_size: 2,
         router_cpu: "100m".into(),
         router_memory: "256Mi".into(),
+        proven: true,
     }
 }
 
@@ -208,8 +209,14 @@ fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written
 }
 
 #[test]
-fn where_workers_find_a_router_is_no_part_of_a_revision() {
+fn how_workers_find_and_know_others_is_no_part_of_a_revision() {
     let resources = built(spec());
+    assert!(!resources.revision.body.to_string().contains("identity"));
+    assert!(resources.stateful_sets[0].body.to_string().contains("--identity"));
+    let mut plain = revision(&spec());
+    plain.record.plain = true;
+    let set = build(&valid(spec()), &object(spec()), &plain, &revision::by_name(&[], &plain), &slots(&plain, 1), None);
+    assert!(!set.expect("it can be built").stateful_sets[0].body.to_string().contains("identity"));
     let sets: Vec<StatefulSet> = resources.stateful_sets.iter().map(|s| serde_json::from_value(s.body.clone()).expect("a set")).collect();
     assert_eq!(crate::observe::meeting(&sets).as_deref(), Some(MEETING));
     assert!(!resources.revision.body.to_string().contains(MEETING));

@@ -15,9 +15,9 @@ use plan::{
 };
 use tracing::{info, warn};
 
-use super::{Context, expected};
+use super::{Context, ReconcileError, expected};
 use crate::{
-    apply::{self, ApplyError, Unwanted},
+    apply::{self, Unwanted},
     build::{self, Resources, TooLarge},
     dereference::{Fetched, Standing},
     fleet::Space,
@@ -75,7 +75,7 @@ impl<'a> Step<'a> {
     }
 
     /// Takes it.
-    pub(super) async fn take(&self, object: &ModelDeployment, space: &Space, context: &Context) -> Result<(), ApplyError> {
+    pub(super) async fn take(&self, object: &ModelDeployment, space: &Space, context: &Context) -> Result<(), ReconcileError> {
         let (client, namespace, stops) = (&context.client, object.namespace(), &context.stops);
         let (name, plan) = (object.name(), &self.plan);
         for (id, message) in &plan.taken_back {
@@ -87,6 +87,7 @@ impl<'a> Step<'a> {
         if !recorded {
             stops.pass(Place::RevisionRecorded).await;
         }
+        context.certify(object, &self.new_stages(object)).await?;
         apply::apply(client, namespace, &self.built).await?;
         let made = plan.exist.iter().filter(|slot| !self.seen.iter().any(|r| r.id == slot.id)).count();
         if made > 0 {
@@ -113,6 +114,17 @@ impl<'a> Step<'a> {
             stops.pass(Place::AfterDeletion).await;
         }
         Ok(())
+    }
+
+    /// Replica and stage of what is made.
+    fn new_stages(&self, object: &ModelDeployment) -> Vec<(String, usize)> {
+        let stands = |name: &str| self.standing.stateful_sets.iter().any(|s| s.metadata.name.as_deref() == Some(name));
+        let stages = |slot: &Slot| {
+            let count = self.revisions.get(slot.id.revision.as_str()).map_or(0, |r| r.record.stages.len());
+            let replica = replica_name(object, &slot.id);
+            (0..count).map(move |stage| (replica.clone(), stage))
+        };
+        self.plan.exist.iter().flat_map(stages).filter(|(replica, stage)| !stands(&names::stateful_set(replica, *stage))).collect()
     }
 
     /// What nobody needs any more.

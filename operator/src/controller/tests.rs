@@ -1,62 +1,20 @@
 //! Rollouts on an API server that is a map of objects: step by step, and cut off wherever a process can end.
 
-use std::{collections::BTreeMap, convert::Infallible};
-
-use http::{Method, Request, Response};
-use kube::client::Body;
 use plan::fleet::FleetDeployment;
 use proto::fleet::{DeploymentLoad, ReplicaState, RouterReport};
 use serde_json::{Value, json};
 use tokio::time::timeout;
-use tower::service_fn;
 
 use super::*;
 use crate::{
     build::tests::settings,
+    certificates::Lifetimes,
+    mock::{self, Objects, REFUSED},
     stop::{PLACES, Place},
     validate::tests::{header, spec},
 };
 
-/// Objects by their path.
-type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
-
 const DEPLOYMENT_PATH: &str = "/apis/skein.dev/v1alpha1/namespaces/models/modeldeployments/llama";
-
-/// What an API server does with a request.
-async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Body>, Infallible> {
-    let (parts, body) = request.into_parts();
-    let body = body.collect_bytes().await.expect("a body in memory");
-    let path = parts.uri.path().to_owned();
-    let mut objects = objects.lock().expect("nobody panics with it");
-    let found = match parts.method {
-        Method::GET => {
-            let inside = |p: &&String| p.strip_prefix(&path).is_some_and(|rest| rest.starts_with('/'));
-            let items: Vec<Value> = objects.keys().filter(inside).map(|p| objects[p].clone()).collect();
-            Some(json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items }))
-        }
-        Method::PATCH if path.ends_with("/status") => {
-            let patch: Value = serde_json::from_slice(&body).expect("JSON");
-            let object = objects.get_mut(path.trim_end_matches("/status")).expect("the object stands");
-            object["status"] = patch["status"].clone();
-            Some(object.clone())
-        }
-        Method::PATCH | Method::POST => {
-            let mut object: Value = serde_json::from_slice(&body).expect("JSON");
-            if parts.method == Method::PATCH {
-                let made = objects.get(&path).map(|o| o["metadata"]["creationTimestamp"].clone());
-                object["metadata"]["creationTimestamp"] = made.unwrap_or_else(|| json!("2026-01-01T00:00:00Z"));
-                objects.insert(path, object.clone());
-            }
-            Some(object)
-        }
-        Method::DELETE => objects.remove(&path).map(|_| json!({ "kind": "Status", "status": "Success" })),
-        _ => None,
-    };
-    let status = if found.is_some() { 200 } else { 404 };
-    let body = found.unwrap_or_else(|| json!({ "kind": "Status", "status": "Failure", "reason": "NotFound", "code": 404, "message": "" }));
-    let response = Response::builder().status(status).body(Body::from(body.to_string().into_bytes()));
-    Ok(response.expect("a response"))
-}
 
 /// A cluster with one deployment, and the process that looks after it.
 struct World {
@@ -67,10 +25,10 @@ struct World {
 }
 
 impl World {
-    fn new() -> Self {
+    async fn new() -> Self {
         let objects = Objects::default();
         let passed = Arc::<Mutex<Vec<Place>>>::default();
-        let context = context(&objects, 1, Stops::watched(passed.clone(), None));
+        let context = context(&objects, 1, Stops::watched(passed.clone(), None)).await;
         let world = Self { objects, passed, context, term: 1 };
         let metadata = json!({ "name": "llama", "namespace": "models", "uid": "0b0c", "generation": 1 });
         let object = json!({ "apiVersion": "skein.dev/v1alpha1", "kind": "ModelDeployment", "metadata": metadata, "spec": spec() });
@@ -79,9 +37,9 @@ impl World {
     }
 
     /// Another process takes over, and never leaves `halt`.
-    fn restart(&mut self, halt: Option<Place>) {
+    async fn restart(&mut self, halt: Option<Place>) {
         self.term += 1;
-        self.context = context(&self.objects, self.term, Stops::watched(self.passed.clone(), halt));
+        self.context = context(&self.objects, self.term, Stops::watched(self.passed.clone(), halt)).await;
     }
 
     fn change(&self, change: impl FnOnce(&mut Value)) {
@@ -147,9 +105,16 @@ impl World {
     }
 }
 
-fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
-    let objects = objects.clone();
-    let client = Client::new(service_fn(move |request| answer(objects.clone(), request)), "models");
+const LIFETIMES: Lifetimes = Lifetimes {
+    certificate: Duration::from_secs(3600),
+    renew: Duration::from_secs(600),
+    authority: Duration::from_secs(86400),
+    settle: Duration::from_secs(60),
+};
+
+async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
+    let client = mock::client(objects);
+    let issuer = Issuer::begin(client.clone(), "system", LIFETIMES, Arc::default()).await.expect("authorities");
     let (deployments, mut writer) = reflector::store();
     let object: ModelDeployment =
         serde_json::from_value(json!({ "metadata": { "name": "llama", "namespace": "models", "uid": "0b0c" } })).expect("an object");
@@ -170,6 +135,7 @@ fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
         deployments,
         metrics: Arc::default(),
         scaling: Scaling::default(),
+        issuer: Some(Arc::new(issuer)),
         failures: Mutex::default(),
         rollouts: Mutex::default(),
         stops,
@@ -182,7 +148,7 @@ fn two_workers(spec: &mut Value) {
 
 #[tokio::test(start_paused = true)]
 async fn a_rollout_passes_every_place_and_leaves_nothing_of_the_old() {
-    let mut world = World::new();
+    let mut world = World::new().await;
     world.settle().await;
     let first = world.object().status.clone().expect("a status");
     assert_eq!((world.reason(status::PROGRESSING), first.ready_replicas), ("RolloutComplete".to_owned(), 1));
@@ -202,7 +168,7 @@ async fn a_rollout_passes_every_place_and_leaves_nothing_of_the_old() {
     assert!(PLACES.iter().all(|place| passed.contains(place)), "{passed:?}");
     // Going back is the revision that was.
     world.change(|s| s["parallelism"]["tensor"] = json!(2));
-    world.restart(None);
+    world.restart(None).await;
     world.settle().await;
     assert_eq!(Some(world.revisions()), first.update_revision.map(|name| vec![name]));
     assert_eq!(world.count("/controllerrevisions/"), 2);
@@ -211,10 +177,10 @@ async fn a_rollout_passes_every_place_and_leaves_nothing_of_the_old() {
 #[tokio::test(start_paused = true)]
 async fn a_process_that_ends_anywhere_in_a_rollout_is_taken_over_from() {
     for place in PLACES {
-        let mut world = World::new();
+        let mut world = World::new().await;
         world.settle().await;
         world.change(two_workers);
-        world.restart(Some(place));
+        world.restart(Some(place)).await;
         world.reconcile().await;
         let mut ended = false;
         for _ in 0..12 {
@@ -226,7 +192,7 @@ async fn a_process_that_ends_anywhere_in_a_rollout_is_taken_over_from() {
             world.serves();
         }
         assert!(ended || world.passed.lock().expect("nobody panics with it").contains(&place), "{place} was not come to");
-        world.restart(None);
+        world.restart(None).await;
         world.settle().await;
         assert_eq!(world.reason(status::PROGRESSING), "RolloutComplete", "{place}");
         let revision = world.object().status.as_ref().and_then(|s| s.update_revision.clone()).expect("a revision");
@@ -237,7 +203,7 @@ async fn a_process_that_ends_anywhere_in_a_rollout_is_taken_over_from() {
 
 #[tokio::test(start_paused = true)]
 async fn a_broken_revision_leaves_the_old_one_and_can_be_gone_back_from() {
-    let world = World::new();
+    let world = World::new().await;
     world.settle().await;
     let old = world.revisions();
     world.change(two_workers);
@@ -258,11 +224,11 @@ async fn a_broken_revision_leaves_the_old_one_and_can_be_gone_back_from() {
 
 #[tokio::test(start_paused = true)]
 async fn a_spec_that_is_refused_leaves_what_stands_to_routers() {
-    let mut world = World::new();
+    let mut world = World::new().await;
     world.settle().await;
     let told = world.told();
     world.change(|s| s["parallelism"]["pipeline"] = json!(0));
-    world.restart(None);
+    world.restart(None).await;
     assert!(world.reconcile().await);
     assert_eq!(world.reason(status::ACCEPTED), "InvalidSpec");
     assert_eq!(world.told().replicas, told.replicas);
@@ -282,4 +248,53 @@ async fn a_spec_that_is_refused_leaves_what_stands_to_routers() {
     world.change(|s| s["suspend"] = json!(false));
     world.settle().await;
     assert_eq!(world.told().replicas, told.replicas, "it comes back as it was");
+}
+
+/// Objects whose path has `part`.
+fn having(world: &World, part: &str) -> std::collections::BTreeMap<String, Value> {
+    let objects = world.objects.lock().expect("nobody panics with it");
+    objects.iter().filter(|(path, _)| path.contains(part)).map(|(path, object)| (path.clone(), object.clone())).collect()
+}
+
+#[tokio::test(start_paused = true)]
+async fn certificates_are_there_before_pods_and_are_renewed_without_them() {
+    let world = World::new().await;
+    world.objects.lock().expect("nobody panics with it").insert(REFUSED.to_owned(), json!("-identity"));
+    for _ in 0..3 {
+        assert!(world.reconcile().await);
+    }
+    assert_eq!(world.count("/statefulsets/"), 0, "a pod would wait for what cannot be made");
+    world.objects.lock().expect("nobody panics with it").remove(REFUSED);
+    world.settle().await;
+    let sets = having(&world, "/statefulsets/");
+    assert_eq!(sets.len(), 2);
+    for set in sets.values() {
+        let volumes = set["spec"]["template"]["spec"]["volumes"].as_array().expect("volumes");
+        let secret = volumes.iter().find_map(|v| v["secret"]["secretName"].as_str()).expect("a Secret");
+        let secret = &having(&world, &format!("/secrets/{secret}"));
+        let owner = &secret.values().next().expect("it stands")["metadata"]["ownerReferences"];
+        assert_eq!((owner.as_array().map(Vec::len), &owner[0]["uid"]), (Some(1), &set["metadata"]["uid"]), "it goes with its StatefulSet");
+    }
+    // Nothing is due.
+    let before = having(&world, "");
+    world.settle().await;
+    assert_eq!(having(&world, ""), before, "the steady state writes nothing");
+    // Also of a deployment whose spec is refused now.
+    for valid in [true, false] {
+        if !valid {
+            world.change(|s| s["parallelism"]["pipeline"] = json!(0));
+            assert!(world.reconcile().await);
+        }
+        for path in having(&world, "/secrets/").keys().filter(|path| path.ends_with("-identity")) {
+            let mut objects = world.objects.lock().expect("nobody panics with it");
+            let annotations = &mut objects.get_mut(path).expect("a Secret")["metadata"]["annotations"];
+            annotations["skein.dev/issued"] = json!("1700000000");
+        }
+        let before = having(&world, "");
+        assert!(world.reconcile().await);
+        let after = having(&world, "");
+        assert_eq!(after.len(), before.len());
+        let differ: Vec<&String> = after.keys().filter(|path| after[*path] != before[*path]).collect();
+        assert!(differ.len() == 2 && differ.iter().all(|path| path.contains("/secrets/")), "{differ:?}");
+    }
 }

@@ -3,7 +3,7 @@
 use std::{
     pin::Pin,
     sync::{
-        Arc, OnceLock,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -20,13 +20,10 @@ use tracing::{debug, info};
 
 use super::Hub;
 
-/// The hub, once this process leads.
-pub type Leader = Arc<OnceLock<Arc<Hub>>>;
-
 /// Serves states, takes reports.
 #[derive(Clone, Debug)]
 pub struct FleetService {
-    leader: Leader,
+    hub: Arc<Hub>,
     streams: Arc<AtomicU64>,
     tasks: TaskTracker,
     stop: CancellationToken,
@@ -34,8 +31,8 @@ pub struct FleetService {
 
 impl FleetService {
     /// Streams end at `stop`; their tasks are `tasks`.
-    pub fn new(leader: Leader, tasks: TaskTracker, stop: CancellationToken) -> Self {
-        Self { leader, streams: Arc::default(), tasks, stop }
+    pub fn new(hub: Arc<Hub>, tasks: TaskTracker, stop: CancellationToken) -> Self {
+        Self { hub, streams: Arc::default(), tasks, stop }
     }
 }
 
@@ -44,8 +41,8 @@ impl Fleet for FleetService {
     type WatchStream = Pin<Box<dyn Stream<Item = Result<wire::FleetState, Status>> + Send>>;
 
     async fn watch(&self, request: Request<Streaming<wire::RouterReport>>) -> Result<Response<Self::WatchStream>, Status> {
-        let hub = self.leader.get().ok_or_else(|| Status::unavailable("this operator does not lead; dial again"))?.clone();
-        let space = hub.admit(&request).ok_or_else(|| Status::unauthenticated("the call carries no namespace's token"))?;
+        let hub = self.hub.clone();
+        let space = hub.admit(&request).ok_or_else(|| Status::unauthenticated("the call is from no namespace's router"))?;
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
         let states = WatchStream::new(space.state.subscribe());
         let states = states.filter_map(|state| async move { state.map(|state| Ok(encode_fleet(&state))) });

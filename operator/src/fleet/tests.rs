@@ -130,10 +130,11 @@ async fn reports_wake_what_they_change() {
 }
 
 #[test]
-fn a_router_gets_in_with_its_namespaces_token_alone() {
+fn a_router_gets_in_as_its_namespaces_alone() {
     let (hub, _) = hub();
     let call = |token: &str| {
         let mut request = Request::new(());
+        request.extensions_mut().insert(Peer(None));
         request.metadata_mut().insert("authorization", format!("Bearer {token}").parse().expect("a header"));
         request
     };
@@ -144,6 +145,15 @@ fn a_router_gets_in_with_its_namespaces_token_alone() {
     assert_eq!(hub.admit(&call("two")).expect("b").namespace, "b");
     assert!(hub.admit(&call("three")).is_none());
     assert!(hub.admit(&Request::new(())).is_none());
+    // Where names are proven they decide, whatever else is carried.
+    let named = |name: &str| {
+        let mut request = call("one");
+        request.extensions_mut().insert(Peer(Some(name.parse().expect("a name"))));
+        hub.admit(&request).map(|space| space.namespace.clone())
+    };
+    assert_eq!(named("spiffe://skein/ns/b/router"), Some("b".into()));
+    assert_eq!(named("spiffe://skein/ns/a/replica/r/stage/0"), None);
+    assert_eq!(named("spiffe://skein/operator"), None);
 }
 
 #[tokio::test(start_paused = true)]

@@ -42,6 +42,9 @@ fn a_revision_is_what_decides_workers() {
     assert_ne!(of(&spec(), &image, &[]).0.name, one.name);
     let elsewhere = Settings { fleet_address: "http://10.0.0.9:7070".into(), router_cpu: "2".into(), ..settings() };
     assert_eq!(of(&spec(), &elsewhere, &[]).0.name, one.name, "routers are no part of it");
+    // As is whether workers prove their names: those that do and those that do not stand beside each other.
+    let plain = of(&spec(), &Settings { proven: false, ..settings() }, &[]).0;
+    assert!(plain.name != one.name && plain.record.plain && !one.record.plain);
 }
 
 #[test]
