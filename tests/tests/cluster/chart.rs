@@ -134,6 +134,8 @@ fn wrong_values_are_refused() {
         ("operator.replicas=0", "replicas"),
         ("images.pullPolicy=Sometimes", "pullPolicy"),
         ("sources.hf.endpoint=mirror", "endpoint"),
+        ("security.tls=Secret", "tls"),
+        ("security.certificateSeconds=60", "certificateSeconds"),
     ] {
         let done = helm(&["template", "skein", CHART, "--set", value]);
         assert!(!done.status.success() && done.stderr.contains(words), "{value}: {}", done.stderr);

@@ -9,6 +9,7 @@ mod answers;
 mod apply;
 mod chart;
 mod deletion;
+mod identity;
 mod kubernetes;
 mod load;
 mod many;

@@ -150,6 +150,8 @@ fn kubelet(cluster: &Cluster) -> Value {
         "volumePluginDir": cluster.path("volume-plugins"),
         "maxPods": 250,
         "serializeImagePulls": false,
+        // How long a changed Secret may take to reach a pod that runs.
+        "syncFrequency": "10s",
         // The disk is the machine's own, and images come back by no pull: nothing is evicted or removed to make room.
         "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%"},
         "imageGCHighThresholdPercent": 100,
