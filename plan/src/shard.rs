@@ -154,7 +154,7 @@ pub struct Shard {
     /// Splits over the ranks of this stage.
     pub splits: Splits,
     /// Everything to load, ordered by file and offset: one slice for every tensor the stage uses, also where this rank holds no row of it.
-    /// A tied table stands on the first and the last stage under [`Role::Embedding`](crate::model::Role::Embedding).
+    /// A tied table stands on the first and the last stage under [`Role::Embedding`].
     pub slices: Vec<TensorSlice>,
     /// Bytes of weights in memory.
     pub weight_bytes: u64,
