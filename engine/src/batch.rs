@@ -1,10 +1,10 @@
 //! A step laid out for computation: one row per input token, and the rows whose results are wanted.
 
-use std::{collections::HashMap, ops::Range};
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use plan::step::{BlockId, Input, SequenceId, Step, TokenId, WantKind};
 
-use crate::sequences::Sequence;
+use crate::{Adapter, cpu::Adapted, sequences::Sequence};
 
 /// Consecutive rows of one sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -26,6 +26,8 @@ pub(crate) struct Batch<'a> {
     pub(crate) positions: Vec<u32>,
     /// Input id of each row, where this rank needs them.
     pub(crate) ids: Vec<TokenId>,
+    /// The rows that run with each adapter; those of none are in none.
+    pub(crate) adapted: Vec<Adapted>,
     /// Block tables, `[group][sequence]`.
     pub(crate) tables: Vec<Vec<&'a [BlockId]>>,
     /// Rows with wanted results, ascending: those with logits and those without. Empty unless this is the last stage.
@@ -47,13 +49,20 @@ pub(crate) struct Wanted {
 
 impl<'a> Batch<'a> {
     /// Lays out a valid step that was applied to `sequences`.
-    pub(crate) fn new(step: &Step, sequences: &'a HashMap<SequenceId, Sequence>, groups: usize, last: bool) -> Self {
+    pub(crate) fn new(
+        step: &Step,
+        sequences: &'a HashMap<SequenceId, Sequence>,
+        adapters: &HashMap<u32, Arc<Adapter>>,
+        groups: usize,
+        last: bool,
+    ) -> Self {
         let tokens = step.tokens();
         let mut batch = Self {
             tokens,
             spans: Vec::with_capacity(step.sequences.len()),
             positions: Vec::with_capacity(tokens),
             ids: Vec::with_capacity(tokens),
+            adapted: Vec::new(),
             tables: vec![Vec::with_capacity(step.sequences.len()); groups],
             wanted: Vec::new(),
         };
@@ -63,6 +72,13 @@ impl<'a> Batch<'a> {
             batch.positions.extend((part.first_position..).take(len));
             if let Input::Ids(ids) = &part.input {
                 batch.ids.extend(ids);
+            }
+            if let Some(adapter) = adapters.get(&part.adapter) {
+                let known = batch.adapted.iter().position(|of| Arc::ptr_eq(&of.adapter, adapter)).unwrap_or_else(|| {
+                    batch.adapted.push(Adapted { adapter: adapter.clone(), rows: Vec::new() });
+                    batch.adapted.len() - 1
+                });
+                batch.adapted[known].rows.extend(start..start + len);
             }
             let sequence = sequences.get(&part.sequence);
             for (group, tables) in batch.tables.iter_mut().enumerate() {

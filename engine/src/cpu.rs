@@ -1,5 +1,6 @@
 //! The backend for processors.
 
+mod adapter;
 mod experts;
 mod feed_forward;
 mod forward;
@@ -8,4 +9,6 @@ mod load;
 mod stage;
 mod weights;
 
+pub(crate) use adapter::Adapted;
+pub use adapter::Adapter;
 pub(crate) use stage::Cpu;

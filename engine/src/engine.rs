@@ -1,6 +1,6 @@
 //! The engine: loads a shard, runs steps.
 
-use std::sync::Arc;
+use std::{collections::HashMap, ops::Range, sync::Arc};
 
 use kernels::{Isa, Pool};
 use plan::{
@@ -10,7 +10,7 @@ use plan::{
 };
 
 use crate::{
-    LoadShardError, MaskSource, Progress, StepError, Timings, WeightReader,
+    Adapter, LoadShardError, MaskSource, Progress, StepError, Timings, WeightReader,
     backend::{Backend, Context},
     batch::Batch,
     collective::Collective,
@@ -55,6 +55,10 @@ pub struct Engine {
     sampler: Option<Sampler>,
     backend: Box<dyn Backend>,
     sequences: Sequences,
+    /// Adapters by slot, from 1.
+    adapters: HashMap<u32, Arc<Adapter>>,
+    /// Layers and rank, which adapters are loaded for.
+    place: (Range<usize>, usize),
     last_step: u64,
     progress: Arc<Progress>,
     timings: Timings,
@@ -87,6 +91,8 @@ impl Engine {
             sampler,
             backend: Box::new(backend),
             sequences: Sequences::new(kv, shard.is_last(), shard.is_last() && shard.rank == 0),
+            adapters: HashMap::new(),
+            place: (shard.layers.clone(), shard.rank),
             last_step: 0,
             progress: Arc::default(),
             timings: Timings::default(),
@@ -106,6 +112,7 @@ impl Engine {
         let limits = Limits {
             config: &self.config,
             kv: &self.kv,
+            adapters: &self.adapters,
             max_batch_tokens: self.options.max_batch_tokens,
             max_context: self.options.max_context,
             last_step: self.last_step,
@@ -121,7 +128,7 @@ impl Engine {
             self.backend.copy_block(copy);
         }
         self.sequences.apply(step);
-        let batch = Batch::new(step, &self.sequences.by_id, self.kv.groups.len(), self.sampler.is_some());
+        let batch = Batch::new(step, &self.sequences.by_id, &self.adapters, self.kv.groups.len(), self.sampler.is_some());
         let mut ranks = Ranks::new(self.collective.as_mut());
         let mut context = Context { ranks: &mut ranks, progress: &self.progress, timings: &mut self.timings };
         if batch.tokens > 0 {
@@ -146,8 +153,32 @@ impl Engine {
         self.collective = collective;
     }
 
-    /// Drops all sequences and block tables; the weights stay.
+    /// Puts an adapter into a slot: sequences of later steps may name it.
+    ///
+    /// # Errors
+    /// If the slot is 0, which is the bare model, or the adapter was loaded for another shard.
+    pub fn bind_adapter(&mut self, slot: u32, adapter: Arc<Adapter>) -> Result<(), LoadShardError> {
+        let (layers, rank) = &self.place;
+        let fault = |what, got: String, expected: String| LoadShardError::Plan { what, got, expected };
+        if slot == 0 {
+            return Err(fault("the slot of an adapter", slot.to_string(), "at least 1".to_owned()));
+        }
+        if !adapter.is_for(layers, *rank) {
+            let expected = format!("one for layers {layers:?} and rank {rank}");
+            return Err(fault("an adapter", "one that was loaded for another shard".to_owned(), expected));
+        }
+        self.adapters.insert(slot, adapter);
+        Ok(())
+    }
+
+    /// Empties a slot. Sequences that named it cannot go on.
+    pub fn unbind_adapter(&mut self, slot: u32) {
+        self.adapters.remove(&slot);
+    }
+
+    /// Drops all sequences and block tables, and empties the slots of adapters; the weights stay.
     pub fn reset(&mut self) {
+        self.adapters.clear();
         self.sequences.clear();
         self.last_step = 0;
         self.progress.reset();

@@ -185,9 +185,12 @@ pub enum InvalidStep {
     /// The sequence's ids do not reach its first position.
     #[error("sequence {sequence} begins at position {position} with {got} known ids")]
     ShortHistory { sequence: SequenceId, position: u32, got: usize },
-    /// Adapters are not part of this engine.
-    #[error("sequence {sequence} names adapter {adapter}, expected 0: no adapter is loaded")]
+    /// A slot without an adapter.
+    #[error("sequence {sequence} names adapter slot {adapter}, expected 0 or one that holds an adapter")]
     Adapter { sequence: SequenceId, adapter: u32 },
+    /// A sequence's KV content is of one adapter.
+    #[error("sequence {sequence} names adapter slot {adapter}, it began with {before}")]
+    OtherAdapter { sequence: SequenceId, adapter: u32, before: u32 },
     /// A mask of the wrong size, or with an id outside the vocabulary.
     #[error("the mask of sequence {sequence} covers {got} ids, expected {vocab}")]
     Mask { sequence: SequenceId, got: usize, vocab: usize },

@@ -19,6 +19,7 @@ mod sequences;
 mod timings;
 mod validate;
 
+pub use cpu::Adapter;
 pub use engine::{Engine, EngineOptions, StageOutput};
 pub use error::{InvalidStep, LoadShardError, StepError};
 pub use masks::{MaskSource, NoMasks};

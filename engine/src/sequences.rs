@@ -19,6 +19,8 @@ pub(crate) struct Sequence {
     pub(crate) tables: Vec<Vec<BlockId>>,
     /// Positions whose KV entries exist (or were found in a cache), from 0.
     pub(crate) fed: usize,
+    /// Slot of its adapter; 0: none.
+    pub(crate) adapter: u32,
 }
 
 /// All sequences of a session.
@@ -58,6 +60,7 @@ impl Sequences {
             sequence.set_tables(part);
             let first = part.first_position as usize;
             sequence.fed = first + part.input.len();
+            sequence.adapter = part.adapter;
             if self.last
                 && let Some(begin) = &part.begin
             {

@@ -1,6 +1,9 @@
 //! Checks a step against the plan and the steps before it, before anything of it is applied.
 
-use std::collections::HashSet;
+use std::{
+    collections::{HashMap, HashSet},
+    sync::Arc,
+};
 
 use plan::{
     model::ModelConfig,
@@ -9,7 +12,7 @@ use plan::{
 };
 
 use crate::{
-    InvalidStep,
+    Adapter, InvalidStep,
     sequences::{HOLE, Sequence, Sequences, entries_needed},
 };
 
@@ -17,6 +20,8 @@ use crate::{
 pub(crate) struct Limits<'a> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) kv: &'a KvGeometry,
+    /// Adapters by slot.
+    pub(crate) adapters: &'a HashMap<u32, Arc<Adapter>>,
     pub(crate) max_batch_tokens: usize,
     pub(crate) max_context: usize,
     /// Id of the last step.
@@ -66,8 +71,11 @@ pub(crate) fn check(limits: &Limits<'_>, step: &Step, sequences: &Sequences) -> 
 
 fn check_position(limits: &Limits<'_>, part: &SequenceStep, known: Option<&Sequence>) -> Result<(), InvalidStep> {
     let SequenceStep { sequence, first_position, adapter, .. } = *part;
-    if adapter != 0 {
+    if adapter != 0 && !limits.adapters.contains_key(&adapter) {
         return Err(InvalidStep::Adapter { sequence, adapter });
+    }
+    if let Some(before) = known.map(|known| known.adapter).filter(|before| *before != adapter) {
+        return Err(InvalidStep::OtherAdapter { sequence, adapter, before });
     }
     if part.input.is_empty() {
         return Err(InvalidStep::Empty { sequence });

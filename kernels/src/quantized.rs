@@ -242,6 +242,21 @@ impl Quantized {
         }
     }
 
+    /// The values of a token as products read them, `[k]`: each quantized value times the scale of its block.
+    ///
+    /// # Panics
+    /// If there is no such token, or `out` is not `k` values.
+    pub fn dequantize(&self, token: usize, out: &mut [f32]) {
+        assert!(token < self.tokens && out.len() == self.k, "token {token} of {}, {} of {} values", self.tokens, out.len(), self.k);
+        let (tokens, j) = self.locate(token);
+        let panel = self.panel_of(tokens);
+        let quantized = panel.q.as_chunks::<4>().0[j..].iter().step_by(panel.n);
+        for (index, (out, q)) in out.as_chunks_mut::<4>().0.iter_mut().zip(quantized).enumerate() {
+            let scale = panel.scales[j + index * 4 / self.block * panel.n];
+            *out = q.map(|q| f32::from(q) * scale);
+        }
+    }
+
     /// Number of panels.
     pub(crate) fn panels(&self) -> usize {
         panels(self.tokens)

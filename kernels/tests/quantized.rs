@@ -49,6 +49,30 @@ fn values_and_scales_follow_the_definition() {
 }
 
 #[test]
+fn dequantized_values_are_quantized_values_times_scales() {
+    for (block, tokens) in [(32, 1), (32, 14), (256, 5)] {
+        let k = 3 * block;
+        let x = activations(Kind::Ordinary, tokens, k, 4);
+        let mut quantized = Quantized::new(block);
+        quantized.quantize(&Pool::new(1), Isa::best(), &x, tokens, k);
+        for token in 0..tokens {
+            let mut bytes = Vec::new();
+            quantized.export(token..token + 1, 0..k, &mut bytes);
+            let scaled = |unit: &[u8]| {
+                let scale = f32::from_le_bytes(unit[..4].try_into().unwrap());
+                unit[4..].iter().map(|q| f32::from(q.cast_signed()) * scale).collect::<Vec<_>>()
+            };
+            let expected: Vec<f32> = bytes.chunks_exact(4 + block).flat_map(scaled).collect();
+            let mut got = vec![f32::NAN; k];
+            quantized.dequantize(token, &mut got);
+            assert_eq!(got, expected, "token {token} of {tokens}, blocks of {block}");
+            let far = got.iter().zip(&x[token * k..]).fold(0.0, |m: f32, (a, b)| m.max((a - b).abs()));
+            assert!(far > 0.0 && far < 0.05, "off by {far}");
+        }
+    }
+}
+
+#[test]
 fn slices_gathered_from_ranks_make_the_whole() {
     let pool = Pool::new(2);
     for (block, tokens) in [(32, 1), (32, 14), (256, 5)] {

@@ -2,6 +2,7 @@
 //!
 //! This crate parses bytes it is handed and does no I/O. Everything here is plain data that the other crates agree on.
 
+pub mod adapter;
 pub mod card;
 pub mod dtype;
 pub mod fleet;

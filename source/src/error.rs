@@ -40,6 +40,8 @@ pub enum SourceError {
     FileIndex { index: usize, files: usize },
     #[error("the model in {place} cannot be used")]
     Header { place: String, source: Box<HeaderError> },
+    #[error("the adapter in {place} cannot be used")]
+    Adapter { place: String, source: Box<HeaderError> },
 }
 
 impl SourceError {
@@ -58,7 +60,7 @@ impl SourceError {
             | Self::NoCache { .. } => "DownloadFailed",
             Self::DiskFull { .. } => "InsufficientDisk",
             Self::DigestMismatch { .. } => "DigestMismatch",
-            Self::Header { source, .. } => source.reason(),
+            Self::Header { source, .. } | Self::Adapter { source, .. } => source.reason(),
         }
     }
 

@@ -26,13 +26,47 @@ const PYTORCH: &str = "pytorch_model.bin";
 pub(crate) const CARD_FILES: [&str; 6] =
     ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"];
 
+/// The settings of an adapter of PEFT, and its weights in either form.
+pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";
+pub(crate) const ADAPTER_SINGLE: &str = "adapter_model.safetensors";
+pub(crate) const ADAPTER_PYTORCH: &str = "adapter_model.bin";
+
+/// What is looked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Model,
+    /// A low-rank adapter.
+    Adapter,
+}
+
+impl Kind {
+    /// The file that says what the weights are for, where it is not in them.
+    pub(crate) fn config(self) -> &'static str {
+        match self {
+            Self::Model => "config.json",
+            Self::Adapter => ADAPTER_CONFIG,
+        }
+    }
+
+    /// The small files beside the weights; ascending.
+    pub(crate) fn beside(self) -> &'static [&'static str] {
+        match self {
+            Self::Model => &CARD_FILES,
+            Self::Adapter => &[ADAPTER_CONFIG],
+        }
+    }
+}
+
 impl Layout {
-    /// Finds the model among the files of a folder.
+    /// Finds the model, or the adapter, among the files of a folder.
     ///
     /// # Errors
     /// Says what was looked for, when there is none or more than one.
-    pub(crate) fn find(names: &[String]) -> Result<Self, String> {
+    pub(crate) fn find(names: &[String], kind: Kind) -> Result<Self, String> {
         let has = |name: &str| names.iter().any(|n| n == name);
+        if kind == Kind::Adapter {
+            return Self::adapter(names);
+        }
         if has(INDEX) {
             return Ok(Self::Index(INDEX.to_owned()));
         }
@@ -59,6 +93,26 @@ impl Layout {
 }
 
 impl Layout {
+    /// The adapter among the files of a folder.
+    fn adapter(names: &[String]) -> Result<Self, String> {
+        let has = |name: &str| names.iter().any(|n| n == name);
+        if has(ADAPTER_SINGLE) {
+            return Ok(Self::Single(ADAPTER_SINGLE.to_owned()));
+        }
+        if has(ADAPTER_PYTORCH) {
+            return Ok(Self::Pytorch(ADAPTER_PYTORCH.to_owned()));
+        }
+        let gguf: Vec<&String> = names.iter().filter(|n| n.ends_with(".gguf")).collect();
+        match gguf.as_slice() {
+            [one] => Ok(Self::Gguf((*one).clone())),
+            [] => Err(format!("expected an adapter, {ADAPTER_SINGLE}, {ADAPTER_PYTORCH} or a .gguf file, among {} files", names.len())),
+            many => {
+                let names: Vec<&str> = many.iter().take(8).map(|n| n.as_str()).collect();
+                Err(format!("expected one adapter, got {}; name one of the files", names.join(", ")))
+            }
+        }
+    }
+
     /// As [`Layout::find`], where there is nothing else.
     fn pytorch(names: &[String]) -> Result<Self, String> {
         let has = |name: &str| names.iter().any(|n| n == name);
@@ -84,10 +138,25 @@ impl Layout {
 
 #[cfg(test)]
 mod tests {
-    use super::Layout;
+    use super::{Kind, Layout};
+
+    fn find_kind(names: &[&str], kind: Kind) -> Result<Layout, String> {
+        Layout::find(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>(), kind)
+    }
 
     fn find(names: &[&str]) -> Result<Layout, String> {
-        Layout::find(&names.iter().map(|n| (*n).to_owned()).collect::<Vec<_>>())
+        find_kind(names, Kind::Model)
+    }
+
+    #[test]
+    fn one_adapter_or_none() {
+        let adapter = |names: &[&str]| find_kind(names, Kind::Adapter);
+        let (single, pytorch) = ("adapter_model.safetensors", "adapter_model.bin");
+        assert_eq!(adapter(&["adapter_config.json", single, pytorch, "a.gguf"]), Ok(Layout::Single(single.into())));
+        assert_eq!(adapter(&["adapter_config.json", pytorch, "training_args.bin"]), Ok(Layout::Pytorch(pytorch.into())));
+        assert_eq!(adapter(&["a.gguf"]), Ok(Layout::Gguf("a.gguf".into())));
+        assert!(adapter(&["a.gguf", "b.gguf"]).is_err_and(|e| e.contains("a.gguf, b.gguf")));
+        assert!(adapter(&["model.safetensors", "config.json"]).is_err_and(|e| e.contains(single)));
     }
 
     #[test]

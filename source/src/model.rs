@@ -11,10 +11,11 @@ use std::{
 };
 
 use plan::{
+    adapter::AdapterHeader,
     card::{CardFile, GGUF_HEADER, ModelCard},
     gguf,
-    header::{HeaderError, from_gguf_parts, from_safetensors},
-    model::{ModelFile, ModelHeader},
+    header::{HeaderError, adapter_from_gguf, adapter_from_peft, from_gguf_parts, from_safetensors},
+    model::{ModelConfig, ModelFile, ModelHeader},
     safetensors,
 };
 
@@ -23,7 +24,7 @@ use crate::{
     digest::Digest,
     http::{Client, Remote},
     hub::{HubFile, Repository},
-    layout::{CARD_FILES, INDEX, Layout, PYTORCH_INDEX, SINGLE},
+    layout::{ADAPTER_PYTORCH, ADAPTER_SINGLE, INDEX, Kind, Layout, PYTORCH_INDEX, SINGLE},
     locate::Location,
     place::Place,
     split::{self, Rearranged},
@@ -57,6 +58,25 @@ impl RawHeader {
             Self::Safetensors { config, parts } => from_safetensors(config, parts),
         }
     }
+
+    /// The adapter that they describe, for a model of shape `base`.
+    ///
+    /// # Errors
+    /// When it is not one that Skein supports, or not for such a model.
+    pub fn adapter_header(&self, base: &ModelConfig) -> Result<AdapterHeader, HeaderError> {
+        match self {
+            Self::Gguf { parts } => match parts.as_slice() {
+                [(file, header)] => adapter_from_gguf(file.clone(), header, base),
+                parts => Err(HeaderError::Field {
+                    file: parts.first().map_or_else(String::new, |(file, _)| file.name.clone()),
+                    field: "split.count".to_owned(),
+                    expected: "an adapter in one file".to_owned(),
+                    got: parts.len().to_string(),
+                }),
+            },
+            Self::Safetensors { config, parts } => adapter_from_peft(config, parts, base),
+        }
+    }
 }
 
 /// A model's files, opened. Reads may come from several threads at once.
@@ -64,6 +84,7 @@ impl RawHeader {
 pub struct Source {
     uri: String,
     weights: Vec<(ModelFile, Place)>,
+    kind: Kind,
     /// Small files beside the weights; empty for GGUF.
     small: BTreeMap<&'static str, Vec<u8>>,
     is_gguf: bool,
@@ -82,9 +103,21 @@ impl Source {
     /// # Errors
     /// When the URI has another form, the model is not there, cannot be fetched, or has another digest.
     pub fn open(uri: &str, options: SourceOptions) -> Result<Self, SourceError> {
+        Self::open_kind(uri, options, Kind::Model)
+    }
+
+    /// Opens the low-rank adapter at `uri`, as [`Source::open`] does a model: a folder of PEFT, or a GGUF file.
+    ///
+    /// # Errors
+    /// As [`Source::open`].
+    pub fn open_adapter(uri: &str, options: SourceOptions) -> Result<Self, SourceError> {
+        Self::open_kind(uri, options, Kind::Adapter)
+    }
+
+    fn open_kind(uri: &str, options: SourceOptions, kind: Kind) -> Result<Self, SourceError> {
         let location = Location::parse(uri)?;
         let pinned = options.digest.as_deref().map(str::parse::<Digest>).transpose()?;
-        let opener = Opener { client: Client::new(&options), cache: options.cache.clone().map(Cache::new), pinned, options };
+        let opener = Opener { client: Client::new(&options), cache: options.cache.clone().map(Cache::new), pinned, options, kind };
         let cached = opener.pinned.as_ref().and_then(|d| opener.cache.as_ref()?.blob(d));
         let (weights, small, is_gguf) = opener.open(uri, &location, cached)?;
         if let (Some(digest), Some(cache), false, Location::Http(_) | Location::Hub { .. }) =
@@ -96,10 +129,10 @@ impl Source {
         if !is_gguf && weights.first().is_some_and(|(file, _)| split::is_pytorch_name(&file.name)) {
             // Read at once: numbers of files depend on what is in them.
             let listed = split::list_pytorch(&weights)?;
-            let config = small.get("config.json").cloned().unwrap_or_default();
+            let config = small.get(kind.config()).cloned().unwrap_or_default();
             (raw, rearranged) = (OnceLock::from(RawHeader::Safetensors { config, parts: listed.parts }), listed.rearranged);
         }
-        Ok(Self { uri: uri.to_owned(), weights, small, is_gguf, raw, rearranged, bytes_read: AtomicU64::new(0) })
+        Ok(Self { uri: uri.to_owned(), weights, kind, small, is_gguf, raw, rearranged, bytes_read: AtomicU64::new(0) })
     }
 
     /// The URI it was opened by.
@@ -175,7 +208,7 @@ impl Source {
             Ok((file.clone(), header))
         };
         let parts = self.weights.iter().map(part).collect::<Result<_, SourceError>>()?;
-        Ok(RawHeader::Safetensors { config: self.small.get("config.json").cloned().unwrap_or_default(), parts })
+        Ok(RawHeader::Safetensors { config: self.small.get(self.kind.config()).cloned().unwrap_or_default(), parts })
     }
 
     fn unusable(&self, place: &Place, source: HeaderError) -> SourceError {
@@ -188,6 +221,15 @@ impl Source {
     /// When a header cannot be read, or the model is not one that Skein supports.
     pub fn header(&self) -> Result<ModelHeader, SourceError> {
         self.raw_header()?.model_header().map_err(|source| SourceError::Header { place: self.uri.clone(), source: Box::new(source) })
+    }
+
+    /// What the adapter changes of a model of shape `base`, and the place of each tensor.
+    ///
+    /// # Errors
+    /// When a header cannot be read, or the adapter is not one that Skein supports, or not for such a model.
+    pub fn adapter_header(&self, base: &ModelConfig) -> Result<AdapterHeader, SourceError> {
+        let unusable = |source| SourceError::Adapter { place: self.uri.clone(), source: Box::new(source) };
+        self.raw_header()?.adapter_header(base).map_err(unusable)
     }
 
     /// What a router needs of the model.
@@ -222,6 +264,7 @@ struct Opener {
     cache: Option<Cache>,
     pinned: Option<Digest>,
     options: SourceOptions,
+    kind: Kind,
 }
 
 impl Opener {
@@ -231,7 +274,7 @@ impl Opener {
             if is_gguf(&place)? {
                 return Ok((vec![(ModelFile { name: location.name(), bytes: place.bytes() }, place)], BTreeMap::new(), true));
             }
-            let beside = self.cache.as_ref().zip(self.pinned.as_ref()).map(|(cache, digest)| cache.beside(digest, uri, &CARD_FILES));
+            let beside = self.cache.as_ref().zip(self.pinned.as_ref()).map(|(cache, digest)| cache.beside(digest, uri, self.kind.beside()));
             if let Some(small) = beside.transpose()?.flatten() {
                 return Ok((vec![(ModelFile { name: location.name(), bytes: place.bytes() }, place)], small, false));
             }
@@ -274,7 +317,14 @@ impl Opener {
     fn folder(&self, uri: &str, folder: &Folder<'_>) -> Result<Opened, SourceError> {
         let no_model = |problem| SourceError::NoModel { folder: uri.to_owned(), problem };
         let layout = match self.names(folder)? {
-            Some(names) => Layout::find(&names).map_err(no_model)?,
+            Some(names) => Layout::find(&names, self.kind).map_err(no_model)?,
+            // A server that lists nothing is asked for the one and, without an answer, for the other.
+            None if self.kind == Kind::Adapter => {
+                return match self.single(folder, ADAPTER_SINGLE) {
+                    Err(SourceError::NotFound { .. }) => self.single(folder, ADAPTER_PYTORCH),
+                    opened => opened,
+                };
+            }
             None if self.small(folder, INDEX)?.is_some() => Layout::Index(INDEX.to_owned()),
             None if self.small(folder, PYTORCH_INDEX)?.is_some() => Layout::Index(PYTORCH_INDEX.to_owned()),
             None => Layout::Single(SINGLE.to_owned()),
@@ -320,18 +370,19 @@ impl Opener {
 
     fn card_files(&self, folder: &Folder<'_>) -> Result<BTreeMap<&'static str, Vec<u8>>, SourceError> {
         let mut files = BTreeMap::new();
-        for name in CARD_FILES {
+        for &name in self.kind.beside() {
             if let Some(bytes) = self.small(folder, name)? {
                 files.insert(name, bytes);
             }
         }
-        if files.contains_key("config.json") {
+        let config = self.kind.config();
+        if files.contains_key(config) {
             return Ok(files);
         }
         let place = match folder {
-            Folder::Local(path) => path.join("config.json").display().to_string(),
-            Folder::Http(base) => format!("{base}config.json"),
-            Folder::Hub { repository, folder, .. } => repository.url(&join(folder, "config.json")),
+            Folder::Local(path) => path.join(config).display().to_string(),
+            Folder::Http(base) => format!("{base}{config}"),
+            Folder::Hub { repository, folder, .. } => repository.url(&join(folder, config)),
         };
         Err(SourceError::NotFound { place })
     }

@@ -15,7 +15,7 @@ use plan::model::Experts;
 
 use super::{
     input::Inputs,
-    weights::{Expert, Linear},
+    weights::{Expert, Linear, first_values},
 };
 use crate::{collective::CollectiveError, compute::Compute, ranks::Ranks};
 
@@ -41,20 +41,12 @@ pub(super) struct Mixture {
     outputs: Vec<f32>,
 }
 
-/// The first `len` values of a buffer, which grows as needed.
-fn first(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
-}
-
 impl Mixture {
     /// Chooses the experts of each token of `h`, `[tokens, hidden]`.
     pub(super) fn route(&mut self, compute: &Compute, inputs: &mut Inputs, router: &Linear, experts: Experts, h: &[f32], tokens: usize) {
         self.used = experts.used;
-        let scores = first(&mut self.scores, tokens * experts.count);
-        inputs.multiply(compute, h, tokens, [(router, &mut *scores)]);
+        let scores = first_values(&mut self.scores, tokens * experts.count);
+        inputs.multiply(compute, h, tokens, &[], [(router, &mut *scores)]);
         routing::route(compute.isa, scores, experts.count, experts.used, experts.normalize, &mut self.chosen);
         let mut counts = vec![0; experts.count];
         self.chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
@@ -85,23 +77,23 @@ impl Mixture {
         h: &[f32],
         hidden: usize,
     ) {
-        first(&mut self.outputs, self.chosen.len() * hidden);
+        first_values(&mut self.outputs, self.chosen.len() * hidden);
         for (expert, places) in own.iter().zip(&self.of_expert[first_expert..]) {
             let rows = places.len();
             if rows == 0 {
                 continue;
             }
-            let x = first(&mut self.inputs, rows * hidden);
+            let x = first_values(&mut self.inputs, rows * hidden);
             for (row, &choice) in x.chunks_exact_mut(hidden).zip(&self.order[places.clone()]) {
                 let token = choice as usize / self.used;
                 row.copy_from_slice(&h[token * hidden..(token + 1) * hidden]);
             }
             let width = rows * expert.gate.matrix.rows();
-            let (gate, up) = (first(&mut self.gate, width), first(&mut self.up, width));
-            inputs.multiply(compute, x, rows, [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
+            let (gate, up) = (first_values(&mut self.gate, width), first_values(&mut self.up, width));
+            inputs.multiply(compute, x, rows, &[], [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
             elementwise::gate(&compute.pool, compute.isa, activation, gate, up);
             let out = &mut self.outputs[places.start * hidden..places.end * hidden];
-            inputs.multiply(compute, gate, rows, [(&expert.down, out)]);
+            inputs.multiply(compute, gate, rows, &[], [(&expert.down, out)]);
         }
     }
 

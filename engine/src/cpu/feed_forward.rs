@@ -4,6 +4,7 @@ use kernels::elementwise::{self, Gate};
 use plan::model::Activation;
 
 use super::{
+    adapter::Adapted,
     forward::{Laps, add_block, all_rows, normed, own_part},
     stage::{Buffers, Cpu},
     weights::FeedForward,
@@ -12,7 +13,13 @@ use crate::{backend::Context, collective::CollectiveError};
 
 impl Cpu {
     /// The feed-forward block of a layer, residual included.
-    pub(super) fn feed_forward(&mut self, layer: usize, context: &mut Context<'_, '_>, laps: &mut Laps) -> Result<(), CollectiveError> {
+    pub(super) fn feed_forward(
+        &mut self,
+        layer: usize,
+        adapted: &[Adapted],
+        context: &mut Context<'_, '_>,
+        laps: &mut Laps,
+    ) -> Result<(), CollectiveError> {
         let (weights, config) = (&self.weights.layers[layer], &self.config);
         let Buffers { x, h, gate, up, gathered, block_out, rows, .. } = &mut self.buffers;
         let rows = *rows;
@@ -27,19 +34,26 @@ impl Cpu {
                 let (pool, isa) = (&self.compute.pool, self.compute.isa);
                 let inner = match &dense.gate {
                     Some(gate_weights) => {
-                        self.inputs.multiply(&self.compute, h, rows, [(gate_weights, &mut *gate), (&dense.up, &mut *up)]);
+                        self.inputs.multiply(&self.compute, h, rows, adapted, [(gate_weights, &mut *gate), (&dense.up, &mut *up)]);
                         elementwise::gate(pool, isa, activation, gate, up);
                         gate
                     }
                     None => {
-                        self.inputs.multiply(&self.compute, h, rows, [(&dense.up, &mut *up)]);
+                        self.inputs.multiply(&self.compute, h, rows, adapted, [(&dense.up, &mut *up)]);
                         elementwise::activate(pool, isa, activation, up);
                         up
                     }
                 };
                 laps.add(&mut context.timings.gate_up);
                 let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
-                self.inputs.multiply_gathered(&self.compute, context.ranks, inner, &self.splits.ffn, rows, (&dense.down, own))?;
+                self.inputs.multiply_gathered(
+                    &self.compute,
+                    context.ranks,
+                    inner,
+                    &self.splits.ffn,
+                    (rows, adapted),
+                    (&dense.down, own),
+                )?;
                 all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?
             }
             FeedForward::Experts { router, own } => {

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use kernels::{Attention, KvSpan, bytes, elementwise, norm};
 
 use super::{
+    adapter::Adapted,
     stage::{Buffers, Cpu},
     weights::Norm,
 };
@@ -34,6 +35,8 @@ struct Tail {
     parts: Vec<usize>,
     /// Rows of the batch, ascending.
     rows: Vec<usize>,
+    /// Those of them that run with adapters, counted among them.
+    adapted: Vec<Adapted>,
 }
 
 impl Tail {
@@ -42,7 +45,12 @@ impl Tail {
         if batch.wanted.len() == batch.tokens {
             return None;
         }
-        let mut tail = Self { spans: Vec::new(), parts: Vec::new(), rows: batch.wanted.iter().map(|w| w.row).collect() };
+        let rows: Vec<usize> = batch.wanted.iter().map(|w| w.row).collect();
+        let adapted = batch.adapted.iter().map(|of| {
+            let kept = rows.iter().enumerate().filter(|(_, row)| of.rows.binary_search(row).is_ok()).map(|(at, _)| at);
+            Adapted { adapter: of.adapter.clone(), rows: kept.collect() }
+        });
+        let mut tail = Self { spans: Vec::new(), parts: Vec::new(), adapted: adapted.collect(), rows };
         for (at, wanted) in batch.wanted.iter().enumerate() {
             let span = &batch.spans[wanted.part];
             match tail.spans.last_mut() {
@@ -78,7 +86,8 @@ impl Cpu {
             let tail = if self.is_last && layer + 1 == layers { Tail::new(batch) } else { None };
             self.attend(layer, batch, spans, tail.as_ref(), context, &mut laps)?;
             if self.buffers.rows > 0 {
-                self.feed_forward(layer, context, &mut laps)?;
+                let adapted = tail.as_ref().map_or(&batch.adapted, |tail| &tail.adapted);
+                self.feed_forward(layer, adapted, context, &mut laps)?;
             }
         }
         if self.is_last && self.buffers.rows > 0 {
@@ -169,17 +178,18 @@ impl Cpu {
         let (query_spans, query_positions) = match tail {
             None => {
                 let into = [(&weights.q, &mut q[..tokens * q_width]), (&weights.k, &mut *k), (&weights.v, &mut *v)];
-                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, into);
+                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, &batch.adapted, into);
                 (spans, batch.positions.as_slice())
             }
             Some(tail) => {
-                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, [(&weights.k, &mut *k), (&weights.v, &mut *v)]);
+                let into = [(&weights.k, &mut *k), (&weights.v, &mut *v)];
+                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, &batch.adapted, into);
                 keep_rows(h, hidden, &tail.rows);
                 keep_rows(x, hidden, &tail.rows);
                 *rows = tail.rows.len();
                 if *rows > 0 {
                     let into = [(&weights.q, &mut q[..*rows * q_width])];
-                    self.inputs.multiply(&self.compute, &h[..*rows * hidden], *rows, into);
+                    self.inputs.multiply(&self.compute, &h[..*rows * hidden], *rows, &tail.adapted, into);
                 }
                 positions.clear();
                 positions.extend(tail.rows.iter().map(|&row| batch.positions[row]));
@@ -212,7 +222,8 @@ impl Cpu {
         let gathered = &mut gathered[..rows * hidden];
         let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
         let attention = &attention[..rows * q_width];
-        self.inputs.multiply_gathered(&self.compute, context.ranks, attention, &self.head_columns, rows, (&weights.o, own))?;
+        let adapted = tail.map_or(batch.adapted.as_slice(), |tail| &tail.adapted);
+        self.inputs.multiply_gathered(&self.compute, context.ranks, attention, &self.head_columns, (rows, adapted), (&weights.o, own))?;
         let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
         add_block(&self.compute, &mut x[..rows * hidden], out, weights.post_attn_norm.as_deref(), config.norm_eps);
         laps.add(&mut context.timings.output);

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use kernels::{Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
 
-use super::weights::Linear;
+use super::{
+    adapter::{Adapted, LowRank},
+    weights::Linear,
+};
 use crate::{collective::CollectiveError, compute::Compute, ranks::Ranks};
 
 /// One input in blocks of 32 and of 256, as far as they are needed.
@@ -44,6 +47,7 @@ pub(super) struct Inputs {
     parts: Vec<Range<usize>>,
     gathered: Vec<f32>,
     floats: Vec<f32>,
+    low_rank: LowRank,
 }
 
 /// A product and its output.
@@ -60,23 +64,33 @@ impl Inputs {
             parts: Vec::new(),
             gathered: vec![0.0; tokens * width],
             floats: vec![0.0; tokens * width],
+            low_rank: LowRank::default(),
         }
     }
 
-    /// Multiplies `x`, `[tokens, k]`, with several matrices, and adds their biases.
-    pub(super) fn multiply<const N: usize>(&mut self, compute: &Compute, x: &[f32], tokens: usize, into: [Into<'_>; N]) {
-        let biases = into.each_ref().map(|(linear, _)| linear.bias.as_slice());
-        let mut products = into.map(|(linear, out)| Product { weights: &linear.matrix, rows: 0..linear.matrix.rows(), out });
-        let mut order: [usize; N] = std::array::from_fn(|i| i);
-        order.sort_by_key(|&i| products[i].weights.activation_block());
-        products.sort_by_key(|p| p.weights.activation_block());
-        let same = |a: &Product<'_>, b: &Product<'_>| a.weights.activation_block() == b.weights.activation_block();
-        for group in products.chunk_by_mut(same) {
-            let input = self.whole.input(compute, group[0].weights, x, tokens);
-            matmul_group(&compute.pool, compute.isa, group, input, tokens);
-        }
-        for (product, &place) in products.iter_mut().zip(&order) {
-            add_bias(compute, product.out, biases[place]);
+    /// Multiplies `x`, `[tokens, k]`, with several matrices, and adds their biases and what adapters change.
+    pub(super) fn multiply<const N: usize>(
+        &mut self,
+        compute: &Compute,
+        x: &[f32],
+        tokens: usize,
+        adapted: &[Adapted],
+        mut into: [Into<'_>; N],
+    ) {
+        let block = |(linear, _): &Into<'_>| linear.matrix.activation_block();
+        into.sort_by_key(block);
+        for group in into.chunk_by_mut(|a, b| block(a) == block(b)) {
+            let input = self.whole.input(compute, &group[0].0.matrix, x, tokens);
+            let products = group.iter_mut().map(|(linear, out)| {
+                let weights = &linear.matrix;
+                Product { weights, rows: 0..weights.rows(), out }
+            });
+            let mut products: Vec<Product<'_>> = products.collect();
+            matmul_group(&compute.pool, compute.isa, &mut products, input, tokens);
+            for (linear, out) in group.iter_mut() {
+                add_bias(compute, out, &linear.bias);
+            }
+            self.low_rank.add(compute, adapted, input, tokens, group);
         }
     }
 
@@ -96,7 +110,7 @@ impl Inputs {
         ranks: &mut Ranks<'_>,
         own: &[f32],
         columns: &[Range<usize>],
-        tokens: usize,
+        (tokens, adapted): (usize, &[Adapted]),
         (linear, out): Into<'_>,
     ) -> Result<(), CollectiveError> {
         let matrix = &linear.matrix;
@@ -121,6 +135,7 @@ impl Inputs {
         };
         matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
         add_bias(compute, out, &linear.bias);
+        self.low_rank.add(compute, adapted, input, tokens, &mut [(linear, out)]);
         Ok(())
     }
 

@@ -224,14 +224,14 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
         };
         let linear = |t: &mut Tensors, role, bias| {
             let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
-            Ok::<_, LoadShardError>(Linear { matrix, bias: t.vectors.remove(&id(bias)).unwrap_or_default() })
+            Ok::<_, LoadShardError>(Linear { id: id(role), matrix, bias: t.vectors.remove(&id(bias)).unwrap_or_default() })
         };
         let t = &mut tensors;
         let feed_forward = match config.experts.filter(|_| config.layers[layer].experts) {
             Some(_) => {
                 let plain = |t: &mut Tensors, role| {
                     let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
-                    Ok::<_, LoadShardError>(Linear { matrix, bias: Vec::new() })
+                    Ok::<_, LoadShardError>(Linear { id: id(role), matrix, bias: Vec::new() })
                 };
                 let own = shard.splits.experts[shard.rank].clone().map(|e| e as u32).map(|e| {
                     let (gate, up) = (plain(t, Role::ExpertGate(e))?, plain(t, Role::ExpertUp(e))?);

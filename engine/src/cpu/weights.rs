@@ -1,11 +1,13 @@
 //! The weights of a shard, packed.
 
 use kernels::{Matrix, WeightType};
-use plan::dtype::DType;
+use plan::{dtype::DType, model::TensorId};
 
 /// A product with an optional bias, each holding this rank's rows.
 #[derive(Debug)]
 pub(crate) struct Linear {
+    /// The matrix, as adapters name it.
+    pub(crate) id: TensorId,
     pub(crate) matrix: Matrix,
     /// Empty when there is none.
     pub(crate) bias: Vec<f32>,
@@ -102,6 +104,14 @@ impl Weights {
     pub(crate) fn vocabulary(&self) -> Option<&Matrix> {
         self.output.as_ref().or(self.embedding.as_ref())
     }
+}
+
+/// The first `len` values of a buffer, which grows as needed.
+pub(crate) fn first_values(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
+    if buffer.len() < len {
+        buffer.resize(len, 0.0);
+    }
+    &mut buffer[..len]
 }
 
 /// The kernels' name for a stored type.

@@ -1,9 +1,9 @@
 //! Engines of all stages and ranks of a plan, and steps for them.
 
-use std::{collections::HashMap, thread, time::Duration};
+use std::{collections::HashMap, sync::Arc, thread, time::Duration};
 
 use engine::{
-    Engine, EngineOptions, MaskSource, NoMasks, StageOutput, StepError,
+    Adapter, Engine, EngineOptions, MaskSource, NoMasks, StageOutput, StepError,
     collective::{Collective, Solo, Threads},
 };
 use kernels::Isa;
@@ -13,7 +13,10 @@ use plan::{
     step::{Begin, BlockId, Input, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
 };
 
-use crate::model::{Model, Noise};
+use crate::{
+    adapter::Lora,
+    model::{Model, Noise},
+};
 
 /// How a model is spread and computed.
 #[derive(Clone, Copy)]
@@ -39,11 +42,17 @@ pub(crate) struct Part {
     pub(crate) ids: Vec<TokenId>,
     pub(crate) wants: Vec<Want>,
     pub(crate) begin: Option<Begin>,
+    /// Slot of its adapter.
+    pub(crate) adapter: u32,
 }
 
 impl Part {
     pub(crate) fn new(sequence: SequenceId, ids: &[TokenId]) -> Self {
-        Self { sequence, ids: ids.to_vec(), wants: Vec::new(), begin: None }
+        Self { sequence, ids: ids.to_vec(), wants: Vec::new(), begin: None, adapter: 0 }
+    }
+
+    pub(crate) fn adapter(self, adapter: u32) -> Self {
+        Self { adapter, ..self }
     }
 
     pub(crate) fn want(mut self, offset: usize, kind: WantKind) -> Self {
@@ -133,6 +142,18 @@ impl Rig {
         Self { engines: engines.collect(), steps: 0, frees: Vec::new(), places: HashMap::new(), free, plan }
     }
 
+    /// Loads an adapter on every engine, and puts it into a slot.
+    pub(crate) fn bind(&mut self, slot: u32, adapter: &Lora) {
+        for (stage, engines) in self.plan.stages.iter().zip(&mut self.engines) {
+            for (shard, engine) in stage.shards.iter().zip(engines) {
+                let part = adapter.header.of(&self.plan.config, shard);
+                let loaded = Adapter::load(&self.plan.config, shard, &part, adapter).expect("a loadable adapter");
+                assert_eq!(loaded.bytes(), part.weight_bytes());
+                engine.bind_adapter(slot, Arc::new(loaded)).expect("an adapter for this shard");
+            }
+        }
+    }
+
     /// The step of some parts, each at its sequence's next position, with new blocks as needed.
     pub(crate) fn step(&mut self, parts: &[Part]) -> Step {
         self.steps += 1;
@@ -158,7 +179,7 @@ impl Rig {
                 tables,
                 wants: part.wants.clone(),
                 begin: part.begin.clone().map(Box::new),
-                adapter: 0,
+                adapter: part.adapter,
             });
             place.fed = end;
         }

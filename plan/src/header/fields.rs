@@ -1,14 +1,16 @@
-//! Access to `config.json`, with errors that name field and file.
+//! Access to a JSON file of settings, with errors that name field and file.
 
 use serde_json::{Map, Value};
 
 use super::{HeaderError, MAX_COUNT};
 
-/// Name of the file, for messages.
+/// Name of a model's file, for messages.
 pub(super) const FILE: &str = "config.json";
 
 /// Access to a JSON object's fields, with errors that name them.
 pub(super) struct Fields<'a> {
+    /// Name of the file, for messages.
+    pub(super) file: &'static str,
     pub(super) map: &'a Map<String, Value>,
     pub(super) path: String,
 }
@@ -29,21 +31,21 @@ impl<'a> Fields<'a> {
             got.truncate(end);
             got.push('…');
         }
-        HeaderError::Field { file: FILE.to_owned(), field: self.name(name), expected: expected.to_owned(), got }
+        HeaderError::Field { file: self.file.to_owned(), field: self.name(name), expected: expected.to_owned(), got }
     }
 
     pub(super) fn missing(&self, name: &str, expected: &str) -> HeaderError {
-        HeaderError::Field { file: FILE.to_owned(), field: self.name(name), expected: expected.to_owned(), got: "missing".to_owned() }
+        HeaderError::Field { file: self.file.to_owned(), field: self.name(name), expected: expected.to_owned(), got: "missing".to_owned() }
     }
 
     pub(super) fn unsupported(&self, name: &str, expected: &'static str, got: &str) -> HeaderError {
-        HeaderError::UnsupportedFeature { file: FILE.to_owned(), field: self.name(name), expected, got: got.to_owned() }
+        HeaderError::UnsupportedFeature { file: self.file.to_owned(), field: self.name(name), expected, got: got.to_owned() }
     }
 
     pub(super) fn object(&self, name: &str) -> Result<Option<Self>, HeaderError> {
         match self.present(name) {
             None => Ok(None),
-            Some(Value::Object(map)) => Ok(Some(Self { map, path: format!("{}{name}.", self.path) })),
+            Some(Value::Object(map)) => Ok(Some(Self { file: self.file, map, path: format!("{}{name}.", self.path) })),
             Some(other) => Err(self.wrong(name, "an object", other)),
         }
     }

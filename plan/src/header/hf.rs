@@ -45,7 +45,7 @@ pub fn from_safetensors(config_json: &[u8], parts: &[(ModelFile, Header)]) -> Re
     assemble(family, Format::Safetensors, config, files, found.collect(), Some(biases))
 }
 
-fn dtype(name: &str) -> Option<DType> {
+pub(super) fn dtype(name: &str) -> Option<DType> {
     Some(match name {
         "F32" => DType::F32,
         "F16" => DType::F16,
@@ -66,7 +66,7 @@ impl HfConfig {
 
 fn parse(json: &[u8]) -> Result<(&'static Family, HfConfig), HeaderError> {
     let map: Map<String, Value> = serde_json::from_slice(json).map_err(|source| HeaderError::Json { file: FILE.to_owned(), source })?;
-    let fields = Fields { map: &map, path: String::new() };
+    let fields = Fields { file: FILE, map: &map, path: String::new() };
     let family = families::of_hf(&fields)?;
     if fields.present("quantization_config").is_some() {
         return Err(fields.unsupported("quantization_config", "unquantized weights", "quantized weights"));

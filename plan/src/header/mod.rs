@@ -1,5 +1,6 @@
 //! From file headers to a [`ModelHeader`]: the model's shape, and the place of every tensor its forward pass uses.
 
+mod adapter;
 mod families;
 mod fields;
 mod gguf;
@@ -10,6 +11,7 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 
+pub use adapter::{adapter_from_gguf, adapter_from_peft};
 pub use gguf::{from_gguf, from_gguf_parts};
 pub use hf::{HfConfig, from_safetensors};
 pub use tensors::Biases;

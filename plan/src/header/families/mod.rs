@@ -22,7 +22,7 @@ use super::{
     metadata::Meta,
     tensors::Name,
 };
-use crate::model::{ModelConfig, Role};
+use crate::model::{Architecture, ModelConfig, Role};
 
 /// A family of models.
 pub(super) struct Family {
@@ -60,6 +60,21 @@ const FAMILIES: [&Family; 9] = [
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
 ];
+
+/// The family of an architecture.
+pub(super) fn of(architecture: Architecture) -> &'static Family {
+    match architecture {
+        Architecture::Llama => &llama::LLAMA,
+        Architecture::Gemma3 => &gemma3::GEMMA3,
+        Architecture::Mistral => &mistral::MISTRAL,
+        Architecture::Qwen2 => &qwen2::QWEN2,
+        Architecture::Qwen3 => &qwen3::QWEN3,
+        Architecture::Phi3 => &phi3::PHI3,
+        Architecture::Gpt2 => &gpt2::GPT2,
+        Architecture::Mixtral => &mixtral::MIXTRAL,
+        Architecture::Qwen3Moe => &qwen3_moe::QWEN3_MOE,
+    }
+}
 
 /// The family that `config.json` names: by its class, or by its type where it has no class.
 pub(super) fn of_hf(fields: &Fields<'_>) -> Result<&'static Family, HeaderError> {
