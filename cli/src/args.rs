@@ -335,9 +335,9 @@ pub(crate) struct LogitsArgs {
     /// Continue greedily by N tokens, whatever tokens come.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) greedy: u32,
-    /// Folder of a LoRA adapter; of the fixed interface, and refused so far.
-    #[arg(long, value_name = "DIR", hide = true)]
-    pub(crate) adapter: Option<PathBuf>,
+    /// Folder, file or source of a low-rank adapter (LoRA) that is put on the model.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) adapter: Option<String>,
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

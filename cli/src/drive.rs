@@ -1,8 +1,11 @@
 //! Steps of one's own making on a replica: what `eval` and `bench` use in place of the scheduler.
 
 use anyhow::Context;
-use plan::step::{Output, Step};
-use router::replica::{Replica, Session};
+use plan::{
+    adapter::AdapterSource,
+    step::{Output, Step},
+};
+use router::replica::{AdapterAnswer, AdapterLine, AdapterOrder, Replica, Session};
 
 /// A session whose steps are made by hand.
 #[derive(Debug)]
@@ -18,6 +21,20 @@ impl Drive {
     /// Opens a session on `replica`.
     pub(crate) async fn open(replica: &dyn Replica) -> anyhow::Result<Self> {
         Ok(Self { session: replica.open().await.context("failed to open a session")?, sent: 0, answered: 0 })
+    }
+
+    /// Has every worker load an adapter into a slot, and waits for it.
+    pub(crate) async fn load(&mut self, slot: u32, adapter: AdapterSource) -> anyhow::Result<()> {
+        let AdapterLine { orders, answers } = &mut self.session.adapters;
+        // A session that is over takes no orders; its last reply says why.
+        if orders.send(AdapterOrder::Load { slot, adapter }).await.is_ok() {
+            tokio::select! {
+                Some(AdapterAnswer { result, .. }) = answers.recv() => return result.map_err(|why| anyhow::anyhow!("the adapter is not loaded: {why}")),
+                Some(reply) = self.session.replies.recv() => drop(reply.context("the session ended")?),
+                else => {}
+            }
+        }
+        anyhow::bail!("the session ended while an adapter was loaded")
     }
 
     /// Sends a step, numbered here, and returns its number. Waits while too many steps are unanswered.

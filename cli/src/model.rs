@@ -10,7 +10,13 @@ use std::{
 use anyhow::Context;
 use engine::WeightReader;
 use indicatif::ProgressBar;
-use plan::{card::ModelCard, dtype::DType, model::ModelHeader};
+use plan::{
+    adapter::{AdapterHeader, AdapterSource},
+    card::ModelCard,
+    dtype::DType,
+    manifest::AdapterSpec,
+    model::ModelHeader,
+};
 use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 use crate::{
@@ -58,6 +64,19 @@ impl Model {
         Ok(Self { name, uri, digest, source: Arc::new(source), header: Arc::new(header) })
     }
 
+    /// Opens a low-rank adapter for this model.
+    ///
+    /// # Errors
+    /// Bad input when there is no adapter, it is damaged or of an unknown kind, or not for this model.
+    pub(crate) async fn adapter(&self, global: &Global, spec: &AdapterSpec) -> Outcome<Adapter> {
+        let options = SourceOptions { digest: spec.digest.clone(), progress: progress(global.quiet), ..source_options(global) };
+        let (uri, header) = (spec.uri.clone(), self.header.clone());
+        let opened = tokio::task::spawn_blocking(move || Source::open_adapter(&uri, options)?.adapter_header(&header.config));
+        let header = opened.await.context("opening the adapter was cut off")?.map_err(failure)?;
+        let source = AdapterSource::new(&absolute(&spec.uri)?, spec.digest.as_deref(), &header);
+        Ok(Adapter { name: spec.name.clone(), source, header: Arc::new(header) })
+    }
+
     /// The same model with its floats converted to `to` as they are loaded.
     pub(crate) fn loaded_as(mut self, to: Option<DType>) -> Self {
         if let Some(to) = to {
@@ -80,6 +99,16 @@ impl Model {
     pub(crate) fn reader(&self) -> Reader {
         Reader(self.source.clone())
     }
+}
+
+/// A low-rank adapter whose header was read.
+#[derive(Clone, Debug)]
+pub(crate) struct Adapter {
+    /// What requests call it.
+    pub(crate) name: String,
+    /// Source that other processes can open too.
+    pub(crate) source: AdapterSource,
+    pub(crate) header: Arc<AdapterHeader>,
 }
 
 /// Where files come from and are kept.

@@ -323,7 +323,8 @@ async fn advance(object: &mut ModelDeployment, context: &Context, space: &Space,
     status::scaled(&mut status, object, &valid, decision.as_ref());
     let ready = status.ready_replicas == valid.replicas();
     context.say(object, status).await?;
-    let idle = if ready { IDLE } else { STARTING };
+    // An adapter whose source fails is looked for again.
+    let idle = if ready && valid.adapters.iter().all(|(_, source)| source.is_ok()) { IDLE } else { STARTING };
     let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
     Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).fold(idle, Duration::min)) })
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use futures_util::future::join_all;
 use k8s_openapi::{
     api::{
         apps::v1::{ControllerRevision, StatefulSet},
@@ -18,17 +19,22 @@ use plan::model::ModelHeader;
 use crate::{
     fleet::{Load, Space},
     lost::{self, Named},
-    models::{Models, Unresolved},
+    models::{Models, Opened, Unresolved},
     names,
     resource::ModelDeployment,
     revision::Revision,
 };
+
+/// Most adapters of a deployment.
+const ADAPTERS: usize = 64;
 
 /// Everything a reconcile knows beside the resource itself.
 #[derive(Debug)]
 pub struct Fetched {
     /// The header of the model; `None` where the spec names no remote source.
     pub header: Option<Result<Arc<ModelHeader>, Unresolved>>,
+    /// The adapters that the spec names, where the header of the model is known.
+    pub adapters: Vec<Opened>,
     /// The ConfigMap that the chat template is in, by name, where one is named and exists.
     pub template: Option<(String, BTreeMap<String, String>)>,
     /// An older deployment of the namespace that has one of the model's names: the name, and whose it is.
@@ -81,10 +87,13 @@ pub async fn dereference(
     let (namespace, name) = (object.namespace(), object.name());
     let uri = object.spec["model"]["uri"].as_str().filter(|uri| is_remote(uri));
     let header = async {
-        match uri {
-            Some(uri) => Some(models.header(uri).await),
-            None => None,
-        }
+        let Some(uri) = uri else { return (None, Vec::new()) };
+        let header = models.header(uri).await;
+        let adapters = match &header {
+            Ok(header) => adapters(models, object, (uri, header)).await,
+            Err(_) => Vec::new(),
+        };
+        (Some(header), adapters)
     };
     let template = async {
         match object.spec["chat"]["template"]["configMapKeyRef"]["name"].as_str() {
@@ -114,9 +123,10 @@ pub async fn dereference(
             load,
         })
     };
-    let (header, template, standing) = tokio::join!(header, template, standing);
+    let ((header, adapters), template, standing) = tokio::join!(header, template, standing);
     Ok(Fetched {
         header,
+        adapters,
         template: template?.and_then(|map| Some((map.metadata.name?, map.data.unwrap_or_default()))),
         taken: taken(object, others),
         standing: standing?,
@@ -136,6 +146,25 @@ async fn lost(client: &Client, pods: &[Pod], load: &Load) -> Result<Vec<Named>, 
         }
     }
     Ok(lost::pods(pods, load, &nodes, now))
+}
+
+/// The adapters that a spec names; what is wrong with how it names them, its validation says.
+async fn adapters(models: &Models, object: &ModelDeployment, model: (&str, &Arc<ModelHeader>)) -> Vec<Opened> {
+    let named = object.spec["adapters"].as_array().into_iter().flatten().take(ADAPTERS).filter_map(|adapter| {
+        let text = |field: &str| adapter[field].as_str().map(str::to_owned);
+        Some((text("name")?, text("uri")?, text("digest")))
+    });
+    let open = |(name, uri, digest): (String, String, Option<String>)| async move {
+        let header = if is_remote(&uri) {
+            models.adapter(&uri, model).await
+        } else {
+            let message =
+                format!("{uri} is a path of a node, and this operator gives workers no host paths; name it by hf://, http:// or https://");
+            Err(Unresolved { reason: "HostPathForbidden", message })
+        };
+        Opened { name, uri, digest, header }
+    };
+    join_all(named.map(open)).await
 }
 
 /// Whether the operator may read a source itself. Paths are those of a node, and never opened here.

@@ -93,12 +93,23 @@ pub struct Said {
     pub last_failure: Option<String>,
     /// Sequences on it, summed over routers; `None` while one of a replica that drains may not know so.
     pub sequences: Option<u32>,
+    /// Its adapters, by numerics id.
+    pub adapters: BTreeMap<String, Presence>,
+}
+
+/// What routers say of an adapter on a replica.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Presence {
+    /// Every worker has it.
+    pub ready: bool,
+    /// Why it cannot be loaded.
+    pub failure: Option<String>,
 }
 
 impl Said {
     /// Whether a deployment is to be looked at because this is said of a replica, and `other` was.
     fn differs(&self, other: &Self) -> bool {
-        (self.ready, &self.last_failure) != (other.ready, &other.last_failure)
+        (self.ready, &self.last_failure, &self.adapters) != (other.ready, &other.last_failure, &other.adapters)
     }
 }
 
@@ -255,6 +266,11 @@ impl Space {
             known.ready |= said.ready;
             known.last_failure = known.last_failure.take().or_else(|| said.last_failure.clone());
             known.sequences = Some(known.sequences.unwrap_or(0) + said.sequences.unwrap_or(0));
+            for (numerics, said) in &said.adapters {
+                let adapter = known.adapters.entry(numerics.clone()).or_default();
+                adapter.ready |= said.ready;
+                adapter.failure = adapter.failure.take().or_else(|| said.failure.clone());
+            }
         }
         for (name, since) in &inner.drains {
             if let Some(said) = load.replicas.get_mut(name).filter(|_| reporting.iter().any(|r| r.before < *since)) {
@@ -277,7 +293,10 @@ impl Space {
         let mut inner = lock(&self.inner);
         let said = |r: wire::ReplicaState| {
             let last_failure = Some(r.last_failure).filter(|f| !f.is_empty());
-            (r.name, Said { ready: r.ready, last_failure, sequences: Some(r.sequences) })
+            let adapter =
+                |a: wire::AdapterState| (a.numerics, Presence { ready: a.ready, failure: Some(a.failure).filter(|f| !f.is_empty()) });
+            let adapters = r.adapters.into_iter().map(adapter).collect();
+            (r.name, Said { ready: r.ready, last_failure, sequences: Some(r.sequences), adapters })
         };
         let measured = report.loads.iter().map(|load| (load.deployment.clone(), measured(load))).collect();
         let loads = report.loads.into_iter().map(|load| (load.deployment, load.replicas.into_iter().map(said).collect()));

@@ -6,7 +6,10 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use plan::model::ModelHeader;
+use plan::{
+    adapter::{AdapterHeader, AdapterSource},
+    model::ModelHeader,
+};
 use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 /// Most headers kept; beyond that all are read again.
@@ -23,17 +26,40 @@ pub struct Unresolved {
     pub message: String,
 }
 
+/// An adapter that a spec names, as far as it could be read.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// What requests call it.
+    pub name: String,
+    /// Where it is.
+    pub uri: String,
+    /// What it is pinned to.
+    pub digest: Option<String>,
+    /// Its header.
+    pub header: Result<Arc<AdapterHeader>, Unresolved>,
+}
+
+impl Opened {
+    /// What workers are told, or why nothing.
+    pub fn source(&self) -> Result<AdapterSource, String> {
+        let header = self.header.as_ref().map_err(|unresolved| unresolved.message.clone())?;
+        Ok(AdapterSource::new(&self.uri, self.digest.as_deref(), header))
+    }
+}
+
 /// Reads and keeps headers.
 #[derive(Debug)]
 pub struct Models {
     hub: String,
     kept: Mutex<HashMap<String, Arc<ModelHeader>>>,
+    /// Of adapters, by their sources and those of their models.
+    adapters: Mutex<HashMap<(String, String), Arc<AdapterHeader>>>,
 }
 
 impl Models {
     /// With `hub` as the base of `hf://` sources.
     pub fn new(hub: Option<String>) -> Self {
-        Self { hub: hub.unwrap_or_else(|| PUBLIC_HUB.to_owned()), kept: Mutex::default() }
+        Self { hub: hub.unwrap_or_else(|| PUBLIC_HUB.to_owned()), kept: Mutex::default(), adapters: Mutex::default() }
     }
 
     /// The header of the model at `uri`, which is a remote source; its weights are not read.
@@ -58,6 +84,41 @@ impl Models {
         }
         kept.insert(uri.to_owned(), header.clone());
         Ok(header)
+    }
+
+    /// The header of the adapter at `uri`, a remote source, for the model of `header` at `model`; its weights are not read.
+    ///
+    /// # Errors
+    /// When it cannot be fetched, is no adapter, or not for this model.
+    pub async fn adapter(&self, uri: &str, (model, header): (&str, &Arc<ModelHeader>)) -> Result<Arc<AdapterHeader>, Unresolved> {
+        let key = (uri.to_owned(), model.to_owned());
+        if let Some(known) = self.lock_adapters().get(&key) {
+            return Ok(known.clone());
+        }
+        let options = SourceOptions { hub: self.hub.clone(), whole: false, retries: RETRIES, ..SourceOptions::default() };
+        let (name, header) = (uri.to_owned(), header.clone());
+        let read = tokio::task::spawn_blocking(move || Source::open_adapter(&name, options)?.adapter_header(&header.config)).await;
+        let read = match read {
+            Ok(Ok(read)) => Arc::new(read),
+            Ok(Err(error)) => return Err(unresolved(&error)),
+            Err(error) => return Err(Unresolved { reason: "DownloadFailed", message: format!("reading the header was cut off: {error}") }),
+        };
+        let mut kept = self.lock_adapters();
+        if kept.len() >= KEPT {
+            kept.clear();
+        }
+        kept.insert(key, read.clone());
+        Ok(read)
+    }
+
+    fn lock_adapters(&self) -> std::sync::MutexGuard<'_, HashMap<(String, String), Arc<AdapterHeader>>> {
+        self.adapters.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Knows the header of an adapter without reading it.
+    #[cfg(test)]
+    pub(crate) fn know_adapter(&self, uri: &str, model: &str, header: Arc<AdapterHeader>) {
+        self.lock_adapters().insert((uri.to_owned(), model.to_owned()), header);
     }
 
     /// Knows the header of a model without reading it.

@@ -158,6 +158,10 @@ pub struct Status {
     /// What built-in autoscaling decided, in its mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<AutoscalingStatus>,
+    /// The adapters of the spec.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
+    pub adapters: Vec<AdapterStatus>,
     /// Where requests go, inside the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
@@ -260,6 +264,28 @@ pub enum ReplicaPhase {
     Ready,
     Recovering,
     Draining,
+}
+
+/// One adapter.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct AdapterStatus {
+    /// What requests name behind the model's name and a colon.
+    pub name: String,
+    /// Loading: some replica that answers does not have it yet. Ready: each has it. Failed: see the message.
+    pub state: AdapterPhase,
+    /// Where it is, or why not.
+    pub message: String,
+}
+
+/// How far an adapter is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[expect(missing_docs, reason = "AdapterStatus says it")]
+pub enum AdapterPhase {
+    #[default]
+    Loading,
+    Ready,
+    Failed,
 }
 
 /// What built-in autoscaling decided.

@@ -1,5 +1,6 @@
 //! Fifth step: what came of it, as status. Computed from what was applied and what stands; pure but for the last function.
 
+mod adapters;
 mod news;
 mod replicas;
 
@@ -170,7 +171,9 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     set(&mut status, object, AVAILABLE, available);
     let (truth, reason, message) = progressing(object, view, &replicas);
     put(&mut status, object, PROGRESSING, truth, reason, message);
-    set(&mut status, object, DEGRADED, degraded(view, &replicas));
+    status.adapters = adapters::states(view, &replicas);
+    let degraded = degraded(view, &replicas).unwrap_or_else(|| adapters::degraded(&status.adapters));
+    set(&mut status, object, DEGRADED, degraded);
     status.replica_states = replicas.into_iter().take(LISTED).collect();
     summarize(&mut status, object);
     status

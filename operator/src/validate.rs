@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use plan::{
+    adapter::AdapterSource,
     fleet::ReplicaLimits,
-    manifest::{API_VERSION, KIND, Manifest},
+    manifest::{API_VERSION, AdapterSpec, KIND, Manifest},
     model::ModelHeader,
     planner::{self, Capacity, Origin},
     shard::ExecutionPlan,
@@ -14,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::{
     dereference::Fetched,
-    models::Unresolved,
+    models::{Opened, Unresolved},
     names,
     resource::ModelDeployment,
     status::{ACCEPTED, MODEL_RESOLVED},
@@ -37,7 +38,12 @@ pub struct ValidatedDeployment {
     pub plan: ExecutionPlan,
     /// What decides the bits of its replicas.
     pub numerics: String,
+    /// Its adapters, or why one is none. They are no part of a revision: they come and go while its workers run.
+    pub adapters: Vec<Adapter>,
 }
+
+/// An adapter by its name, and what workers are told, or why nothing.
+pub type Adapter = (String, Result<AdapterSource, String>);
 
 /// Why a deployment is not built.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,11 +113,13 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         }
     };
     // A worker may take what its limit says; where there is none, the scheduler finds a node for what the plan needs.
+    let room = fetched.adapters.iter().filter_map(|opened| opened.header.clone().ok()).collect();
     let plan = manifest
-        .plan(&header, &Capacity { memory_bytes: None })
+        .plan_with(&header, &Capacity { memory_bytes: None }, room)
         .map_err(|error| refuse(ACCEPTED, "PlanInfeasible", format!("{error}; change spec.parallelism or spec.engine"), Until::Changed))?;
     if !plan.fits {
         let message = format!("{}; raise spec.workers.resources.limits.memory, or spread the model over more workers", plan.message);
+        let message = if plan.adapter_bytes > 0 { format!("{message}, or take adapters away") } else { message };
         return Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed));
     }
     let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context);
@@ -119,11 +127,22 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         name: object.name().to_owned(),
         namespace: object.namespace().to_owned(),
         uid: object.uid().to_owned(),
+        adapters: adapters(&manifest, fetched),
         manifest,
         header,
         plan,
         numerics,
     })
+}
+
+/// The adapters of a manifest, as far as they were read.
+pub fn adapters(manifest: &Manifest, fetched: &Fetched) -> Vec<Adapter> {
+    let read = |spec: &AdapterSpec| {
+        let found = fetched.adapters.iter().find(|o| (&o.name, &o.uri, &o.digest) == (&spec.name, &spec.uri, &spec.digest));
+        let source = found.map_or_else(|| Err("it was not read".to_owned()), Opened::source);
+        (spec.name.clone(), source)
+    };
+    manifest.spec().adapters.iter().map(read).collect()
 }
 
 /// A spec of a deployment, its own or one that it had, through the parser of manifests, which knows rules, ranges and paths. JSON is YAML.

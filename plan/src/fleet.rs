@@ -1,6 +1,6 @@
 //! The fleet as a router sees it: deployments, replicas and where their workers listen.
 
-use crate::shard::KvGeometry;
+use crate::{adapter::AdapterSource, shard::KvGeometry};
 use serde::{Deserialize, Serialize};
 
 /// The whole state pushed to routers. States with a lower `(term, number)` than one already taken are ignored.
@@ -40,6 +40,18 @@ pub struct FleetDeployment {
     pub serving: ServingSettings,
     /// Its replicas.
     pub replicas: Vec<FleetReplica>,
+    /// Low-rank adapters that every replica is to have.
+    #[serde(default)]
+    pub adapters: Vec<FleetAdapter>,
+}
+
+/// A low-rank adapter of a deployment.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetAdapter {
+    /// What requests name behind the model's name and a colon.
+    pub name: String,
+    /// Where workers find it.
+    pub source: AdapterSource,
 }
 
 /// What one replica can hold.

@@ -209,6 +209,9 @@ pub struct ExecutionPlan {
     pub tensor_bytes: u64,
     /// Bytes held by more than one worker, counted once for each extra holder.
     pub shared_bytes: u64,
+    /// Bytes that adapters need on the worker where they need most.
+    #[serde(default)]
+    pub adapter_bytes: u64,
     /// Whether every worker fits into its memory.
     pub fits: bool,
     /// Why, with numbers.

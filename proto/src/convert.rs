@@ -1,5 +1,6 @@
 //! Conversions between wire messages and the plain types of `plan`, with errors that name the field a peer sent wrong.
 
+mod adapter;
 mod error;
 mod fleet;
 mod output;
@@ -7,6 +8,7 @@ mod step;
 #[cfg(test)]
 mod tests;
 
+pub use adapter::{decode_load, encode_load};
 pub use error::ConvertError;
 pub use fleet::{decode_fleet, encode_fleet};
 pub use output::{decode_logprobs, decode_output, encode_logprobs, encode_output, f32s_from_bytes, f32s_to_bytes};

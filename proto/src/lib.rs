@@ -28,7 +28,7 @@ pub use skein::pool::v1 as pool;
 mod skein {
     pub(crate) mod pool {
         pub mod v1 {
-            #![expect(missing_docs, unused_qualifications, reason = "generated")]
+            #![expect(missing_docs, unused_qualifications, clippy::large_enum_variant, reason = "generated")]
             include!("generated/skein.pool.v1.rs");
         }
     }

@@ -19,7 +19,7 @@ use tonic::transport::{Endpoint, Error as TransportError};
 use tracing::{info, warn};
 
 pub use self::store::FleetStore;
-use crate::edge::{DeploymentLoad, Edge};
+use crate::edge::{AdapterLoad, DeploymentLoad, Edge};
 
 /// How often load is reported.
 const REPORT: Duration = Duration::from_secs(1);
@@ -171,6 +171,11 @@ fn warn_away(ended: &StreamError, pause: Duration) {
     warn!(error, pause_ms = pause.as_millis() as u64, "the control plane is away; the last state stays in force");
 }
 
+fn adapter(adapter: &AdapterLoad) -> wire::AdapterState {
+    let failure = adapter.failure.clone().unwrap_or_default();
+    wire::AdapterState { numerics: adapter.numerics.clone(), ready: adapter.ready, failure }
+}
+
 fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
     let replica = |r: &crate::edge::ReplicaLoad| wire::ReplicaState {
         name: r.name.clone(),
@@ -178,6 +183,7 @@ fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
         last_failure: r.last_failure.clone().unwrap_or_default(),
         drives: r.drives,
         sequences: r.sequences as u32,
+        adapters: r.adapters.iter().map(adapter).collect(),
     };
     wire::DeploymentLoad {
         deployment: load.deployment.clone(),

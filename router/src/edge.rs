@@ -17,7 +17,7 @@ use std::sync::Arc;
 use plan::step::{Logprobs, Output, Sampling, TokenId, Want};
 
 pub use handle::{Edge, EdgeOptions};
-pub use status::{DeploymentLoad, ModelStatus, ReplicaLoad};
+pub use status::{AdapterLoad, DeploymentLoad, ModelStatus, ReplicaLoad};
 pub use stream::TokenStream;
 
 /// One sequence to generate, fully tokenized.
@@ -70,6 +70,17 @@ pub enum FinishReason {
 /// Why a stream broke.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum StreamError {
+    /// Its adapter was unloaded before it began, or while it moved from one replica to another.
+    #[error("adapter {0} is not served any more")]
+    NoAdapter(String),
+    /// Its adapter is on no replica.
+    #[error("adapter {name} cannot be loaded: {why}")]
+    AdapterFailed {
+        /// Its name.
+        name: String,
+        /// What a worker said.
+        why: String,
+    },
     /// No replica with the same numerics is left.
     #[error("no replica can continue this stream: {0}")]
     NoReplica(String),
@@ -91,6 +102,8 @@ impl StreamError {
     /// Stable, low-cardinality key for metrics and logs.
     pub fn reason(&self) -> &'static str {
         match self {
+            Self::NoAdapter(_) => "adapter_unloaded",
+            Self::AdapterFailed { .. } => "adapter_failed",
             Self::NoReplica(_) => "no_replica",
             Self::Engine(_) => "engine",
             Self::Queue(_) => "queue_timeout",
@@ -106,6 +119,16 @@ pub enum SubmitError {
     /// No deployment has this name.
     #[error("model {0} does not exist")]
     UnknownModel(String),
+    /// The model has no adapter of this name.
+    #[error("model {model} has no adapter {adapter}; {}", served(.known))]
+    UnknownAdapter {
+        /// The model.
+        model: String,
+        /// What was asked for.
+        adapter: String,
+        /// What requests can name, as `model:adapter`.
+        known: Vec<String>,
+    },
     /// The queue is full.
     #[error("the queue of {queued} requests is full")]
     QueueFull {
@@ -150,6 +173,7 @@ impl SubmitError {
     pub fn reason(&self) -> &'static str {
         match self {
             Self::UnknownModel(_) => "unknown_model",
+            Self::UnknownAdapter { .. } => "unknown_adapter",
             Self::QueueFull { .. } => "queue_full",
             Self::NotReady(_) => "not_ready",
             Self::HoldFull { .. } => "hold_full",
@@ -157,6 +181,11 @@ impl SubmitError {
             Self::TooLong { .. } => "too_long",
         }
     }
+}
+
+/// Names of adapters in words.
+fn served(names: &[String]) -> String {
+    if names.is_empty() { "it has none".to_owned() } else { format!("served are {}", names.join(", ")) }
 }
 
 /// A sequence of given ids, run for what a model computes at them rather than for text.

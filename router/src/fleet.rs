@@ -13,15 +13,19 @@ use std::{
 
 use plan::{
     card::ModelCard,
-    fleet::{FleetDeployment, FleetReplica, RoutingPolicy},
+    fleet::{FleetAdapter, FleetDeployment, FleetReplica, RoutingPolicy},
     step::TokenId,
 };
 
 pub(crate) use self::{
-    driver::{Condition, Driver, Ticket},
+    driver::{Condition, Driver, Presence, Ticket},
     supervisor::Supervisor,
 };
-use crate::{edge::stats::Stats, replica::Replica, scheduler::BlockHash};
+use crate::{
+    edge::{SubmitError, stats::Stats},
+    replica::Replica,
+    scheduler::BlockHash,
+};
 
 /// A replica that holds this many sequences more than another, and twice as many, gets no further ones for its cache.
 const IMBALANCE: usize = 8;
@@ -45,6 +49,26 @@ impl View {
         let named = |d: &&Arc<Deployment>| d.spec.model == model;
         let aliased = |d: &&Arc<Deployment>| d.spec.aliases.iter().any(|a| a == model);
         self.deployments.iter().find(named).or_else(|| self.deployments.iter().find(aliased))
+    }
+
+    /// The deployment, and the adapter of it, that a request names: `model`, or `model:adapter`.
+    ///
+    /// # Errors
+    /// When there is no such model, or it has no such adapter.
+    pub(crate) fn resolve(&self, name: &str) -> Result<(&Arc<Deployment>, Option<&FleetAdapter>), SubmitError> {
+        if let Some(deployment) = self.find(name) {
+            return Ok((deployment, None));
+        }
+        let unknown = || SubmitError::UnknownModel(name.to_owned());
+        let (model, adapter) = name.rsplit_once(':').ok_or_else(unknown)?;
+        let deployment = self.find(model).ok_or_else(unknown)?;
+        let adapters = &deployment.spec.adapters;
+        let found = adapters.iter().find(|a| a.name == adapter).ok_or_else(|| SubmitError::UnknownAdapter {
+            model: model.to_owned(),
+            adapter: adapter.to_owned(),
+            known: adapters.iter().map(|a| format!("{model}:{}", a.name)).collect(),
+        })?;
+        Ok((deployment, Some(found)))
     }
 
     /// The deployment with this resource name.
@@ -90,16 +114,26 @@ impl Member {
         self.driver.live(self.sequences.load(Ordering::Relaxed))
     }
 
+    /// How each adapter of its deployment is doing on it, by numerics id.
+    pub(crate) fn adapters(&self, deployment: &FleetDeployment) -> Vec<(String, Presence)> {
+        deployment.adapters.iter().map(|a| (a.source.numerics.clone(), self.driver.adapter(&a.source.numerics))).collect()
+    }
+
     fn load(&self) -> f64 {
         (self.live() as f64 + 1.0) / f64::from(self.spec.weight.max(1))
     }
 }
 
 impl Deployment {
-    /// The replica for a sequence: ready, taking new ones, and of the given numerics id where the sequence has begun.
-    pub(crate) fn choose(&self, ids: &[TokenId], numerics: Option<&str>) -> Option<&Arc<Member>> {
-        let fits =
-            |m: &&Arc<Member>| !m.spec.draining && m.spec.weight > 0 && m.driver.ready() && numerics.is_none_or(|n| n == m.spec.numerics);
+    /// The replica for a sequence: ready, taking new ones, with its adapter, and of the given numerics id where the sequence has begun.
+    pub(crate) fn choose(&self, ids: &[TokenId], adapter: &str, numerics: Option<&str>) -> Option<&Arc<Member>> {
+        let fits = |m: &&Arc<Member>| {
+            !m.spec.draining
+                && m.spec.weight > 0
+                && m.driver.ready()
+                && numerics.is_none_or(|n| n == m.spec.numerics)
+                && (adapter.is_empty() || m.driver.adapter(adapter) == Presence::Ready)
+        };
         let candidates: Vec<&Arc<Member>> = self.members.iter().filter(fits).collect();
         let (first, rest) = candidates.split_first()?;
         if rest.is_empty() {
@@ -110,7 +144,7 @@ impl Deployment {
             RoutingPolicy::Random => {
                 // A hash of a counter: evenly spread, and no state to seed.
                 let turn = self.lasting.turn.fetch_add(1, Ordering::Relaxed) as u64;
-                let draw = BlockHash::root(&turn.to_le_bytes(), 0, self.spec.name.as_bytes());
+                let draw = BlockHash::root(&turn.to_le_bytes(), "", self.spec.name.as_bytes());
                 Some(candidates[(draw.0 % candidates.len() as u128) as usize])
             }
             RoutingPolicy::LeastLoad => least(&candidates),
@@ -123,7 +157,7 @@ impl Deployment {
                 let mut chains: HashMap<Vec<u8>, Vec<BlockHash>> = HashMap::new();
                 let mut cached = |m: &Member| {
                     let revision = Member::revision(&m.spec);
-                    let chain = chains.entry(revision).or_insert_with_key(|r| BlockHash::root(r, 0, b"").chain(ids));
+                    let chain = chains.entry(revision).or_insert_with_key(|r| BlockHash::root(r, adapter, b"").chain(ids));
                     m.driver.cached_blocks(chain)
                 };
                 let counts: Vec<usize> = candidates.iter().map(|m| cached(m)).collect();
@@ -132,6 +166,23 @@ impl Deployment {
                 least(&best)
             }
         }
+    }
+
+    /// Whether an adapter, by its numerics id, is one of its own.
+    pub(crate) fn has_adapter(&self, adapter: &str) -> bool {
+        self.spec.adapters.iter().any(|a| a.source.numerics == adapter)
+    }
+
+    /// Why an adapter, by its numerics id, is on none of the replicas and will not come by itself; `None` where there is hope.
+    pub(crate) fn adapter_failure(&self, adapter: &str) -> Option<String> {
+        let mut failure = None;
+        for member in self.members.iter().filter(|m| m.driver.ready()) {
+            match member.driver.adapter(adapter) {
+                Presence::Failed(why) => failure = Some(why),
+                Presence::Ready | Presence::Loading => return None,
+            }
+        }
+        failure
     }
 
     /// The card, where one of its replicas gave it before.

@@ -13,6 +13,7 @@ use std::{future::Future, pin::Pin, sync::Arc};
 
 pub use loading::{Loading, loading};
 use plan::{
+    adapter::AdapterSource,
     card::ModelCard,
     fleet::FleetReplica,
     step::{Output, Step},
@@ -45,6 +46,63 @@ pub struct Session {
     /// One reply per step, in order, from the last stage; after an error, or when the channel closes, nothing more.
     /// The capacity is at least `stages + 2`: every step in flight and one error.
     pub replies: mpsc::Receiver<Result<StepReply, ReplicaError>>,
+    /// What becomes of the slots of adapters, all of which are empty at first.
+    pub adapters: AdapterLine,
+}
+
+/// Most orders that may wait to be sent to the workers, and answers that may wait to be taken.
+pub const ADAPTER_ORDERS: usize = 256;
+
+/// The way of orders about adapters, and of the answers.
+#[derive(Debug)]
+pub struct AdapterLine {
+    /// Orders, in order; an unload takes effect behind the steps that were replied to before it was sent.
+    pub orders: mpsc::Sender<AdapterOrder>,
+    /// One answer to each load, once every worker has the adapter or one of them cannot have it; in any order.
+    pub answers: mpsc::Receiver<AdapterAnswer>,
+}
+
+/// The other end of an [`AdapterLine`].
+#[derive(Debug)]
+pub struct AdapterEnd {
+    /// See [`AdapterLine::orders`].
+    pub orders: mpsc::Receiver<AdapterOrder>,
+    /// See [`AdapterLine::answers`].
+    pub answers: mpsc::Sender<AdapterAnswer>,
+}
+
+impl AdapterLine {
+    /// Both ends of a new one.
+    pub fn new() -> (Self, AdapterEnd) {
+        let ((orders, receive_orders), (send_answers, answers)) = (mpsc::channel(ADAPTER_ORDERS), mpsc::channel(ADAPTER_ORDERS));
+        (Self { orders, answers }, AdapterEnd { orders: receive_orders, answers: send_answers })
+    }
+}
+
+/// Fills or empties a slot on every worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AdapterOrder {
+    /// Loads an adapter beside running steps, and puts it into a slot, from 1 on, that is empty.
+    Load {
+        /// The slot.
+        slot: u32,
+        /// The adapter.
+        adapter: AdapterSource,
+    },
+    /// Empties a slot.
+    Unload {
+        /// The slot.
+        slot: u32,
+    },
+}
+
+/// What became of a load.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterAnswer {
+    /// The slot.
+    pub slot: u32,
+    /// Steps may name the slot, or why not; of workers that do have the adapter the slot is then still to be emptied.
+    pub result: Result<(), String>,
 }
 
 /// What the last stage says about a step.

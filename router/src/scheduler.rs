@@ -165,6 +165,8 @@ pub struct Scheduler {
     /// By arrival, so the last is the youngest.
     running: BTreeMap<u64, (Sequence, Admission)>,
     tickets: HashMap<u64, u64>,
+    /// Slots of the adapters that the workers have, by numerics id.
+    adapters: HashMap<String, u32>,
     arrivals: u64,
     last_sequence: SequenceId,
     last_step: u64,
@@ -184,6 +186,8 @@ pub struct Scheduler {
 struct StepRecord {
     id: u64,
     entries: Vec<Entry>,
+    /// Slots of adapters that it names.
+    slots: Vec<u32>,
 }
 
 /// One sequence's part of a step that was sent.
@@ -224,6 +228,7 @@ impl Scheduler {
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
             tickets: HashMap::new(),
+            adapters: HashMap::new(),
             arrivals: 0,
             last_sequence: 0,
             last_step: 0,
@@ -256,10 +261,36 @@ impl Scheduler {
         if let Some(group) = limits.kv.groups.iter().find(|g| g.window.is_none() && g.blocks < blocks) {
             return Err(format!("{known} tokens need {blocks} KV blocks, there are {}", group.blocks));
         }
+        let slot = match self.adapters.get(&*submission.adapter) {
+            Some(slot) => *slot,
+            None if submission.adapter.is_empty() => 0,
+            None => return Err(format!("its adapter {} is not loaded", submission.adapter)),
+        };
         self.arrivals += 1;
         self.tickets.insert(ticket, self.arrivals);
-        self.waiting.insert(self.arrivals, Sequence::new(ticket, submission, &self.options.revision));
+        self.waiting.insert(self.arrivals, Sequence::new(ticket, submission, slot, &self.options.revision));
         Ok(())
+    }
+
+    /// The workers have an adapter in `slot`, from 1 on: sequences may name it by its numerics id.
+    pub fn bind(&mut self, adapter: &str, slot: u32) {
+        self.adapters.insert(adapter.to_owned(), slot);
+    }
+
+    /// No further sequence may name an adapter; those that did go on.
+    pub fn unbind(&mut self, adapter: &str) {
+        self.adapters.remove(adapter);
+    }
+
+    /// Whether a sequence may name an adapter.
+    pub fn has_adapter(&self, adapter: &str) -> bool {
+        self.adapters.contains_key(adapter)
+    }
+
+    /// Whether a sequence that is here, or a step in flight, names a slot.
+    pub fn uses(&self, slot: u32) -> bool {
+        let sequences = self.waiting.values().chain(self.running.values().map(|(sequence, _)| sequence));
+        sequences.map(|s| s.slot).chain(self.in_flight.iter().flat_map(|step| step.slots.iter().copied())).any(|used| used == slot)
     }
 
     /// Drops a sequence: it is in no further step, and the workers learn it with the next one. Unknown tickets are ignored.

@@ -70,27 +70,29 @@ impl Tensor {
 impl Folder {
     /// Reads a folder of safetensors files.
     pub fn read(folder: &Path) -> io::Result<Self> {
-        let mut tensors = BTreeMap::new();
-        for entry in fs::read_dir(folder)? {
-            let path = entry?.path();
-            if path.extension().is_none_or(|e| e != "safetensors") {
-                continue;
-            }
-            let bytes = fs::read(&path)?;
-            let header = safetensors::read(&mut &*bytes, bytes.len() as u64).expect("a safetensors header");
-            for t in header.tensors {
-                let dtype = match t.dtype.as_str() {
-                    "F32" => DType::F32,
-                    "F16" => DType::F16,
-                    "BF16" => DType::BF16,
-                    other => panic!("{other} in {}", path.display()),
-                };
-                let shape = t.shape.iter().map(|&n| n as usize).collect();
-                let data = bytes[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
-                tensors.insert(t.name, Tensor { shape, dtype, data });
-            }
+        Ok(Self { config: serde_json::from_slice(&fs::read(folder.join("config.json"))?)?, tensors: tensors(folder)? })
+    }
+
+    /// Writes a low-rank adapter of PEFT, whose folder this is, as a GGUF file for a llama of this many heads.
+    pub fn write_gguf_adapter(folder: &Path, path: &Path, (heads, kv_heads): (usize, usize)) -> io::Result<()> {
+        let config: Json = serde_json::from_slice(&fs::read(folder.join("adapter_config.json"))?)?;
+        let mut file = Writer::new();
+        file.metadata("general.type", Value::String("adapter".into()))
+            .metadata("general.architecture", Value::String("llama".into()))
+            .metadata("adapter.type", Value::String("lora".into()))
+            .metadata("adapter.lora.alpha", Value::F32(config["lora_alpha"].as_f64().expect("an alpha") as f32));
+        for (name, t) in tensors(folder)? {
+            let name = name.strip_prefix("base_model.model.").expect("a name of PEFT");
+            let (module, half) = name.strip_suffix(".weight").and_then(|n| n.rsplit_once(".lora_")).expect("A or B");
+            let t = match module {
+                m if half == "B" && m.ends_with("q_proj") => t.permuted(heads),
+                m if half == "B" && m.ends_with("k_proj") => t.permuted(kv_heads),
+                _ => t,
+            };
+            let name = format!("{}.lora_{}", gguf_name(&format!("{module}.weight")), half.to_lowercase());
+            file.tensor(&name, &t.shape, t.dtype, t.data);
         }
-        Ok(Self { config: serde_json::from_slice(&fs::read(folder.join("config.json"))?)?, tensors })
+        file.write(&mut BufWriter::new(File::create(path)?))
     }
 
     fn count(&self, field: &str) -> usize {
@@ -217,6 +219,31 @@ impl Folder {
             .metadata("tokenizer.ggml.bos_token_id", Value::U32(1))
             .metadata("tokenizer.ggml.eos_token_id", Value::U32(2));
     }
+}
+
+/// The tensors of a folder's safetensors files.
+fn tensors(folder: &Path) -> io::Result<BTreeMap<String, Tensor>> {
+    let mut tensors = BTreeMap::new();
+    for entry in fs::read_dir(folder)? {
+        let path = entry?.path();
+        if path.extension().is_none_or(|e| e != "safetensors") {
+            continue;
+        }
+        let bytes = fs::read(&path)?;
+        let header = safetensors::read(&mut &*bytes, bytes.len() as u64).expect("a safetensors header");
+        for t in header.tensors {
+            let dtype = match t.dtype.as_str() {
+                "F32" => DType::F32,
+                "F16" => DType::F16,
+                "BF16" => DType::BF16,
+                other => panic!("{other} in {}", path.display()),
+            };
+            let shape = t.shape.iter().map(|&n| n as usize).collect();
+            let data = bytes[t.offset as usize..(t.offset + t.bytes) as usize].to_vec();
+            tensors.insert(t.name, Tensor { shape, dtype, data });
+        }
+    }
+    Ok(tensors)
 }
 
 /// Hugging Face's names in GGUF, within layers and outside.

@@ -4,6 +4,7 @@
 //! one epoch: it begins with the router's hello and ends as a whole, on the first lost peer, missed deadline or broken stream. Its sequences
 //! end with it; the weights stay.
 
+mod adapters;
 mod announce;
 mod arbiter;
 mod card;
@@ -21,6 +22,7 @@ mod service;
 mod session;
 mod state;
 
+pub use adapters::{AdapterError, load_adapter};
 pub use error::WorkerError;
 pub use failure::Reason;
 pub use options::{Deadlines, WorkerOptions};

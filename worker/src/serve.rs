@@ -10,6 +10,7 @@ use tonic::transport::{Server, Uri};
 use tracing::{debug, info, warn};
 
 use crate::{
+    adapters::Adapters,
     announce,
     collective::{Address, Listener, Lobby, Who},
     compute,
@@ -51,6 +52,8 @@ pub async fn serve(options: WorkerOptions, listening: impl FnOnce(SocketAddr) + 
         lobby: Arc::new(Lobby::default()),
         collective_address: ranks.as_ref().map_or(Address::None, |l| l.address().clone()),
         loading: Loading::default(),
+        source: options.source.clone(),
+        adapters: Adapters::default(),
         jobs: compute::Jobs::default(),
         tasks: TaskTracker::new(),
         stop: CancellationToken::new(),

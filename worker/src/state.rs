@@ -12,11 +12,12 @@ use engine::Progress;
 use identity::Identity;
 use plan::worker::{CollectiveKind, WorkerSpec};
 use proto::{bearer::Bearer, worker as wire};
-use source::Source;
+use source::{Source, SourceOptions};
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::{
+    adapters::Adapters,
     collective::{Address, Lobby, Unjoined, Waits},
     compute::Jobs,
     gate::Gate,
@@ -34,6 +35,9 @@ pub(crate) struct Worker {
     pub(crate) lobby: Arc<Lobby>,
     pub(crate) collective_address: Address,
     pub(crate) loading: Loading,
+    /// How weights are fetched; the digest is another for each source.
+    pub(crate) source: SourceOptions,
+    pub(crate) adapters: Adapters,
     /// Sessions for the engine thread.
     pub(crate) jobs: Jobs,
     /// Tasks of sessions and links.

@@ -30,7 +30,15 @@ async fn router(workers: &[Running]) -> (Edge, String) {
         hold: None,
     };
     let limits = replica.limits.clone();
-    let deployment = FleetDeployment { name: "a".into(), model: "a".into(), aliases: Vec::new(), limits, serving, replicas: vec![replica] };
+    let deployment = FleetDeployment {
+        name: "a".into(),
+        model: "a".into(),
+        aliases: Vec::new(),
+        limits,
+        serving,
+        replicas: vec![replica],
+        adapters: Vec::new(),
+    };
     let state = FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() };
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("a bound listener");

@@ -1,5 +1,6 @@
 //! Workers on loopback: epochs, collectives, and replicas driven by the router.
 
+mod adapters;
 mod announce;
 mod arbiter;
 mod collectives;

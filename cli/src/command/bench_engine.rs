@@ -45,7 +45,7 @@ pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
         return Err(bad_input!("test {test} needs a context of {} tokens, the model has {}", test.context(), model.header.config.context));
     }
     let vocab = model.header.config.vocab;
-    let needs = Needs { context, sequences, batch_tokens: chunk.max(sequences) };
+    let needs = Needs { context, sequences, batch_tokens: chunk.max(sequences), ..Needs::default() };
     let loaded = Loaded::start(global, model, placement, &needs).await?;
     let done = loaded.watch(measure(global, &args, &loaded, vocab)).await;
     loaded.close().await;

@@ -3,7 +3,11 @@
 use std::sync::Arc;
 
 use anyhow::{Context, bail};
-use plan::step::{Begin, Input, Output, OutputValue, Sampling, SequenceStep, Step, TokenId, Want, WantKind};
+use plan::{
+    adapter::AdapterSource,
+    manifest::AdapterSpec,
+    step::{Begin, Input, Output, OutputValue, Sampling, SequenceStep, Step, TokenId, Want, WantKind},
+};
 use serde::Serialize;
 
 use crate::{
@@ -29,9 +33,6 @@ struct Evaluated {
 
 /// Runs the command.
 pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
-    if let Some(folder) = &args.adapter {
-        return Err(bad_input!("--adapter {}: adapters are not supported yet, only a model by itself", folder.display()));
-    }
     let ids: Arc<[TokenId]> = args.input_ids.into();
     let model = Model::open(global, &args.model).await?;
     check_ids(&ids, model.header.config.vocab)?;
@@ -44,9 +45,15 @@ pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
             model.header.config.context
         ));
     }
-    let needs = Needs { context: length, sequences: 1, batch_tokens: args.placement.chunk() };
+    let adapter = match args.adapter {
+        Some(uri) => Some(model.adapter(global, &AdapterSpec { name: "adapter".to_owned(), uri, digest: None }).await?),
+        None => None,
+    };
+    let adapters = adapter.iter().map(|adapter| adapter.header.clone()).collect();
+    let needs = Needs { context: length, sequences: 1, batch_tokens: args.placement.chunk(), adapters };
+    let adapter = adapter.map(|adapter| adapter.source);
     let loaded = Loaded::start(global, model, &args.placement, &needs).await?;
-    let result = loaded.watch(evaluate(&loaded, &ids, args.greedy, args.placement.chunk())).await;
+    let result = loaded.watch(evaluate(&loaded, &ids, adapter, args.greedy, args.placement.chunk())).await;
     loaded.close().await;
     let result = result?;
     if args.json { output::json(&result) } else { print(&result) }
@@ -61,9 +68,13 @@ fn check_ids(ids: &[TokenId], vocab: usize) -> Outcome {
 }
 
 /// Feeds `ids` in chunks, then continues greedily.
-async fn evaluate(loaded: &Loaded, ids: &[TokenId], greedy: u32, chunk: usize) -> Outcome<Evaluated> {
+async fn evaluate(loaded: &Loaded, ids: &[TokenId], adapter: Option<AdapterSource>, greedy: u32, chunk: usize) -> Outcome<Evaluated> {
     let blocks = Blocks::new(&loaded.plan.kv, 1, ids.len() + greedy as usize, chunk).bad_input()?;
     let mut drive = Drive::open(loaded.replica.as_ref()).await?;
+    let slot = u32::from(adapter.is_some());
+    if let Some(adapter) = adapter {
+        drive.load(slot, adapter).await?;
+    }
     let mut result = Evaluated::default();
     let mut first = 0;
     for part in ids.chunks(chunk) {
@@ -76,7 +87,7 @@ async fn evaluate(loaded: &Loaded, ids: &[TokenId], greedy: u32, chunk: usize) -
         }
         let begin =
             (first == 0).then(|| Box::new(Begin { ids: ids.to_vec(), prompt_len: ids.len() as u32, sampling: Sampling::default() }));
-        let step = step(&blocks, first, part.to_vec(), wants, begin);
+        let step = step(&blocks, slot, (first, part.to_vec()), wants, begin);
         for output in drive.run(step).await? {
             take(&mut result, output)?;
         }
@@ -92,7 +103,7 @@ async fn evaluate(loaded: &Loaded, ids: &[TokenId], greedy: u32, chunk: usize) -
     for position in ids.len()..ids.len() + (greedy as usize).saturating_sub(1) {
         let Some(&last) = result.greedy_ids.last() else { break };
         let want = Want { offset: 0, kind: WantKind::Sample };
-        for output in drive.run(step(&blocks, position, vec![last], vec![want], None)).await? {
+        for output in drive.run(step(&blocks, slot, (position, vec![last]), vec![want], None)).await? {
             take(&mut result, output)?;
         }
     }
@@ -100,9 +111,9 @@ async fn evaluate(loaded: &Loaded, ids: &[TokenId], greedy: u32, chunk: usize) -
 }
 
 /// A step of the one sequence.
-fn step(blocks: &Blocks, first: usize, ids: Vec<TokenId>, wants: Vec<Want>, begin: Option<Box<Begin>>) -> Step {
+fn step(blocks: &Blocks, adapter: u32, (first, ids): (usize, Vec<TokenId>), wants: Vec<Want>, begin: Option<Box<Begin>>) -> Step {
     let tables = blocks.changes(0, first, ids.len());
-    let part = SequenceStep { sequence: 1, first_position: first as u32, input: Input::Ids(ids), tables, wants, begin, adapter: 0 };
+    let part = SequenceStep { sequence: 1, first_position: first as u32, input: Input::Ids(ids), tables, wants, begin, adapter };
     Step { sequences: vec![part], ..Step::default() }
 }
 

@@ -49,7 +49,7 @@ pub(crate) async fn eval(global: &Global, args: PplArgs) -> Outcome {
     let chunks = chunks(&tokenizer, &text, context, args.chunks.map(Into::into))?;
 
     let chunk = args.placement.chunk();
-    let needs = Needs { context, sequences: 1, batch_tokens: chunk };
+    let needs = Needs { context, sequences: 1, batch_tokens: chunk, ..Needs::default() };
     let loaded = Loaded::start(global, model, &args.placement, &needs).await?;
     let result = loaded.watch(score(global, &loaded, &chunks, chunk)).await;
     loaded.close().await;

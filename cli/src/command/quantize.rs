@@ -229,7 +229,7 @@ async fn compare(global: &Global, args: &QuantizeArgs, before: Model, text: &str
     let chunks = chunks(&tokenizer, text, context, Some(args.chunks.get()))?;
     let name = args.output.to_str().ok_or_else(|| bad_input!("the path {} is not UTF-8", args.output.display()))?;
     let after = Model::open(global, name).await?;
-    let needs = Needs { context, sequences: 1, batch_tokens: COMPARED };
+    let needs = Needs { context, sequences: 1, batch_tokens: COMPARED, ..Needs::default() };
     let before = Loaded::start(global, before, &args.placement, &needs).await?;
     let after = Loaded::start(global, after, &args.placement, &needs).await?;
     let result = diverge(global, &before, &after, &chunks).await;

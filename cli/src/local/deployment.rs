@@ -14,7 +14,7 @@ use super::{loaded, memory};
 use crate::{
     args::{Global, Placement, Target},
     exit::{BadInput, Outcome, bad_input},
-    model::Model,
+    model::{Adapter, Model},
 };
 
 /// Most requests waiting, where no manifest says.
@@ -33,6 +33,7 @@ pub(crate) struct Planned {
     pub(crate) served: String,
     pub(crate) aliases: Vec<String>,
     pub(crate) model: Model,
+    pub(crate) adapters: Vec<Adapter>,
     pub(crate) plan: ExecutionPlan,
     /// Copies of the model.
     pub(crate) replicas: usize,
@@ -77,7 +78,12 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         let model = Model::pinned(global, &manifest.spec().model.uri, manifest.spec().model.digest.as_deref()).await?;
         let model = model.loaded_as(placement.load_in().or(manifest.spec().engine.quantization.dtype()));
         manifest.check_format(&model.header).bad_input()?;
-        let spec = overridden(manifest.planner_spec(), placement, context)?;
+        let mut adapters = Vec::with_capacity(manifest.spec().adapters.len());
+        for spec in &manifest.spec().adapters {
+            adapters.push(model.adapter(global, spec).await?);
+        }
+        let mut spec = overridden(manifest.planner_spec(), placement, context)?;
+        spec.adapters = adapters.iter().map(|adapter| adapter.header.clone()).collect();
         let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
             .with_context(|| format!("deployment {} cannot be planned", manifest.name()))
             .bad_input()?;
@@ -87,6 +93,7 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
             aliases: manifest.spec().model.aliases.clone(),
             numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context),
             model,
+            adapters,
             plan,
             replicas: manifest.spec().replicas as usize,
             prefix_caching: manifest.spec().engine.kv_cache.prefix_caching,
@@ -137,6 +144,7 @@ pub(crate) fn alone(model: Model, plan: ExecutionPlan) -> Planned {
         aliases: Vec::new(),
         numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context),
         model,
+        adapters: Vec::new(),
         plan,
         replicas: 1,
         prefix_caching: true,

@@ -1,7 +1,7 @@
 //! What this machine's deployments look like to the router, and to the workers themselves.
 
 use plan::{
-    fleet::{FleetDeployment, FleetReplica, FleetState},
+    fleet::{FleetAdapter, FleetDeployment, FleetReplica, FleetState},
     planner::{self, Origin},
     shard::ExecutionPlan,
     worker::{CollectiveKind, WorkerSpec},
@@ -67,6 +67,7 @@ fn deployment(planned: &Planned) -> FleetDeployment {
         replicas: (0..planned.replicas).map(replica).collect(),
         limits,
         serving: planned.serving.clone(),
+        adapters: planned.adapters.iter().map(|a| FleetAdapter { name: a.name.clone(), source: a.source.clone() }).collect(),
     }
 }
 
@@ -140,6 +141,7 @@ mod tests {
             replicas: vec![replica("a-0"), replica("a-1")],
             limits,
             serving: crate::local::deployment::serving(),
+            adapters: Vec::new(),
         };
         FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }
     }

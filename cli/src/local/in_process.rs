@@ -7,14 +7,17 @@ use std::{
 };
 
 use anyhow::Context;
-use engine::{Engine, NoMasks, StageOutput, Timings};
+use engine::{Adapter, Engine, NoMasks, StageOutput, Timings};
 use plan::{
+    adapter::AdapterSource,
     card::ModelCard,
     fleet::FleetReplica,
     step::{Input, Output, OutputValue, SequenceId, Step, TokenId},
 };
-use router::replica::{BoxFuture, Connector, Replica, ReplicaError, Session, StepReply};
-use tokio::sync::mpsc;
+use router::replica::{
+    AdapterAnswer, AdapterEnd, AdapterLine, AdapterOrder, BoxFuture, Connector, Replica, ReplicaError, Session, StepReply,
+};
+use tokio::{runtime::Handle, sync::mpsc};
 
 /// Name in errors.
 const NAME: &str = "in this process";
@@ -33,18 +36,22 @@ pub(crate) struct InProcess {
 struct Ends {
     steps: mpsc::Receiver<Step>,
     replies: mpsc::Sender<Result<StepReply, ReplicaError>>,
+    adapters: AdapterEnd,
 }
+
+/// Loads an adapter for the engine; why not, for a person. Blocks.
+pub(crate) type AdapterLoader = Box<dyn Fn(&AdapterSource) -> Result<Adapter, String> + Send>;
 
 impl InProcess {
     /// Moves `engine` onto its thread, which ends when the replica and its session are dropped.
-    pub(crate) fn start(engine: Engine, card: Arc<ModelCard>) -> anyhow::Result<Self> {
+    pub(crate) fn start(engine: Engine, card: Arc<ModelCard>, loader: AdapterLoader) -> anyhow::Result<Self> {
         // One session is live; the next one may wait here until the engine has finished the last one's step.
         let (sessions, opened) = jobs::sync_channel(1);
         let timings = Arc::default();
-        let told = Arc::clone(&timings);
+        let (told, runtime) = (Arc::clone(&timings), Handle::current());
         thread::Builder::new()
             .name("engine".into())
-            .spawn(move || serve(engine, &opened, &told))
+            .spawn(move || serve(engine, &loader, &opened, &told, &runtime))
             .context("failed to start the engine thread")?;
         Ok(Self { card, sessions, timings })
     }
@@ -64,8 +71,9 @@ impl Replica for InProcess {
         Box::pin(async {
             let (steps, receive_steps) = mpsc::channel(STEPS);
             let (send_replies, replies) = mpsc::channel(STEPS + 1);
-            match self.sessions.try_send(Ends { steps: receive_steps, replies: send_replies }) {
-                Ok(()) => Ok(Session { steps, replies }),
+            let (adapters, end) = AdapterLine::new();
+            match self.sessions.try_send(Ends { steps: receive_steps, replies: send_replies, adapters: end }) {
+                Ok(()) => Ok(Session { steps, replies, adapters }),
                 Err(jobs::TrySendError::Full(_)) => Err(ReplicaError::Failed {
                     worker: NAME.into(),
                     reason: "busy".into(),
@@ -96,17 +104,57 @@ fn gone() -> ReplicaError {
 }
 
 /// The engine thread: one session after the other.
-fn serve(mut engine: Engine, opened: &jobs::Receiver<Ends>, timings: &Mutex<Timings>) {
+fn serve(mut engine: Engine, loader: &AdapterLoader, opened: &jobs::Receiver<Ends>, timings: &Mutex<Timings>, runtime: &Handle) {
     while let Ok(mut ends) = opened.recv() {
         engine.reset();
         let mut sampled = HashMap::new();
-        while let Some(step) = ends.steps.blocking_recv() {
+        while let Some(work) = runtime.block_on(next(&mut ends)) {
+            let step = match work {
+                Work::Step(step) => step,
+                Work::Order(order) => {
+                    if let Some(answer) = obey(&mut engine, loader, order)
+                        && ends.adapters.answers.blocking_send(answer).is_err()
+                    {
+                        break;
+                    }
+                    continue;
+                }
+            };
             let reply = run(&mut engine, step, &mut sampled);
             *timings.lock().unwrap_or_else(PoisonError::into_inner) = engine.timings();
             let failed = reply.is_err();
             if ends.replies.blocking_send(reply).is_err() || failed {
                 break;
             }
+        }
+    }
+}
+
+/// What the engine does next.
+enum Work {
+    Step(Step),
+    Order(AdapterOrder),
+}
+
+/// The next step or order; `None` when the session is dropped.
+async fn next(ends: &mut Ends) -> Option<Work> {
+    tokio::select! {
+        biased;
+        step = ends.steps.recv() => step.map(Work::Step),
+        Some(order) = ends.adapters.orders.recv() => Some(Work::Order(order)),
+    }
+}
+
+/// Fills or empties a slot. Steps wait meanwhile: the file of an adapter is small, and there is one process.
+fn obey(engine: &mut Engine, loader: &AdapterLoader, order: AdapterOrder) -> Option<AdapterAnswer> {
+    match order {
+        AdapterOrder::Load { slot, adapter } => {
+            let bound = loader(&adapter).and_then(|loaded| engine.bind_adapter(slot, Arc::new(loaded)).map_err(|e| e.to_string()));
+            Some(AdapterAnswer { slot, result: bound })
+        }
+        AdapterOrder::Unload { slot } => {
+            engine.unbind_adapter(slot);
+            None
         }
     }
 }

@@ -6,22 +6,23 @@ use anyhow::Context;
 use engine::{Engine, EngineOptions, Timings};
 use kernels::{Isa, Pool, probe};
 use plan::{
+    adapter::{AdapterHeader, AdapterSource},
     planner,
-    shard::{ExecutionPlan, KvDType},
+    shard::{ExecutionPlan, KvDType, Shard},
 };
 use router::replica::{Connector, Replica, WorkersConnector};
 
 use super::{
     deployment::{self, Planned},
     fleet,
-    in_process::InProcess,
+    in_process::{AdapterLoader, InProcess},
     loading, memory, threads,
     workers::{Common, Keep, Workers, draw_token},
 };
 use crate::{
     args::{Global, KvChoice, Placement},
     exit::{BadInput, Failure, Outcome, bad_input},
-    model::Model,
+    model::{Model, source_options},
     output::{self, Unit},
 };
 
@@ -29,7 +30,7 @@ use crate::{
 const PROBES: usize = 5;
 
 /// What the steps will need.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Needs {
     /// Longest sequence in tokens.
     pub(crate) context: usize,
@@ -37,6 +38,8 @@ pub(crate) struct Needs {
     pub(crate) sequences: usize,
     /// Most tokens in a step.
     pub(crate) batch_tokens: usize,
+    /// Adapters that are to be loaded.
+    pub(crate) adapters: Vec<Arc<AdapterHeader>>,
 }
 
 /// A replica that takes steps.
@@ -69,6 +72,7 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
         max_batch_sequences: needs.sequences,
         max_batch_tokens: needs.batch_tokens,
         kv_dtype: placement.kv.map(kv_dtype).transpose()?,
+        adapters: needs.adapters.clone(),
         ..planner::Spec::default()
     };
     let plan = planner::plan(&spec, &model.header, &memory::of_each(pipeline * tensor)).bad_input()?;
@@ -171,6 +175,7 @@ impl Loaded {
 pub(crate) async fn in_process(global: &Global, model: Model, plan: ExecutionPlan, isa: Isa, threads: usize) -> Outcome<Loaded> {
     let card = model.card().await?;
     let bar = output::bar(global.quiet, "Loading", plan.tensor_bytes, Unit::Bytes);
+    let loader = adapter_loader(global, &plan)?;
     let shown = bar.clone();
     let (engine, plan) = tokio::task::spawn_blocking(move || {
         let engine = load(&model, &plan, isa, threads, &|bytes| shown.set_position(bytes));
@@ -179,15 +184,26 @@ pub(crate) async fn in_process(global: &Global, model: Model, plan: ExecutionPla
     .await
     .context("loading was cut off")??;
     bar.finish_and_clear();
-    let replica = Arc::new(InProcess::start(engine, card)?);
+    let replica = Arc::new(InProcess::start(engine, card, loader)?);
     Ok(Loaded { replica: replica.clone(), plan, threads, isa, here: Some(replica), workers: None })
+}
+
+/// Loads adapters for the only shard of a plan of one worker.
+fn adapter_loader(global: &Global, plan: &ExecutionPlan) -> Outcome<AdapterLoader> {
+    let (config, shard, options) = (plan.config.clone(), only_shard(plan)?.clone(), source_options(global));
+    Ok(Box::new(move |adapter: &AdapterSource| {
+        let loaded = worker::load_adapter(&config, &shard, adapter, options.clone());
+        loaded.map_err(|error| format!("{:#}", anyhow::Error::new(error)))
+    }))
+}
+
+fn only_shard(plan: &ExecutionPlan) -> Outcome<&Shard> {
+    Ok(plan.stages.first().and_then(|stage| stage.shards.first()).context("the plan has no worker")?)
 }
 
 /// Loads the only shard of a plan of one worker.
 pub(crate) fn load(model: &Model, plan: &ExecutionPlan, isa: Isa, threads: usize, progress: &dyn Fn(u64)) -> Outcome<Engine> {
-    let Some(shard) = plan.stages.first().and_then(|stage| stage.shards.first()) else {
-        return Err(anyhow::anyhow!("the plan has no worker").into());
-    };
+    let shard = only_shard(plan)?;
     let options = EngineOptions { isa, threads, max_batch_tokens: plan.max_batch_tokens, max_context: plan.max_context };
     let solo = Box::new(engine::collective::Solo);
     Engine::load(&plan.config, shard, &plan.kv, options, &model.reader(), solo, progress)

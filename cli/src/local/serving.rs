@@ -97,12 +97,23 @@ impl Serving {
                 Ok(false) => return Err(anyhow!("the router stopped before {} was ready", deployment.served).into()),
                 Err(_) => return Err(self.silent(deployment)),
             }
+            if let Some(failure) = self.adapter_failure(deployment) {
+                return Err(failure);
+            }
             if let Behind::Workers { workers, .. } = &self.behind {
                 workers.prove(number);
             }
         }
         waiting.finish_and_clear();
         Ok(())
+    }
+
+    /// Why an adapter of a deployment cannot be used, where one cannot.
+    fn adapter_failure(&self, deployment: &Planned) -> Option<Failure> {
+        let load = self.edge.load().into_iter().find(|load| load.deployment == deployment.name)?;
+        let adapters = load.replicas.into_iter().flat_map(|replica| replica.adapters);
+        let (name, why) = adapters.filter_map(|adapter| Some((adapter.name, adapter.failure?))).next()?;
+        Some(anyhow!("adapter {name} of {} cannot be loaded: {why}", deployment.served).into())
     }
 
     /// Why a deployment has not answered, as far as it is known.

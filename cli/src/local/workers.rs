@@ -316,7 +316,15 @@ mod tests {
             workers,
         };
         let (model, serving) = ("a".to_owned(), deployment::serving());
-        let deployment = FleetDeployment { name: "a".into(), model, aliases: Vec::new(), limits, serving, replicas: vec![replica] };
+        let deployment = FleetDeployment {
+            name: "a".into(),
+            model,
+            aliases: Vec::new(),
+            limits,
+            serving,
+            replicas: vec![replica],
+            adapters: Vec::new(),
+        };
         FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }
     }
 

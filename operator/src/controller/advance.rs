@@ -10,7 +10,7 @@ use std::{
 use k8s_openapi::{api::apps::v1::StatefulSet, jiff::Timestamp};
 use kube::ResourceExt;
 use plan::{
-    fleet::FleetDeployment,
+    fleet::{FleetAdapter, FleetDeployment},
     manifest::{Manifest, RolloutStrategy},
 };
 use tracing::{info, warn};
@@ -27,7 +27,7 @@ use crate::{
     rollout::{self, Goal, Id, Memory, Plan, Seen, Slot, Strategy},
     status::{self, View},
     stop::Place,
-    validate::{self, ValidatedDeployment},
+    validate::{self, Adapter, ValidatedDeployment},
 };
 
 /// One step, planned and built.
@@ -97,8 +97,8 @@ impl<'a> Step<'a> {
             stops.pass(Place::DrainDecided).await;
         }
         let last = space.told(name);
-        let entry =
-            entry(object, &self.valid.manifest, &self.revision.record, (&self.revisions, &plan.exist), (self.standing, last.as_ref()));
+        let about = (&self.valid.manifest, self.valid.adapters.as_slice());
+        let entry = entry(object, about, &self.revision.record, (&self.revisions, &plan.exist), (self.standing, last.as_ref()));
         space.settle(name, Some(entry), &expected(&context.deployments, namespace));
         if made > 0 || !plan.drained.is_empty() {
             info!(namespace, name, revision = self.revision.name, made, drained = plan.drained.len(), "a rollout takes a step");
@@ -209,7 +209,10 @@ pub(super) fn standing(object: &ModelDeployment, fetched: &Fetched) -> Option<Fl
     }
     let read = validate::read(object, &object.spec, fetched).or_else(|_| validate::read(object, &newest.record.spec, fetched));
     match read {
-        Ok(manifest) => Some(entry(object, &manifest, &newest.record, (&revisions, &slots), (standing, None))),
+        Ok(manifest) => {
+            let adapters = validate::adapters(&manifest, fetched);
+            Some(entry(object, (&manifest, &adapters), &newest.record, (&revisions, &slots), (standing, None)))
+        }
         Err(rejection) => {
             warn!(namespace = object.namespace(), name = object.name(), rejection.message, "what stands cannot be told to routers");
             None
@@ -220,7 +223,7 @@ pub(super) fn standing(object: &ModelDeployment, fetched: &Fetched) -> Option<Fl
 /// What routers are told. A worker whose address is not known now keeps the last one: it may be on its way back.
 fn entry(
     object: &ModelDeployment,
-    manifest: &Manifest,
+    (manifest, adapters): (&Manifest, &[Adapter]),
     present: &Record,
     (revisions, slots): (&BTreeMap<&str, &Revision>, &[Slot]),
     (standing, last): (&Standing, Option<&FleetDeployment>),
@@ -235,6 +238,7 @@ fn entry(
         };
         Some(revision.replica(name.clone(), slot.draining.is_some(), address))
     };
+    let adapter = |(name, source): &Adapter| Some(FleetAdapter { name: name.clone(), source: source.clone().ok()? });
     // Requests are checked against what answers them; against what is being made only where nothing else does.
     let answers = |slot: &&Slot| {
         slot.draining.is_none() && standing.load.replicas.get(&replica_name(object, &slot.id)).is_some_and(|said| said.ready)
@@ -247,5 +251,6 @@ fn entry(
         limits: answering.map_or(present, |r| &r.record).limits.clone(),
         serving: manifest.serving(),
         replicas: slots.iter().filter_map(replica).collect(),
+        adapters: adapters.iter().filter_map(adapter).collect(),
     }
 }

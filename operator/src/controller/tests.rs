@@ -11,7 +11,7 @@ use crate::{
     certificates::Lifetimes,
     mock::{self, Objects, REFUSED},
     stop::{PLACES, Place},
-    validate::tests::{header, spec},
+    validate::tests::{adapter, header, spec},
 };
 
 const DEPLOYMENT_PATH: &str = "/apis/skein.dev/v1alpha1/namespaces/models/modeldeployments/llama";
@@ -121,6 +121,7 @@ async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
     writer.apply_watcher_event(&watcher::Event::Apply(object));
     let models = Models::new(None);
     models.know("hf://org/llama", header());
+    models.know_adapter("hf://org/a", "hf://org/llama", adapter());
     let (wake, _woken) = mpsc::channel(8);
     let hub = Arc::new(Hub::new(term, wake));
     hub.space("models").meet(Vec::new(), ["one".to_owned()].into(), &["llama".to_owned()]);
@@ -297,4 +298,22 @@ async fn certificates_are_there_before_pods_and_are_renewed_without_them() {
         let differ: Vec<&String> = after.keys().filter(|path| after[*path] != before[*path]).collect();
         assert!(differ.len() == 2 && differ.iter().all(|path| path.contains("/secrets/")), "{differ:?}");
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn adapters_come_and_go_without_a_rollout() {
+    let world = World::new().await;
+    world.settle().await;
+    let (before, sets) = (world.revisions(), world.count("/statefulsets/"));
+    assert!(world.told().adapters.is_empty());
+    world.change(|spec| spec["adapters"] = json!([{ "name": "a", "uri": "hf://org/a" }]));
+    world.settle().await;
+    let [told] = &world.told().adapters[..] else { panic!("one adapter is told") };
+    assert_eq!((told.name.as_str(), told.source.uri.as_str()), ("a", "hf://org/a"));
+    assert_eq!((world.revisions(), world.count("/statefulsets/")), (before.clone(), sets), "workers are left alone");
+    assert_eq!(world.reason(status::PROGRESSING), "RolloutComplete");
+    world.change(|spec| spec["adapters"] = json!([]));
+    world.settle().await;
+    assert!(world.told().adapters.is_empty());
+    assert_eq!(world.revisions(), before);
 }

@@ -28,6 +28,7 @@ fn at(address: &str, draining: bool) -> FleetDeployment {
         limits: valid.limits(),
         serving: valid.manifest.serving(),
         replicas: vec![revision.replica("r".into(), draining, |_, _| address.into())],
+        adapters: Vec::new(),
     }
 }
 

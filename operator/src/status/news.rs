@@ -3,7 +3,7 @@
 use kube::runtime::events::{Event, EventType};
 
 use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY};
-use crate::resource::{Condition, ReplicaPhase, ReplicaStatus, Status};
+use crate::resource::{AdapterPhase, Condition, ReplicaPhase, ReplicaStatus, Status};
 
 /// Longest note that the API server takes.
 const NOTE: usize = 1000;
@@ -45,6 +45,16 @@ pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
     for replica in &new.replica_states {
         let before = old.and_then(|o| o.replica_states.iter().find(|r| r.name == replica.name));
         events.extend(of_replica(before, replica));
+    }
+    for adapter in &new.adapters {
+        let before = old.and_then(|o| o.adapters.iter().find(|a| a.name == adapter.name)).map(|a| a.state);
+        let note = format!("{}: {}", adapter.name, adapter.message);
+        match adapter.state {
+            state if before == Some(state) => {}
+            AdapterPhase::Ready => events.push(event(EventType::Normal, "AdapterLoaded", &note)),
+            AdapterPhase::Failed => events.push(event(EventType::Warning, "AdapterFailed", &note)),
+            AdapterPhase::Loading => {}
+        }
     }
     events
 }

@@ -221,20 +221,17 @@ pub(super) fn progressing(object: &ModelDeployment, view: &View<'_>, replicas: &
     }
 }
 
-/// Whether a replica that answered does not.
-pub(super) fn degraded(view: &View<'_>, replicas: &[ReplicaStatus]) -> Value {
+/// That a replica that answered does not, where one does not.
+pub(super) fn degraded(view: &View<'_>, replicas: &[ReplicaStatus]) -> Option<Value> {
     let failure = |r: &ReplicaStatus| r.last_failure.as_ref().map_or_else(String::new, |f| format!("; {f}"));
     let mut recovering = replicas.iter().filter(|r| r.phase == ReplicaPhase::Recovering);
     if let Some(lost) = recovering.clone().find(|r| r.ready_workers == 0) {
-        return (true, "ReplicaUnavailable", format!("no worker of {} runs{}", lost.name, failure(lost)));
+        return Some((true, "ReplicaUnavailable", format!("no worker of {} runs{}", lost.name, failure(lost))));
     }
     if let Some(r) = recovering.next() {
-        return (true, "StageRecovering", format!("{} of {} workers of {} run{}", r.ready_workers, r.workers, r.name, failure(r)));
+        let message = format!("{} of {} workers of {} run{}", r.ready_workers, r.workers, r.name, failure(r));
+        return Some((true, "StageRecovering", message));
     }
-    match &view.shortage {
-        Some((replica, message)) if view.plan.progress == Progress::Complete => {
-            (true, "ReplicaUnavailable", format!("{replica}: {message}"))
-        }
-        _ => (false, "AsExpected", "every replica that answered does".to_owned()),
-    }
+    let shortage = view.shortage.as_ref().filter(|_| view.plan.progress == Progress::Complete);
+    shortage.map(|(replica, message)| (true, "ReplicaUnavailable", format!("{replica}: {message}")))
 }

@@ -7,7 +7,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     build::tests::{revision, slots},
-    fleet::{Load, Said},
+    fleet::{Load, Presence, Said},
+    resource::AdapterPhase,
     rollout::{Id, Slot, Strategy},
     validate::{
         Until,
@@ -94,7 +95,12 @@ impl Case {
     /// Has routers say of each replica whether it is ready.
     fn ready(mut self, ready: &[bool]) -> Self {
         for (slot, ready) in self.plan.exist.iter().zip(ready) {
-            let said = Said { ready: *ready, last_failure: (!ready).then(|| "a worker loads".to_owned()), sequences: Some(0) };
+            let said = Said {
+                ready: *ready,
+                last_failure: (!ready).then(|| "a worker loads".to_owned()),
+                sequences: Some(0),
+                adapters: Default::default(),
+            };
             self.standing.load.replicas.insert(self.name(slot), said);
         }
         self
@@ -267,7 +273,10 @@ fn what_is_missing_is_said() {
 /// A replica of another revision, of which routers say that it is ready.
 fn beside(mut case: Case, number: u32) -> Case {
     let slot = Slot { id: Id { revision: "before".into(), number }, draining: None };
-    case.standing.load.replicas.insert(case.name(&slot), Said { ready: true, last_failure: None, sequences: Some(1) });
+    case.standing
+        .load
+        .replicas
+        .insert(case.name(&slot), Said { ready: true, last_failure: None, sequences: Some(1), adapters: Default::default() });
     case.plan.exist.push(slot);
     case
 }
@@ -405,4 +414,49 @@ fn events_of_a_deployments_life() {
     let wrong = one().pods(true, &ended("DigestMismatch")).status();
     let found = reasons(Some(&one().status()), &wrong);
     assert!(found.contains(&"DigestMismatch".to_owned()) && found.contains(&"StageFailed".to_owned()), "{found:?}");
+}
+
+/// A deployment that answers, with an adapter that workers are told of, of which routers say `presence`, and one whose source fails.
+fn with_adapters(presence: Option<Presence>, broken: bool) -> Case {
+    let mut case = answers();
+    let source = plan::adapter::AdapterSource { uri: "hf://o/a".into(), digest: None, numerics: "n".into() };
+    case.valid.adapters = vec![("a".into(), Ok(source))];
+    if broken {
+        case.valid.adapters.push(("b".into(), Err("it does not exist".into())));
+    }
+    let name = case.name(&case.plan.exist[0]);
+    if let (Some(presence), Some(said)) = (presence, case.standing.load.replicas.get_mut(&name)) {
+        said.adapters.insert("n".into(), presence);
+    }
+    case
+}
+
+#[test]
+fn adapters_are_loading_ready_or_failed_and_degrade_nothing_else() {
+    let ready = || Some(Presence { ready: true, failure: None });
+    let failed = Some(Presence { ready: false, failure: Some("no room".into()) });
+    let states = |status: &Status| status.adapters.iter().map(|a| a.state).collect::<Vec<_>>();
+    let loading = with_adapters(None, false).status();
+    assert_eq!(states(&loading), [AdapterPhase::Loading]);
+    assert_eq!(loading.adapters[0].message, "0 of 1 replicas that answer have it");
+    let loaded = with_adapters(ready(), false).status();
+    assert_eq!(states(&loaded), [AdapterPhase::Ready]);
+    is(&loaded, DEGRADED, "False", "AsExpected");
+    let broken = with_adapters(ready(), true).status();
+    assert_eq!(states(&broken), [AdapterPhase::Ready, AdapterPhase::Failed]);
+    is(&broken, DEGRADED, "True", "AdapterFailed");
+    is(&broken, READY, "True", "Ready");
+    assert_eq!(message(&broken, DEGRADED), "adapter b: it does not exist");
+    let failed = with_adapters(failed, false).status();
+    is(&failed, DEGRADED, "True", "AdapterFailed");
+    assert!(message(&failed, DEGRADED).ends_with("no room"), "{}", message(&failed, DEGRADED));
+    // Another that lacks a worker is more than an adapter that fails.
+    let mut recovering = with_adapters(None, true).before(&answers().status());
+    recovering = recovering.ready(&[false]);
+    is(&recovering.status(), DEGRADED, "True", "StageRecovering");
+    // Events are of what changed.
+    let names = |old: &Status, new: &Status| news(Some(old), new).into_iter().map(|e| e.reason).collect::<Vec<_>>();
+    assert_eq!(names(&loading, &loaded), ["AdapterLoaded"]);
+    assert_eq!(names(&loaded, &broken), ["AdapterFailed"]);
+    assert!(names(&broken, &broken).is_empty());
 }

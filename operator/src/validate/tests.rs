@@ -29,7 +29,7 @@ pub(crate) fn header() -> Arc<ModelHeader> {
 
 /// Everything read, and nothing standing.
 pub(crate) fn fetched() -> Fetched {
-    Fetched { header: Some(Ok(header())), template: None, taken: None, standing: Standing::default() }
+    Fetched { header: Some(Ok(header())), adapters: Vec::new(), template: None, taken: None, standing: Standing::default() }
 }
 
 pub(crate) fn valid(spec: Value) -> ValidatedDeployment {
@@ -109,4 +109,42 @@ fn a_template_comes_from_its_config_map() {
     let there = Fetched { template: Some(("chat".into(), [("t".to_owned(), text.to_owned())].into())), ..fetched() };
     let valid = validate(&object(spec), &there).expect("a template");
     assert_eq!(valid.manifest.serving().chat_template, Some(plan::fleet::ChatTemplate::Inline(text.into())));
+}
+
+/// The adapter that the committed llama has, as if it were at `uri`.
+pub(crate) fn adapter() -> Arc<plan::adapter::AdapterHeader> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama-lora-a");
+    let source = Source::open_adapter(&path.display().to_string(), SourceOptions::default()).expect("the fixture");
+    Arc::new(source.adapter_header(&header().config).expect("its header"))
+}
+
+#[test]
+fn adapters_change_neither_the_plan_nor_what_workers_are_told() {
+    let mut with = spec();
+    with["adapters"] = json!([{ "name": "a", "uri": "hf://org/a" }, { "name": "b", "uri": "hf://org/b" }]);
+    let opened = |name: &str, header| Opened { name: name.into(), uri: format!("hf://org/{name}"), digest: None, header };
+    let missing = Unresolved { reason: "NotFound", message: "hf://org/b does not exist".into() };
+    let there = Fetched { adapters: vec![opened("a", Ok(adapter())), opened("b", Err(missing))], ..fetched() };
+    let (bare, valid) = (valid(spec()), validate(&object(with.clone()), &there).expect("a valid deployment"));
+    assert_eq!((valid.worker_specs(), valid.limits(), &valid.numerics), (bare.worker_specs(), bare.limits(), &bare.numerics));
+    assert!(valid.plan.adapter_bytes > 0 && valid.plan.message.contains("adapters"), "{}", valid.plan.message);
+    assert_eq!(valid.adapters[0].1.as_ref().map(|a| a.numerics.clone()), Ok(adapter().numerics("hf://org/a")));
+    assert_eq!(valid.adapters[1], ("b".to_owned(), Err("hf://org/b does not exist".to_owned())));
+    // What fits without adapters need not fit with them.
+    let need = bare.plan.stages.iter().flat_map(|s| &s.shards).map(|s| s.weight_bytes).max().expect("a worker");
+    let limited = |spec: &Value, limit: u64| {
+        let mut spec = spec.clone();
+        spec["engine"] = json!({ "maxBatchTokens": 16, "maxBatchSequences": 1, "maxContextTokens": 16 });
+        spec["workers"] = json!({ "resources": { "limits": { "memory": limit.to_string() } } });
+        validate(&object(spec), &there)
+    };
+    let limit = (need..need * 4).step_by(4096).find(|limit| {
+        let mut alone = spec();
+        alone["engine"] = json!({ "maxBatchTokens": 16, "maxBatchSequences": 1, "maxContextTokens": 16 });
+        alone["workers"] = json!({ "resources": { "limits": { "memory": limit.to_string() } } });
+        validate(&object(alone), &fetched()).is_ok()
+    });
+    let refused = limited(&with, limit.expect("a limit that does")).expect_err("a refusal");
+    assert_eq!(refused.reason, "PlanInfeasible");
+    assert!(refused.message.contains("take adapters away"), "{}", refused.message);
 }

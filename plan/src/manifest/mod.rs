@@ -15,16 +15,17 @@ pub use autoscaling::{Amount, AutoscalingMode, AutoscalingSpec, BehaviorSpec, Bu
 pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
-    BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec, KvDTypeChoice,
-    LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QuantizationChoice, QueueSpec, ResourcesSpec, RouterSpec, StageSpec,
-    TemplateSpec, WorkersSpec,
+    AdapterSpec, BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec,
+    KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QuantizationChoice, QueueSpec, ResourcesSpec,
+    RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
 };
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde::Deserialize;
 
 use crate::{
+    adapter::AdapterHeader,
     fleet::{ChatTemplate, ServingSettings},
     model::{Format, ModelHeader},
     planner::{self, Capacity, KvMemory, PlanError},
@@ -204,6 +205,7 @@ impl Manifest {
                 KvDTypeChoice::F16 => Some(KvDType::F16),
             },
             worker_memory: workers.resources.limits.memory.map(|m| m.0),
+            adapters: Vec::new(),
         }
     }
 
@@ -233,8 +235,21 @@ impl Manifest {
     /// # Errors
     /// When the manifest contradicts the model.
     pub fn plan(&self, header: &ModelHeader, capacity: &Capacity) -> Result<ExecutionPlan, PlanError> {
+        self.plan_with(header, capacity, Vec::new())
+    }
+
+    /// Plans one replica that has room for adapters.
+    ///
+    /// # Errors
+    /// When the manifest contradicts the model.
+    pub fn plan_with(
+        &self,
+        header: &ModelHeader,
+        capacity: &Capacity,
+        adapters: Vec<Arc<AdapterHeader>>,
+    ) -> Result<ExecutionPlan, PlanError> {
         self.check_format(header)?;
-        planner::plan(&self.planner_spec(), header, capacity)
+        planner::plan(&planner::Spec { adapters, ..self.planner_spec() }, header, capacity)
     }
 
     /// Settings of the API.

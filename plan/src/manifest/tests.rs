@@ -219,7 +219,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "scheduling.queueName",
         "scheduling.topology",
         "cache",
-        "adapters",
         "access",
         "security",
         "observability",

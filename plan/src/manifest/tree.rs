@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 41] = [
+const LATER: [&str; 40] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.credentialsSecretRef",
@@ -51,7 +51,6 @@ const LATER: [&str; 41] = [
     "spec.workers.serviceAccountName",
     "spec.workers.podTemplateOverlay",
     "spec.cache",
-    "spec.adapters",
     "spec.router.dedicated",
     "spec.router.replicas",
     "spec.router.apis",

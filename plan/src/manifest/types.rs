@@ -55,6 +55,14 @@ pub struct DeploymentSpec {
     /// How it is computed.
     #[serde(default)]
     pub engine: EngineSpec,
+    /// Low-rank adapters (LoRA) beside the model, at most 64; a request names one behind the model's name and a colon. They come and go
+    /// without a restart.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(
+        feature = "schema",
+        schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))
+    )]
+    pub adapters: Vec<AdapterSpec>,
     /// Over how many workers a replica is spread.
     #[serde(default)]
     pub parallelism: ParallelismSpec,
@@ -108,6 +116,23 @@ pub struct ModelSpec {
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
     pub format: FormatChoice,
+}
+
+/// A low-rank adapter.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct AdapterSpec {
+    /// Lower-case letters, digits and '-', at most 64.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z0-9-]+$")))]
+    pub name: String,
+    /// A folder of PEFT or a GGUF file: `hf://`, `http(s)://` or `file:`, at most 2048 characters.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
+    pub uri: String,
+    /// `sha256:<hex>` of its weight file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^sha256:[a-f0-9]{64}$")))]
+    pub digest: Option<String>,
 }
 
 /// Format of the weights.

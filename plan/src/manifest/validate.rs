@@ -25,6 +25,9 @@ const MAX_NAME: usize = 45;
 const MAX_MODEL_NAME: usize = 253;
 /// Most aliases.
 const MAX_ALIASES: usize = 16;
+/// Most adapters, and the longest name of one.
+const MAX_ADAPTERS: usize = 64;
+const MAX_ADAPTER_NAME: usize = 64;
 /// Most workers of a replica.
 const MAX_WORKERS: u32 = 1024;
 /// Upper bounds that only keep sizes within reason.
@@ -43,6 +46,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         return Err(Problem::new("metadata.namespace", expected));
     }
     model(deployment)?;
+    adapters(deployment)?;
     chat(deployment)?;
     let engine = &spec.engine;
     if engine.kv_cache.block_tokens as usize != BLOCK_TOKENS {
@@ -90,16 +94,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
 
 fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
     let model = &deployment.spec.model;
-    let uri = &model.uri;
-    if uri.len() > MAX_URI {
-        return Err(Problem::new("spec.model.uri", format!("expected at most {MAX_URI} characters, got {}", uri.len())));
-    }
-    if let Some(scheme) = LATER_SCHEMES.iter().find(|s| uri.starts_with(**s)) {
-        return Err(Problem::new("spec.model.uri", format!("{scheme} is not supported yet; expected hf://, http://, https:// or file:")));
-    }
-    if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
-        return Err(Problem::new("spec.model.uri", format!("expected hf://, http://, https:// or file:, got {uri:?}")));
-    }
+    check_uri("spec.model.uri", &model.uri)?;
     let is_name = |n: &str| !n.is_empty() && n.len() <= MAX_MODEL_NAME && !n.chars().any(char::is_control);
     let expected = |n: &str| format!("expected 1 to {MAX_MODEL_NAME} characters, got {n:?}");
     if let Some(name) = model.name.as_ref().filter(|n| !is_name(n)) {
@@ -118,12 +113,51 @@ fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
             return Err(Problem::new(&path, format!("expected a name that is not taken, got {alias} again")));
         }
     }
+    check_digest("spec.model.digest", model.digest.as_deref())
+}
+
+/// A source's scheme and length.
+fn check_uri(path: &str, uri: &str) -> Result<(), Problem> {
+    if uri.len() > MAX_URI {
+        return Err(Problem::new(path, format!("expected at most {MAX_URI} characters, got {}", uri.len())));
+    }
+    if let Some(scheme) = LATER_SCHEMES.iter().find(|s| uri.starts_with(**s)) {
+        return Err(Problem::new(path, format!("{scheme} is not supported yet; expected hf://, http://, https:// or file:")));
+    }
+    if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
+        return Err(Problem::new(path, format!("expected hf://, http://, https:// or file:, got {uri:?}")));
+    }
+    Ok(())
+}
+
+fn check_digest(path: &str, digest: Option<&str>) -> Result<(), Problem> {
     let is_digest =
         |d: &str| d.strip_prefix("sha256:").is_some_and(|h| h.len() == 64 && h.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')));
-    match model.digest.as_ref().filter(|d| !is_digest(d)) {
-        Some(digest) => Err(Problem::new("spec.model.digest", format!("expected sha256: and 64 hexadecimal digits, got {digest:?}"))),
+    match digest.filter(|d| !is_digest(d)) {
+        Some(digest) => Err(Problem::new(path, format!("expected sha256: and 64 hexadecimal digits, got {digest:?}"))),
         None => Ok(()),
     }
+}
+
+fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let adapters = &deployment.spec.adapters;
+    if adapters.len() > MAX_ADAPTERS {
+        return Err(Problem::new("spec.adapters", format!("expected at most {MAX_ADAPTERS}, got {}", adapters.len())));
+    }
+    for (i, adapter) in adapters.iter().enumerate() {
+        let (path, name) = (|field: &str| format!("spec.adapters[{i}].{field}"), &adapter.name);
+        let is_name = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        if !is_name || !(1..=MAX_ADAPTER_NAME).contains(&name.len()) {
+            let message = format!("expected 1 to {MAX_ADAPTER_NAME} lower-case letters, digits and '-', got {name:?}");
+            return Err(Problem::new(&path("name"), message));
+        }
+        if adapters[..i].iter().any(|other| other.name == *name) {
+            return Err(Problem::new(&path("name"), format!("expected a name that is not taken, got {name} again")));
+        }
+        check_uri(&path("uri"), &adapter.uri)?;
+        check_digest(&path("digest"), adapter.digest.as_deref())?;
+    }
+    Ok(())
 }
 
 /// Bounds are those of `RollingUpdate`, and let something move.

@@ -44,14 +44,14 @@ struct Need {
     most: usize,
 }
 
-/// Sizes every group. `working` holds the bytes of activations per worker, in the order of stages and ranks.
+/// Sizes every group. `working` and `adapters` hold the bytes of activations and of adapters per worker, in the order of stages and ranks.
 pub(super) fn size(
     spec: &Spec,
     header: &ModelHeader,
     capacity: &Capacity,
     max_context: usize,
     stages: &[Stage],
-    working: &[u64],
+    (working, adapters): (&[u64], &[u64]),
 ) -> Result<Sized, PlanError> {
     let config = &header.config;
     let dtype = spec.kv_dtype.unwrap_or_else(|| default_kv_dtype(header));
@@ -83,7 +83,8 @@ pub(super) fn size(
     }
     set(&mut geometry, low);
     let cache_fits = fits(&geometry);
-    let (fits, message) = verdict(&geometry, capacity, &workers, config, max_context, cache_fits.then_some(()).ok_or(&budgets));
+    let cache = cache_fits.then_some(()).ok_or(&budgets);
+    let (fits, message) = verdict(&geometry, capacity, (&workers, adapters), config, max_context, cache);
     Ok(Sized { geometry, fits, message })
 }
 
@@ -122,22 +123,27 @@ fn budget(spec: &Spec, capacity: &Capacity, shard: &Shard, working: u64) -> u64 
 fn verdict(
     geometry: &KvGeometry,
     capacity: &Capacity,
-    workers: &[(&Shard, u64)],
+    (workers, adapters): (&[(&Shard, u64)], &[u64]),
     config: &ModelConfig,
     max_context: usize,
     cache: Result<(), &Vec<u64>>,
 ) -> (bool, String) {
-    let total =
-        |&(shard, working): &(&Shard, u64)| shard.weight_bytes.saturating_add(shard_bytes(geometry, config, shard)).saturating_add(working);
-    let Some((index, worker)) = workers.iter().enumerate().max_by_key(|(i, w)| (total(w), std::cmp::Reverse(*i))) else {
+    let of = |index: usize| adapters.get(index).copied().unwrap_or(0);
+    let total = |index: usize| {
+        let (shard, working) = workers[index];
+        let parts = [shard.weight_bytes, shard_bytes(geometry, config, shard), working, of(index)];
+        parts.into_iter().fold(0, u64::saturating_add)
+    };
+    let Some(index) = (0..workers.len()).max_by_key(|&i| (total(i), std::cmp::Reverse(i))) else {
         return (false, "no workers".to_owned());
     };
-    let describe = |(shard, working): &(&Shard, u64)| {
-        let kv = shard_bytes(geometry, config, shard);
-        let (stage, rank) = (shard.stage, shard.rank);
+    let describe = |index: usize| {
+        let (shard, working) = workers[index];
+        let (stage, rank, kv) = (shard.stage, shard.rank, shard_bytes(geometry, config, shard));
+        let adapters = if of(index) > 0 { format!(", adapters {}", of(index)) } else { String::new() };
         format!(
-            "stage {stage} rank {rank} needs {} bytes (weights {}, KV cache {kv}, activations {working})",
-            total(&(*shard, *working)),
+            "stage {stage} rank {rank} needs {} bytes (weights {}, KV cache {kv}, activations {working}{adapters})",
+            total(index),
             shard.weight_bytes
         )
     };
@@ -147,16 +153,16 @@ fn verdict(
             let memory = memory.map_or_else(|| "unknown memory".to_owned(), |m| format!("{m} bytes of memory"));
             let text = format!(
                 "does not fit: {} of {memory}; its KV cache may take {} bytes, one sequence of {max_context} tokens needs {}",
-                describe(&workers[over]),
+                describe(over),
                 budgets[over],
                 shard_bytes(geometry, config, workers[over].0)
             );
             (false, text)
         }
-        (Ok(()), Some(memory)) if total(worker) > memory => {
-            (false, format!("does not fit: {} of {memory} bytes of memory", describe(worker)))
+        (Ok(()), Some(memory)) if total(index) > memory => {
+            (false, format!("does not fit: {} of {memory} bytes of memory", describe(index)))
         }
-        (Ok(()), Some(memory)) => (true, format!("fits: {} of {memory} bytes of memory", describe(worker))),
-        (Ok(()), None) => (true, format!("memory of the workers is unknown; {}", describe(worker))),
+        (Ok(()), Some(memory)) => (true, format!("fits: {} of {memory} bytes of memory", describe(index))),
+        (Ok(()), None) => (true, format!("memory of the workers is unknown; {}", describe(index))),
     }
 }

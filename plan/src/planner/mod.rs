@@ -7,11 +7,12 @@ mod stages;
 #[cfg(test)]
 mod tests;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
 use crate::{
+    adapter::{AdapterHeader, AdapterShard},
     fleet::ReplicaLimits,
     model::{Format, ModelHeader, Role},
     shard::{ExecutionPlan, KvDType, Shard, Stage},
@@ -58,6 +59,9 @@ pub struct Spec {
     pub kv_dtype: Option<KvDType>,
     /// Most bytes of memory a worker may take, whatever it has.
     pub worker_memory: Option<u64>,
+    /// Adapters that every worker has room for. They come and go without another plan, so nothing else depends on them: what they need
+    /// counts in whether everything fits, and not in the size of the KV cache.
+    pub adapters: Vec<Arc<AdapterHeader>>,
 }
 
 impl Default for Spec {
@@ -72,6 +76,7 @@ impl Default for Spec {
             kv_memory: KvMemory::Auto,
             kv_dtype: None,
             worker_memory: None,
+            adapters: Vec::new(),
         }
     }
 }
@@ -168,7 +173,8 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
     let tensor_bytes: u64 = header.tensors.values().map(|t| t.held_bytes(t.shape.first().copied().unwrap_or(0))).sum();
 
     let needs: Vec<u64> = shards(&stages).map(|s| working_bytes(spec, header, s)).collect();
-    let sized = kv::size(spec, header, capacity, max_context, &stages, &needs)?;
+    let adapters: Vec<u64> = shards(&stages).map(|shard| adapter_bytes(spec, header, shard)).collect();
+    let sized = kv::size(spec, header, capacity, max_context, &stages, (&needs, &adapters))?;
     for shard in stages.iter_mut().flat_map(|s| &mut s.shards) {
         shard.kv_bytes = kv::shard_bytes(&sized.geometry, config, shard);
     }
@@ -182,6 +188,7 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
         file_bytes: header.files.iter().map(|f| f.bytes).sum(),
         tensor_bytes,
         shared_bytes: held.saturating_sub(tensor_bytes),
+        adapter_bytes: adapters.into_iter().max().unwrap_or(0),
         fits: sized.fits,
         message: sized.message,
     })
@@ -203,6 +210,14 @@ fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     let tokens = (spec.max_batch_tokens as u64).saturating_mul(width as u64).saturating_mul(4);
     let logits = if shard.is_last() { (spec.max_batch_sequences as u64).saturating_mul(c.vocab as u64).saturating_mul(4) } else { 0 };
     tokens.saturating_add(logits)
+}
+
+/// Bytes that the adapters of a worker need: their weights, and what the largest product of theirs needs in a step.
+fn adapter_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
+    let parts: Vec<_> = spec.adapters.iter().map(|adapter| adapter.of(&header.config, shard)).collect();
+    let weights = parts.iter().map(AdapterShard::weight_bytes).fold(0, u64::saturating_add);
+    let working = parts.iter().map(|part| part.working_bytes(spec.max_batch_tokens)).max().unwrap_or(0);
+    weights.saturating_add(working)
 }
 
 /// The type of KV entries that goes with a model's weights: F16 when any layer matrix is quantized, else F32.

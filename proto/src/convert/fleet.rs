@@ -1,8 +1,10 @@
 //! The fleet as it is pushed to routers.
 
 use plan::{
+    adapter::AdapterSource,
     fleet::{
-        ChatTemplate, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy, ServingSettings,
+        ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
+        ServingSettings,
     },
     shard::{KvDType, KvGeometry, KvGroup},
 };
@@ -74,6 +76,19 @@ fn decode_limits(limits: Option<wire::Limits>) -> Result<ReplicaLimits, ConvertE
     })
 }
 
+fn encode_adapter(FleetAdapter { name, source: AdapterSource { uri, digest, numerics } }: &FleetAdapter) -> wire::Adapter {
+    wire::Adapter { name: name.clone(), uri: uri.clone(), digest: digest.clone(), numerics: numerics.clone() }
+}
+
+fn decode_adapter(wire::Adapter { name, uri, digest, numerics }: wire::Adapter) -> Result<FleetAdapter, ConvertError> {
+    for (field, value) in [("name", &name), ("uri", &uri), ("numerics", &numerics)] {
+        if value.is_empty() {
+            return Err(ConvertError::missing(format!("adapters[{name}].{field}")));
+        }
+    }
+    Ok(FleetAdapter { name, source: AdapterSource { uri, digest, numerics } })
+}
+
 fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
     let template = |t: &ChatTemplate| match t {
         ChatTemplate::Gemma => wire::serving::ChatTemplate::Builtin("gemma".to_owned()),
@@ -110,6 +125,7 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
             hold: d.serving.hold.map(|h| wire::Hold { requests: h.requests as u32, seconds: h.seconds }),
         }),
         replicas: d.replicas.iter().map(replica).collect(),
+        adapters: d.adapters.iter().map(encode_adapter).collect(),
     }
 }
 
@@ -160,5 +176,6 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
             hold: serving.hold.map(|h| HoldSettings { requests: h.requests as usize, seconds: h.seconds }),
         },
         replicas: d.replicas.into_iter().map(replica).collect::<Result<_, ConvertError>>()?,
+        adapters: d.adapters.into_iter().map(decode_adapter).collect::<Result<_, ConvertError>>()?,
     })
 }

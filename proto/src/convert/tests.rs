@@ -1,8 +1,10 @@
 //! What is sent is what arrives; what means nothing is refused by field.
 
 use plan::{
+    adapter::AdapterSource,
     fleet::{
-        ChatTemplate, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy, ServingSettings,
+        ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
+        ServingSettings,
     },
     shard::{KvDType, KvGeometry, KvGroup},
     step::{Begin, BlockCopy, Input, Logprobs, Mask, Output, OutputValue, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
@@ -11,7 +13,10 @@ use plan::{
 use proptest::{collection::vec, option, prelude::*};
 use prost::Message;
 
-use super::{decode_epoch, decode_fleet, decode_mask, decode_output, decode_step, encode_fleet, encode_mask, encode_output, encode_step};
+use super::{
+    decode_epoch, decode_fleet, decode_load, decode_mask, decode_output, decode_step, encode_fleet, encode_load, encode_mask,
+    encode_output, encode_step,
+};
 use crate::{fleet as fleet_wire, worker as wire};
 
 const EPOCH: Epoch = Epoch { number: 7, session: 0xdead_beef };
@@ -229,6 +234,10 @@ fn fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dtype: KvDT
         model: "m".into(),
         aliases: vec!["x".into(), "y".into()],
         limits: limits(128),
+        adapters: vec![FleetAdapter {
+            name: "a".into(),
+            source: AdapterSource { uri: "hf://o/a".into(), digest: Some("sha256:0".into()), numerics: "n".into() },
+        }],
         serving: ServingSettings {
             chat_template,
             system_prompt: Some("s".into()),
@@ -277,4 +286,18 @@ fn fleets_of_a_later_version_are_refused_by_deployment_and_field() {
     let template =
         refused(&|d| d.serving.as_mut().expect("serving").chat_template = Some(fleet_wire::serving::ChatTemplate::Builtin("x".into())));
     assert_eq!(template, "deployments[d].serving.chat_template is x, expected gemma, chatml or llama3");
+}
+
+#[test]
+fn adapters_survive_and_what_means_none_is_refused() {
+    let adapter = AdapterSource { uri: "file:/a".into(), digest: None, numerics: "n".into() };
+    assert_eq!(decode_load(sent(&encode_load(3, &adapter))), Ok((3, adapter.clone())));
+    let refused = |change: fn(&mut wire::LoadAdapter)| {
+        let mut load = encode_load(3, &adapter);
+        change(&mut load);
+        decode_load(load).expect_err("a refusal").to_string()
+    };
+    assert!(refused(|load| load.slot = 0).contains("load_adapter.slot is 0"));
+    assert!(refused(|load| load.uri.clear()).contains("load_adapter.uri is missing"));
+    assert!(refused(|load| load.numerics.clear()).contains("load_adapter.numerics is missing"));
 }

@@ -35,6 +35,22 @@ pub struct Deployment {
     pub serving: ::core::option::Option<Serving>,
     #[prost(message, repeated, tag = "6")]
     pub replicas: ::prost::alloc::vec::Vec<Replica>,
+    #[prost(message, repeated, tag = "7")]
+    pub adapters: ::prost::alloc::vec::Vec<Adapter>,
+}
+/// A low-rank adapter that every replica is to have; requests name it behind the model's name and a colon.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Adapter {
+    #[prost(string, tag = "1")]
+    pub name: ::prost::alloc::string::String,
+    #[prost(string, tag = "2")]
+    pub uri: ::prost::alloc::string::String,
+    /// `sha256:<hex>` of its one weight file, when pinned.
+    #[prost(string, optional, tag = "3")]
+    pub digest: ::core::option::Option<::prost::alloc::string::String>,
+    /// Numerics id: what it is known by between routers and to workers.
+    #[prost(string, tag = "4")]
+    pub numerics: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Limits {
@@ -149,7 +165,7 @@ pub struct DeploymentLoad {
     #[prost(uint32, tag = "9")]
     pub held: u32,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct ReplicaState {
     #[prost(string, tag = "1")]
     pub name: ::prost::alloc::string::String,
@@ -164,6 +180,19 @@ pub struct ReplicaState {
     /// Sequences of this router's clients that are on it or queued for it.
     #[prost(uint32, tag = "5")]
     pub sequences: u32,
+    #[prost(message, repeated, tag = "6")]
+    pub adapters: ::prost::alloc::vec::Vec<AdapterState>,
+}
+/// An adapter on a replica.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AdapterState {
+    #[prost(string, tag = "1")]
+    pub numerics: ::prost::alloc::string::String,
+    /// Every worker has it; neither this nor a failure: it is being loaded.
+    #[prost(bool, tag = "2")]
+    pub ready: bool,
+    #[prost(string, tag = "3")]
+    pub failure: ::prost::alloc::string::String,
 }
 /// Generated client implementations.
 pub mod fleet_client {

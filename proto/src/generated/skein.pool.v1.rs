@@ -66,10 +66,11 @@ pub struct Submit {
     pub logits: bool,
     #[prost(uint32, optional, tag = "11")]
     pub chunk: ::core::option::Option<u32>,
-    #[prost(uint32, tag = "12")]
-    pub adapter: u32,
     #[prost(bytes = "vec", tag = "13")]
     pub salt: ::prost::alloc::vec::Vec<u8>,
+    /// Numerics id of its adapter; empty: the bare model.
+    #[prost(string, tag = "14")]
+    pub adapter: ::prost::alloc::string::String,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {
@@ -138,6 +139,8 @@ pub struct ReplicaStatus {
     pub kv_used: f32,
     #[prost(string, tag = "8")]
     pub last_failure: ::prost::alloc::string::String,
+    #[prost(message, repeated, tag = "9")]
+    pub adapters: ::prost::alloc::vec::Vec<super::super::fleet::v1::AdapterState>,
 }
 /// Changes of a replica's prefix cache; hashes are 16 bytes each, little-endian.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

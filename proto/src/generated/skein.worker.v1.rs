@@ -86,7 +86,7 @@ pub struct CardChunk {
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SessionRequest {
-    #[prost(oneof = "session_request::Message", tags = "1, 2, 3, 4, 5")]
+    #[prost(oneof = "session_request::Message", tags = "1, 2, 3, 4, 5, 6, 7")]
     pub message: ::core::option::Option<session_request::Message>,
 }
 /// Nested message and enum types in `SessionRequest`.
@@ -105,7 +105,33 @@ pub mod session_request {
         /// Sent at least every 300 ms by an owner that has nothing else to say: one silent for 1 s may be replaced.
         #[prost(message, tag = "5")]
         Alive(super::Alive),
+        /// From version 2 on.
+        #[prost(message, tag = "6")]
+        LoadAdapter(super::LoadAdapter),
+        #[prost(message, tag = "7")]
+        UnloadAdapter(super::UnloadAdapter),
     }
+}
+/// Loads an adapter beside running steps and puts it into a slot, which steps may name once the reply says so.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct LoadAdapter {
+    /// From 1 on; empty until now.
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    #[prost(string, tag = "2")]
+    pub uri: ::prost::alloc::string::String,
+    /// `sha256:<hex>` of its one weight file, when pinned.
+    #[prost(string, optional, tag = "3")]
+    pub digest: ::core::option::Option<::prost::alloc::string::String>,
+    /// Numerics id that it must turn out to have.
+    #[prost(string, tag = "4")]
+    pub numerics: ::prost::alloc::string::String,
+}
+/// Empties a slot, behind the steps that were sent before.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct UnloadAdapter {
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Alive {}
@@ -129,7 +155,7 @@ pub struct Hello {
 pub struct Close {}
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct SessionReply {
-    #[prost(oneof = "session_reply::Message", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "session_reply::Message", tags = "1, 2, 3, 4, 5")]
     pub message: ::core::option::Option<session_reply::Message>,
 }
 /// Nested message and enum types in `SessionReply`.
@@ -145,7 +171,21 @@ pub mod session_reply {
         /// The session is over; the stream ends after it.
         #[prost(message, tag = "4")]
         Failure(super::Failure),
+        #[prost(message, tag = "5")]
+        Adapter(super::AdapterReply),
     }
+}
+/// One for each adapter that was to be loaded.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct AdapterReply {
+    #[prost(uint32, tag = "1")]
+    pub slot: u32,
+    /// Empty: it is in its slot.
+    #[prost(string, tag = "2")]
+    pub failure: ::prost::alloc::string::String,
+    /// In memory.
+    #[prost(uint64, tag = "3")]
+    pub bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Welcome {

@@ -91,7 +91,7 @@ impl From<SubmitError> for ApiError {
         let message = e.to_string();
         let with = |status, code, retry| Self { retry_after_seconds: retry, ..Self::new(status, code, message.clone()) };
         match e {
-            SubmitError::UnknownModel(_) => {
+            SubmitError::UnknownModel(_) | SubmitError::UnknownAdapter { .. } => {
                 Self { param: Some("model".to_owned()), ..with(StatusCode::NOT_FOUND, "model_not_found", None) }
             }
             SubmitError::QueueFull { retry_after_seconds, .. } => {
@@ -111,7 +111,10 @@ impl From<StreamError> for ApiError {
     fn from(e: StreamError) -> Self {
         match e {
             StreamError::Deadline(seconds) => Self::deadline(seconds),
-            StreamError::NoReplica(_) | StreamError::Queue(_) | StreamError::Stopping => {
+            StreamError::NoAdapter(_) => {
+                Self { param: Some("model".to_owned()), ..Self::new(StatusCode::NOT_FOUND, e.reason(), e.to_string()) }
+            }
+            StreamError::AdapterFailed { .. } | StreamError::NoReplica(_) | StreamError::Queue(_) | StreamError::Stopping => {
                 let error = Self::new(StatusCode::SERVICE_UNAVAILABLE, e.reason(), e.to_string());
                 Self { retry_after_seconds: Some(RETRY_NOT_READY_SECONDS), ..error }
             }

@@ -20,6 +20,8 @@ use crate::encode::Tokenizer;
 pub(crate) struct Model {
     pub(crate) status: ModelStatus,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// Its own, or with one of its adapters behind a colon.
+    pub(crate) name: String,
 }
 
 struct Entry {
@@ -39,14 +41,15 @@ pub(crate) struct Models {
 impl Models {
     /// The model called `name`.
     pub(crate) async fn get(&self, edge: &Edge, name: &str) -> Result<Model, ApiError> {
-        let status = find(edge, name)?;
+        let (status, adapter) = find(edge, name)?;
+        let name = adapter.map_or_else(|| status.name.clone(), |adapter| format!("{}:{adapter}", status.name));
         let card = edge.card(&status.name).await?;
         if let Some(tokenizer) = self.ready(&status, &card) {
-            return Ok(Model { status, tokenizer });
+            return Ok(Model { status, tokenizer, name });
         }
         let _one = self.building.lock().await;
         if let Some(tokenizer) = self.ready(&status, &card) {
-            return Ok(Model { status, tokenizer });
+            return Ok(Model { status, tokenizer, name });
         }
         let (template, source) = (status.serving.chat_template.clone(), Arc::clone(&card));
         let build = move || {
@@ -61,7 +64,7 @@ impl Models {
         let mut built = self.built.lock().unwrap_or_else(PoisonError::into_inner);
         built.retain(|name, _| edge.models().iter().any(|m| &m.deployment == name));
         built.insert(status.deployment.clone(), entry);
-        Ok(Model { status, tokenizer })
+        Ok(Model { status, tokenizer, name })
     }
 
     fn ready(&self, status: &ModelStatus, card: &Arc<ModelCard>) -> Option<Arc<Tokenizer>> {
@@ -72,10 +75,11 @@ impl Models {
     }
 }
 
-/// The status of the model called `name`, or having it as an alias.
-pub(crate) fn find(edge: &Edge, name: &str) -> Result<ModelStatus, ApiError> {
-    let named = |m: &ModelStatus| m.name == name || m.aliases.iter().any(|a| a == name);
-    edge.models().into_iter().find(named).ok_or_else(|| SubmitError::UnknownModel(name.to_owned()).into())
+/// The status of the model that requests name so, and the adapter of it that they name.
+pub(crate) fn find(edge: &Edge, name: &str) -> Result<(ModelStatus, Option<String>), ApiError> {
+    let (deployment, adapter) = edge.resolve(name)?;
+    let status = edge.models().into_iter().find(|m| m.deployment == deployment);
+    Ok((status.ok_or_else(|| SubmitError::UnknownModel(name.to_owned()))?, adapter))
 }
 
 /// Seconds since 1970.
@@ -83,10 +87,11 @@ pub(crate) fn unix_seconds() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
 }
 
-fn object(status: &ModelStatus, name: &str, created: u64) -> Value {
+fn object(status: &ModelStatus, name: &str, adapter: bool, created: u64) -> Value {
+    let parent = adapter.then_some(&status.name);
     json!({
         "id": name, "object": "model", "created": created, "owned_by": "skein",
-        "root": status.name, "parent": null, "max_model_len": status.limits.max_context,
+        "root": status.name, "parent": parent, "max_model_len": status.limits.max_context,
     })
 }
 
@@ -94,11 +99,15 @@ fn object(status: &ModelStatus, name: &str, created: u64) -> Value {
 pub(super) async fn list(State(shared): State<Arc<Shared>>) -> Json<Value> {
     let models = shared.edge.models();
     let created = shared.started;
-    let names = models.iter().flat_map(|m| std::iter::once(&m.name).chain(&m.aliases).map(move |n| object(m, n, created)));
+    let names = models.iter().flat_map(|m| {
+        let own = std::iter::once(&m.name).chain(&m.aliases).map(move |n| object(m, n, false, created));
+        own.chain(m.adapters.iter().map(move |adapter| object(m, &format!("{}:{adapter}", m.name), true, created)))
+    });
     Json(json!({"object": "list", "data": names.collect::<Vec<_>>()}))
 }
 
 /// `GET /v1/models/{id}`; the id may hold slashes.
 pub(super) async fn get(State(shared): State<Arc<Shared>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
-    Ok(Json(object(&find(&shared.edge, &name)?, &name, shared.started)))
+    let (status, adapter) = find(&shared.edge, &name)?;
+    Ok(Json(object(&status, &name, adapter.is_some(), shared.started)))
 }

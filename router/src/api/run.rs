@@ -140,7 +140,7 @@ impl Run {
                 sampling.choice = c as u32;
                 let (prompt_ids, end_ids) = (Arc::clone(&prompt.ids), Arc::clone(&end_ids));
                 let generation = Generation { prompt: prompt_ids, sampling, max_tokens, end_ids, score_prompt };
-                let stream = edge.submit(&model.status.name, generation)?;
+                let stream = edge.submit(&model.name, generation)?;
                 streams.push(next(choices.len(), stream));
                 let decoder = Decoder::new(Arc::clone(&model.tokenizer), Arc::clone(&parameters.stop), prompt.ids.last().copied());
                 choices.push(Choice {

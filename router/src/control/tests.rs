@@ -76,7 +76,15 @@ fn state(number: u64) -> FleetState {
         limits: limits.clone(),
         workers: vec![vec!["127.0.0.1:9".into()]],
     };
-    let deployment = FleetDeployment { name: "a".into(), model: "a".into(), aliases: Vec::new(), limits, serving, replicas: vec![replica] };
+    let deployment = FleetDeployment {
+        name: "a".into(),
+        model: "a".into(),
+        aliases: Vec::new(),
+        limits,
+        serving,
+        replicas: vec![replica],
+        adapters: Vec::new(),
+    };
     FleetState { term: 7, number, deployments: vec![deployment], routers: Vec::new() }
 }
 

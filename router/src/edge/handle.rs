@@ -8,17 +8,17 @@ use std::{
     time::Duration,
 };
 
-use plan::fleet::FleetState;
+use plan::fleet::{FleetAdapter, FleetState};
 use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DeploymentLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
+    AdapterLoad, DeploymentLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
     stream::{Course, Limits},
 };
 use crate::{
     control::FleetStore,
-    fleet::{Deployment, Supervisor, View},
+    fleet::{Deployment, Member, Presence, Supervisor, View},
     pool::{Pool, PoolOptions},
     replica::Connector,
     scheduler::Submission,
@@ -102,8 +102,16 @@ impl Edge {
     }
 
     /// Admits a sequence to its deployment's queue.
-    pub(super) fn course(&self, model: &str, submission: Submission) -> Result<Course, SubmitError> {
-        let deployment = self.find(model)?;
+    pub(super) fn course(&self, model: &str, mut submission: Submission) -> Result<Course, SubmitError> {
+        let (deployment, adapter) = {
+            let view = self.inner.view.borrow();
+            let (deployment, adapter) = view.resolve(model)?;
+            (deployment.clone(), adapter.cloned())
+        };
+        let adapter = adapter.map(|FleetAdapter { name, source }| {
+            submission.adapter = source.numerics.into();
+            name
+        });
         let (spec, stats) = (&deployment.spec, &deployment.lasting.stats);
         let (prompt, context) = (submission.prompt.len(), spec.limits.max_context);
         if prompt > context || (prompt == context && submission.max_tokens > 0) {
@@ -111,7 +119,8 @@ impl Edge {
         }
         let (slot, queue) = deployment.admit()?;
         let limits = Limits { queue, resume: self.inner.options.resume, total: self.inner.options.deadline };
-        Ok(Course::new(self.inner.view.clone(), spec.name.clone(), stats.clone(), submission, slot, limits))
+        let names = (spec.name.clone(), adapter.unwrap_or_default());
+        Ok(Course::new(self.inner.view.clone(), names, stats.clone(), submission, slot, limits))
     }
 
     /// Every model served, in the order of the fleet state.
@@ -122,10 +131,17 @@ impl Edge {
             deployment: d.spec.name.clone(),
             limits: d.spec.limits.clone(),
             serving: d.spec.serving.clone(),
+            adapters: d.spec.adapters.iter().map(|adapter| adapter.name.clone()).collect(),
             replicas: d.members.len(),
             ready_replicas: d.members.iter().filter(|m| m.driver.ready()).count(),
         };
         self.inner.view.borrow().deployments.iter().map(status).collect()
+    }
+
+    /// The deployment, by its resource name, and the adapter that requests name so.
+    pub(crate) fn resolve(&self, name: &str) -> Result<(String, Option<String>), SubmitError> {
+        let view = self.inner.view.borrow();
+        view.resolve(name).map(|(deployment, adapter)| (deployment.spec.name.clone(), adapter.map(|a| a.name.clone())))
     }
 
     /// Whether a real token came out of the last stage of at least one replica of `model`.
@@ -140,11 +156,13 @@ impl Edge {
         view.wait_for(ready).await.is_ok()
     }
 
-    /// Waits until a real token came out of the last stage of every replica of `model`, or until the edge stops (`false`).
+    /// Waits until a real token came out of the last stage of every replica of `model`, and each of its adapters is on each of them or cannot
+    /// be loaded, or until the edge stops (`false`).
     pub async fn wait_complete(&self, model: &str) -> bool {
         let mut view = self.inner.view.clone();
+        let settled = |d: &Deployment, m: &Member| m.driver.ready() && m.adapters(&d.spec).iter().all(|(_, p)| *p != Presence::Loading);
         let complete =
-            |view: &Arc<View>| view.find(model).is_some_and(|d| !d.members.is_empty() && d.members.iter().all(|m| m.driver.ready()));
+            |view: &Arc<View>| view.find(model).is_some_and(|d| !d.members.is_empty() && d.members.iter().all(|m| settled(d, m)));
         view.wait_for(complete).await.is_ok()
     }
 
@@ -172,7 +190,7 @@ impl Edge {
     }
 
     pub(super) fn find(&self, model: &str) -> Result<Arc<Deployment>, SubmitError> {
-        self.inner.view.borrow().find(model).cloned().ok_or_else(|| SubmitError::UnknownModel(model.to_owned()))
+        self.inner.view.borrow().resolve(model).map(|(deployment, _)| deployment.clone())
     }
 }
 
@@ -180,6 +198,16 @@ impl std::fmt::Debug for Edge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Edge").finish_non_exhaustive()
     }
+}
+
+/// How the adapters of a deployment are doing on one of its replicas.
+fn adapters(deployment: &Deployment, member: &Member) -> Vec<AdapterLoad> {
+    let of = |(adapter, (numerics, presence)): (&FleetAdapter, (String, Presence))| {
+        let ready = presence == Presence::Ready;
+        let failure = if let Presence::Failed(why) = presence { Some(why) } else { None };
+        AdapterLoad { name: adapter.name.clone(), numerics, ready, failure }
+    };
+    deployment.spec.adapters.iter().zip(member.adapters(&deployment.spec)).map(of).collect()
 }
 
 fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
@@ -203,6 +231,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
                 steps_total,
                 failures_total,
                 last_failure: condition.last_failure,
+                adapters: adapters(deployment, m),
             }
         })
         .collect();

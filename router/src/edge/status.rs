@@ -17,6 +17,8 @@ pub struct ModelStatus {
     pub limits: ReplicaLimits,
     /// Chat and queue settings.
     pub serving: ServingSettings,
+    /// Names of its adapters; requests name one as `name:adapter`.
+    pub adapters: Vec<String>,
     /// Replicas in the fleet.
     pub replicas: usize,
     /// Replicas from which a token came out of the last stage.
@@ -89,4 +91,19 @@ pub struct ReplicaLoad {
     pub failures_total: u64,
     /// Why the last session ended, or could not be opened.
     pub last_failure: Option<String>,
+    /// The deployment's adapters, in its order.
+    pub adapters: Vec<AdapterLoad>,
+}
+
+/// How an adapter is doing on a replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AdapterLoad {
+    /// Its name.
+    pub name: String,
+    /// Its numerics id.
+    pub numerics: String,
+    /// Every worker has it; neither this nor a failure: it is to be loaded, or being loaded.
+    pub ready: bool,
+    /// Why it cannot be loaded.
+    pub failure: Option<String>,
 }

@@ -52,6 +52,8 @@ pub(super) struct Course {
     view: watch::Receiver<Arc<View>>,
     /// Resource name of its deployment.
     deployment: String,
+    /// Name of its adapter; empty: none.
+    adapter: String,
     stats: Arc<Stats>,
     /// As it was submitted first.
     submission: Submission,
@@ -105,7 +107,7 @@ enum Wake {
 impl Course {
     pub(super) fn new(
         view: watch::Receiver<Arc<View>>,
-        deployment: String,
+        (deployment, adapter): (String, String),
         stats: Arc<Stats>,
         submission: Submission,
         slot: QueueSlot,
@@ -115,6 +117,7 @@ impl Course {
         let mut course = Self {
             view,
             deployment,
+            adapter,
             stats,
             ids: submission.prompt.to_vec(),
             submission,
@@ -136,6 +139,9 @@ impl Course {
     /// The next item; `None` after the end. Cancel-safe: what was received is either kept or returned.
     pub(super) async fn next(&mut self) -> Option<Item> {
         loop {
+            if let Some(error) = self.hopeless() {
+                return Some(self.fail(error));
+            }
             let deadline = self.deadline();
             let wake = match &mut self.place {
                 Place::Done => return None,
@@ -186,11 +192,25 @@ impl Course {
         [total, place].into_iter().flatten().min()
     }
 
+    /// Why no replica will take it, where it waits for one with its adapter.
+    fn hopeless(&self) -> Option<StreamError> {
+        let (Place::Waiting { .. }, false) = (&self.place, self.submission.adapter.is_empty()) else { return None };
+        let view = self.view.borrow();
+        let deployment = view.deployment(&self.deployment)?;
+        if !deployment.has_adapter(&self.submission.adapter) {
+            return Some(StreamError::NoAdapter(self.adapter.clone()));
+        }
+        let why = deployment.adapter_failure(&self.submission.adapter)?;
+        Some(StreamError::AdapterFailed { name: self.adapter.clone(), why })
+    }
+
     /// Submits to the replica of choice, when there is one.
     fn try_place(&mut self) {
         let view = self.view.borrow().clone();
         let Some(deployment) = view.deployment(&self.deployment) else { return };
-        let Some(member) = deployment.choose(&self.ids, self.begun.then_some(self.numerics.as_str())) else { return };
+        let Some(member) = deployment.choose(&self.ids, &self.submission.adapter, self.begun.then_some(self.numerics.as_str())) else {
+            return;
+        };
         let submission = self.remaining();
         let left = (submission.max_tokens as usize).min(deployment.spec.limits.max_context) - submission.emitted.len();
         // Every token with its logits, every want, and: started, prompt, end, released.

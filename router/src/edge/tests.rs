@@ -1,5 +1,6 @@
 //! Streams through an edge over simulated replicas, in virtual time.
 
+mod adapters;
 mod hold;
 
 use std::{sync::Arc, time::Duration};
@@ -49,6 +50,7 @@ fn replica(name: &str) -> FleetReplica {
 
 fn state(replicas: &[FleetReplica]) -> FleetState {
     let deployment = FleetDeployment {
+        adapters: Vec::new(),
         name: "tiny".to_owned(),
         model: "tiny-model".to_owned(),
         aliases: vec!["small".to_owned()],

@@ -23,6 +23,17 @@ pub(crate) enum Driver {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket(u64);
 
+/// An adapter on a replica.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Presence {
+    /// Every worker has it.
+    Ready,
+    /// It is to be loaded, or being loaded.
+    Loading,
+    /// It cannot be loaded.
+    Failed(String),
+}
+
 /// What an owner says of its replica.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Condition {
@@ -69,6 +80,15 @@ impl Driver {
             Self::Here(owner) => owner.ready(),
             Self::Peer(peer, replica) => peer.ready(replica),
             Self::Nobody => false,
+        }
+    }
+
+    /// How the adapter of a numerics id is doing.
+    pub(crate) fn adapter(&self, numerics: &str) -> Presence {
+        match self {
+            Self::Here(owner) => owner.adapter(numerics),
+            Self::Peer(peer, replica) => peer.adapter(replica, numerics),
+            Self::Nobody => Presence::Loading,
         }
     }
 

@@ -111,8 +111,9 @@ impl Supervisor {
             let lasting = old.map_or_else(|| Arc::new(Lasting::new()), |d| d.lasting.clone());
             let members = spec.replicas.iter().map(|replica| {
                 let member = self.member(replica, old.and_then(|d| d.members.iter().find(|m| m.spec.name == replica.name)));
-                if member.driver.is_here() {
+                if let Driver::Here(owner) = &member.driver {
                     kept.push(replica.name.clone());
+                    owner.want(spec.adapters.iter().map(|adapter| adapter.source.clone()).collect());
                 }
                 Arc::new(member)
             });
@@ -188,7 +189,7 @@ impl Supervisor {
         let view = self.view.borrow().clone();
         for deployment in &view.deployments {
             for member in deployment.members.iter().filter(|m| m.spec.draining && m.live() > 0) {
-                if deployment.choose(&[], Some(&member.spec.numerics)).is_some() {
+                if deployment.choose(&[], "", Some(&member.spec.numerics)).is_some() {
                     member.driver.release();
                 }
             }

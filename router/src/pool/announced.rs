@@ -130,8 +130,15 @@ mod tests {
             limits: limits.clone(),
             workers: vec![vec!["old:1".into()], vec![address.into()]],
         };
-        let deployment =
-            FleetDeployment { name: "a".into(), model: "a".into(), aliases: Vec::new(), limits, serving, replicas: vec![replica] };
+        let deployment = FleetDeployment {
+            name: "a".into(),
+            model: "a".into(),
+            aliases: Vec::new(),
+            limits,
+            serving,
+            replicas: vec![replica],
+            adapters: Vec::new(),
+        };
         FleetState { term: 1, number, deployments: vec![deployment], routers: Vec::new() }
     }
 

@@ -6,6 +6,7 @@ use proto::{
         ConvertError, decode_logprobs, decode_output, decode_sampling, decode_wants, encode_logprobs, encode_output, encode_sampling,
         encode_want,
     },
+    fleet::AdapterState,
     pool::{self as wire, event::Kind},
     worker,
 };
@@ -13,6 +14,7 @@ use proto::{
 use super::announced::Announcement;
 use crate::{
     edge::FinishReason,
+    fleet::Presence,
     replica::owner::{PrefixDelta, SequenceEvent},
     scheduler::{BlockHash, EventKind, Submission},
 };
@@ -33,7 +35,7 @@ pub(super) fn encode_submission(ticket: u64, replica: &str, submission: &Submiss
         wants: submission.wants.iter().map(encode_want).collect(),
         logits: submission.logits,
         chunk: submission.chunk.map(|chunk| u32::try_from(chunk).unwrap_or(u32::MAX)),
-        adapter: submission.adapter,
+        adapter: submission.adapter.to_string(),
         salt: submission.salt.clone(),
     }
 }
@@ -53,9 +55,19 @@ pub(super) fn decode_submission(submit: wire::Submit) -> Result<Submission, Conv
         score_prompt: submit.score_prompt,
         logits: submit.logits,
         chunk: submit.chunk.map(|chunk| chunk as usize),
-        adapter: submit.adapter,
+        adapter: submit.adapter.into(),
         salt: submit.salt,
     })
+}
+
+/// How an adapter is doing on a replica.
+pub(crate) fn encode_presence((numerics, presence): (String, Presence)) -> AdapterState {
+    let (ready, failure) = match presence {
+        Presence::Ready => (true, String::new()),
+        Presence::Loading => (false, String::new()),
+        Presence::Failed(why) => (false, why),
+    };
+    AdapterState { numerics, ready, failure }
 }
 
 pub(super) fn encode_event(ticket: u64, kind: &EventKind) -> wire::Event {

@@ -235,7 +235,8 @@ impl Guest {
         for sequence in lock(&self.sequences).values() {
             *yours.entry(sequence.replica.clone()).or_default() += 1;
         }
-        let driven = view.deployments.iter().flat_map(|d| &d.members).filter(|m| m.driver.is_here()).map(|m| {
+        let members = view.deployments.iter().flat_map(|d| d.members.iter().map(move |m| (d, m)));
+        let driven = members.filter(|(_, m)| m.driver.is_here()).map(|(d, m)| {
             let condition = m.driver.condition();
             ReplicaStatus {
                 replica: m.spec.name.clone(),
@@ -246,6 +247,7 @@ impl Guest {
                 yours: yours.get(&m.spec.name).copied().unwrap_or_default(),
                 kv_used: condition.kv_used,
                 last_failure: condition.last_failure.unwrap_or_default(),
+                adapters: m.adapters(&d.spec).into_iter().map(convert::encode_presence).collect(),
             }
         });
         let ending = view.ending.iter().map(|name| ReplicaStatus { replica: name.clone(), ..ReplicaStatus::default() });

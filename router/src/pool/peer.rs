@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{announced::Announcement, convert, lock, owners::Standing};
 use crate::{
-    fleet::Condition,
+    fleet::{Condition, Presence},
     replica::owner::{EventSink, Prefixes, SequenceEvent},
     scheduler::{BlockHash, EventKind, Submission},
 };
@@ -93,6 +93,17 @@ impl Peer {
 
     pub(crate) fn ready(&self, replica: &str) -> bool {
         lock(&self.state).ready(replica)
+    }
+
+    /// How an adapter is doing there.
+    pub(crate) fn adapter(&self, replica: &str, numerics: &str) -> Presence {
+        let state = lock(&self.state);
+        let known = state.replicas.get(replica).and_then(|d| d.status.adapters.iter().find(|a| a.numerics == numerics));
+        match known {
+            Some(state) if state.ready => Presence::Ready,
+            Some(state) if !state.failure.is_empty() => Presence::Failed(state.failure.clone()),
+            _ => Presence::Loading,
+        }
     }
 
     /// Sequences on a replica that are not this router's.
@@ -198,7 +209,7 @@ impl Peer {
         for replica in status.replicas {
             let name = replica.replica.clone();
             let old = before.remove(&name);
-            changed |= old.as_ref().is_none_or(|d| d.status.ready != replica.ready);
+            changed |= old.as_ref().is_none_or(|d| (d.status.ready, &d.status.adapters) != (replica.ready, &replica.adapters));
             let prefixes = old.map(|d| d.prefixes).unwrap_or_default();
             state.replicas.insert(name, Distant { status: replica, prefixes });
         }

@@ -83,6 +83,7 @@ fn state(number: u64, routers: &[(&str, SocketAddr)]) -> FleetState {
         workers: vec![vec![format!("worker-{i}:7071")]],
     };
     let deployment = FleetDeployment {
+        adapters: Vec::new(),
         name: "tiny".to_owned(),
         model: "tiny".to_owned(),
         aliases: Vec::new(),

@@ -3,6 +3,7 @@
 //! Between an edge and an owner there are sequences one way and their events the other, and nothing else; the edge keeps
 //! what is needed to submit a sequence again. Here is the owner's side, and the edge's where both are in one process.
 
+mod adapters;
 mod prefixes;
 mod sink;
 
@@ -15,17 +16,21 @@ use std::{
     time::Duration,
 };
 
-use plan::{fleet::ReplicaLimits, step::Sampling};
+use plan::{adapter::AdapterSource, fleet::ReplicaLimits, step::Sampling};
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
+use self::adapters::Adapters;
 pub(crate) use self::{
     prefixes::{PrefixDelta, Prefixes},
     sink::{EventSink, SequenceEvent, StreamSink},
 };
 use super::{Replica, ReplicaError, Session};
-use crate::scheduler::{BlockHash, Counters, EventKind, Scheduler, SchedulerOptions, Submission};
+use crate::{
+    fleet::Presence,
+    scheduler::{BlockHash, Counters, EventKind, Scheduler, SchedulerOptions, Submission},
+};
 
 /// First and longest pause between attempts to open a session. It grows with what fails, not while workers load: they are asked again at the first.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -61,6 +66,10 @@ pub(crate) struct Owner {
     last_failure: Mutex<Option<String>>,
     counters: Mutex<Counters>,
     prefixes: Mutex<Prefixes>,
+    /// Adapters that its workers are to have.
+    wanted: Mutex<Vec<AdapterSource>>,
+    /// How they are doing in the present session, by numerics id.
+    present: Mutex<HashMap<String, Presence>>,
 }
 
 impl Owner {
@@ -78,6 +87,8 @@ impl Owner {
             last_failure: Mutex::default(),
             counters: Mutex::default(),
             prefixes: Mutex::default(),
+            wanted: Mutex::default(),
+            present: Mutex::default(),
         }
     }
 
@@ -139,6 +150,21 @@ impl Owner {
 
     pub(crate) fn counters(&self) -> Counters {
         *lock(&self.counters)
+    }
+
+    /// Says which adapters its workers are to have from now on.
+    pub(crate) fn want(&self, adapters: Vec<AdapterSource>) {
+        let mut wanted = lock(&self.wanted);
+        if *wanted != adapters {
+            *wanted = adapters;
+            drop(wanted);
+            self.wake.notify_one();
+        }
+    }
+
+    /// How an adapter is doing here.
+    pub(crate) fn adapter(&self, numerics: &str) -> Presence {
+        lock(&self.present).get(numerics).cloned().unwrap_or(Presence::Loading)
     }
 
     /// How many blocks of a prefix are cached here.
@@ -227,7 +253,8 @@ impl Drive {
     async fn serve(&self, session: Session) -> Option<ReplicaError> {
         let options = SchedulerOptions { limits: self.limits.clone(), stages: self.replica.stages(), revision: self.revision.clone() };
         let before = self.owner.counters();
-        let mut run = Run { drive: self, scheduler: Scheduler::new(options), sinks: HashMap::new(), session, before, proven: false };
+        let (scheduler, adapters) = (Scheduler::new(options), Adapters::default());
+        let mut run = Run { drive: self, scheduler, adapters, sinks: HashMap::new(), session, before, proven: false };
         let result = run.run().await;
         let was_ready = run.proven;
         run.hand_back();
@@ -243,6 +270,7 @@ impl Drive {
 struct Run<'a> {
     drive: &'a Drive,
     scheduler: Scheduler,
+    adapters: Adapters,
     sinks: HashMap<u64, EventSink>,
     session: Session,
     /// Counters of the sessions before.
@@ -268,7 +296,9 @@ impl Run<'_> {
                 }
             }
             self.dispatch();
+            self.follow_adapters();
             self.publish();
+            let again = self.adapters.again();
             tokio::select! {
                 biased;
                 () = self.drive.stop.cancelled() => return None,
@@ -289,9 +319,27 @@ impl Run<'_> {
                         next = self.session.replies.try_recv().ok().map(Some);
                     }
                 }
+                Some(answer) = self.session.adapters.answers.recv() => {
+                    self.adapters.take(answer, &mut self.scheduler);
+                    self.publish_adapters();
+                }
                 () = owner.wake.notified() => {}
+                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {}
             }
         }
+    }
+
+    fn follow_adapters(&mut self) {
+        let wanted = lock(&self.drive.owner.wanted).clone();
+        if self.adapters.follow(&wanted, &mut self.scheduler, &self.session.adapters.orders) {
+            self.publish_adapters();
+        }
+    }
+
+    /// Tells edges how the adapters are doing.
+    fn publish_adapters(&self) {
+        *lock(&self.drive.owner.present) = self.adapters.presence();
+        (self.drive.changed)();
     }
 
     /// The session takes no more steps: the error it left, if any.
@@ -308,6 +356,12 @@ impl Run<'_> {
         match command {
             Command::Submit(ticket, submission, sink) => {
                 if sink.is_closed() {
+                    self.end(1);
+                    return;
+                }
+                if !submission.adapter.is_empty() && !self.scheduler.has_adapter(&submission.adapter) {
+                    // It came or went meanwhile; the edge looks again.
+                    sink.release();
                     self.end(1);
                     return;
                 }
@@ -394,6 +448,7 @@ impl Run<'_> {
         }
         owner.kv_used.store(0, Ordering::Relaxed);
         lock(&owner.prefixes).clear();
+        lock(&owner.present).clear();
     }
 
     fn dispatch_last(&mut self) {

@@ -8,6 +8,7 @@ mod session;
 
 use std::collections::HashMap;
 
+use super::{AdapterAnswer, AdapterOrder};
 use plan::{
     shard::{BLOCK_TOKENS, KvGeometry},
     step::{Begin, Input, Logprobs, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TokenId, WantKind},
@@ -25,6 +26,14 @@ pub struct SimulatedModel {
 impl SimulatedModel {
     /// The state before any id.
     pub const START: u64 = 0x243f_6a88_85a3_08d3;
+
+    /// Source of an adapter that cannot be loaded.
+    pub const BROKEN_ADAPTER: &str = "file:/broken";
+
+    /// The state before any id with the adapter of this numerics id; empty: the bare model.
+    pub fn start(adapter: &str) -> u64 {
+        adapter.bytes().fold(Self::START, |state, byte| mix(state ^ u64::from(byte).wrapping_add(1)))
+    }
 
     /// The state after one more id.
     pub fn advance(state: u64, id: TokenId) -> u64 {
@@ -58,7 +67,12 @@ impl SimulatedModel {
 
     /// Everything a generation alone would emit: at most `most` tokens, up to and including an end token.
     pub fn solo(&self, prompt: &[TokenId], sampling: &Sampling, most: usize, ends: &[TokenId]) -> Vec<TokenId> {
-        let mut state = prompt.iter().fold(Self::START, |s, id| Self::advance(s, *id));
+        self.solo_with("", prompt, sampling, most, ends)
+    }
+
+    /// The same with the adapter of this numerics id.
+    pub fn solo_with(&self, adapter: &str, prompt: &[TokenId], sampling: &Sampling, most: usize, ends: &[TokenId]) -> Vec<TokenId> {
+        let mut state = prompt.iter().fold(Self::start(adapter), |s, id| Self::advance(s, *id));
         let mut tokens = Vec::new();
         while tokens.len() < most {
             let position = (prompt.len() + tokens.len() - 1) as u32;
@@ -108,6 +122,8 @@ struct Tracked {
     sampling: Sampling,
     /// Ids of the next positions, when known from `begin`.
     begin_ids: Vec<TokenId>,
+    /// Slot of its adapter.
+    adapter: u32,
     drawn: HashMap<u64, TokenId>,
 }
 
@@ -118,6 +134,8 @@ pub struct SimulatedEngine {
     kv: KvGeometry,
     pools: Vec<Vec<[Option<Slot>; BLOCK_TOKENS]>>,
     sequences: HashMap<SequenceId, Tracked>,
+    /// Numerics ids by slot.
+    adapters: HashMap<u32, String>,
     last_step: u64,
     /// Check every slot that is read. On by default.
     pub verify: bool,
@@ -127,7 +145,29 @@ impl SimulatedEngine {
     /// An engine with empty pools.
     pub fn new(model: SimulatedModel, kv: KvGeometry) -> Self {
         let pools = kv.groups.iter().map(|g| vec![[None; BLOCK_TOKENS]; g.blocks]).collect();
-        Self { model, kv, pools, sequences: HashMap::new(), last_step: 0, verify: true }
+        Self { model, kv, pools, sequences: HashMap::new(), adapters: HashMap::new(), last_step: 0, verify: true }
+    }
+
+    /// Fills or empties a slot; the answer to a load.
+    ///
+    /// # Errors
+    /// When a slot is filled that is full.
+    pub fn order(&mut self, order: AdapterOrder) -> Result<Option<AdapterAnswer>, String> {
+        match order {
+            AdapterOrder::Load { slot, .. } if slot == 0 || self.adapters.contains_key(&slot) => Err(format!("slot {slot} is not empty")),
+            AdapterOrder::Load { slot, adapter } if adapter.uri == SimulatedModel::BROKEN_ADAPTER => {
+                Ok(Some(AdapterAnswer { slot, result: Err("there is none".to_owned()) }))
+            }
+            AdapterOrder::Load { slot, adapter } => {
+                self.adapters.insert(slot, adapter.numerics);
+                Ok(Some(AdapterAnswer { slot, result: Ok(()) }))
+            }
+            // A sequence that has ended may still be there: it is freed with the next step.
+            AdapterOrder::Unload { slot } => {
+                self.adapters.remove(&slot);
+                Ok(None)
+            }
+        }
     }
 
     /// Sequences whose state is held.
@@ -167,12 +207,15 @@ impl SimulatedEngine {
     fn write(&mut self, part: &SequenceStep) -> Result<(), String> {
         let id = part.sequence;
         if let Some(begin) = &part.begin {
-            let fresh = self.begin(begin, part.first_position)?;
+            let fresh = self.begin(begin, part.first_position, part.adapter)?;
             if self.sequences.insert(id, fresh).is_some() {
                 return Err(format!("sequence {id} begins twice"));
             }
         }
         let tracked = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} never began"))?;
+        if part.adapter != tracked.adapter || (part.adapter != 0 && !self.adapters.contains_key(&part.adapter)) {
+            return Err(format!("sequence {id} of slot {} goes on with slot {}", tracked.adapter, part.adapter));
+        }
         for change in &part.tables {
             let table = &mut tracked.tables[change.group as usize];
             let end = change.first as usize + change.blocks.len();
@@ -211,9 +254,14 @@ impl SimulatedEngine {
         Ok(())
     }
 
-    fn begin(&self, begin: &Begin, first: u32) -> Result<Tracked, String> {
+    fn begin(&self, begin: &Begin, first: u32, adapter: u32) -> Result<Tracked, String> {
+        let numerics = match self.adapters.get(&adapter) {
+            Some(numerics) => numerics,
+            None if adapter == 0 => "",
+            None => return Err(format!("a sequence names slot {adapter}, which is empty")),
+        };
         let prefix = begin.ids.get(..first as usize).ok_or("a sequence begins behind its ids")?;
-        let mut states = vec![SimulatedModel::START];
+        let mut states = vec![SimulatedModel::start(numerics)];
         for id in prefix {
             states.push(SimulatedModel::advance(states[states.len() - 1], *id));
         }
@@ -223,6 +271,7 @@ impl SimulatedEngine {
             prompt_len: begin.prompt_len,
             sampling: begin.sampling.clone(),
             begin_ids: begin.ids.clone(),
+            adapter,
             drawn: HashMap::new(),
         })
     }

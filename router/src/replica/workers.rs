@@ -4,6 +4,7 @@
 //! to every worker at once; the replies of the last stage's rank 0 are the session's. The session ends as a whole: on the first failure, broken
 //! connection, silence, or worker that does not get on.
 
+mod adapters;
 mod card;
 mod dial;
 mod drive;

@@ -47,7 +47,8 @@ impl Scheduler {
         self.last_step = id;
         self.counters.sizes.record(draft.step.tokens());
         draft.step.frees = std::mem::take(&mut self.frees);
-        self.in_flight.push_back(StepRecord { id, entries: draft.entries });
+        let slots = draft.step.sequences.iter().map(|part| part.adapter).filter(|slot| *slot > 0).collect();
+        self.in_flight.push_back(StepRecord { id, entries: draft.entries, slots });
         Some(draft.step)
     }
 
@@ -314,7 +315,7 @@ impl Scheduler {
             tables,
             wants,
             begin,
-            adapter: sequence.submission.adapter,
+            adapter: sequence.slot,
         });
         draft.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
         draft.budget -= tokens;

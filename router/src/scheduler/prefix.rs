@@ -16,10 +16,11 @@ use super::blocks::BlockPool;
 pub struct BlockHash(pub u128);
 
 impl BlockHash {
-    /// What the first block's hash continues: who computes (revision, numerics), with which adapter, for whom (salt).
-    pub fn root(revision: &[u8], adapter: u32, salt: &[u8]) -> Self {
+    /// What the first block's hash continues: who computes (revision, numerics), with which adapter
+    /// (its numerics id; empty: none), for whom (salt).
+    pub fn root(revision: &[u8], adapter: &str, salt: &[u8]) -> Self {
         let mut state = Sha256::new();
-        for part in [revision, &adapter.to_le_bytes(), salt] {
+        for part in [revision, adapter.as_bytes(), salt] {
             state.update((part.len() as u64).to_le_bytes());
             state.update(part);
         }
@@ -114,15 +115,15 @@ mod tests {
     #[test]
     fn hashes_tell_contents_apart() {
         let ids: Vec<TokenId> = (0..40).collect();
-        let root = BlockHash::root(b"revision", 0, b"");
+        let root = BlockHash::root(b"revision", "", b"");
         let chain = root.chain(&ids);
         assert_eq!(chain.len(), 2, "only whole blocks");
         assert_eq!(root.chain(&ids[..16])[0], chain[0]);
         let mut other = ids.clone();
         other[3] = 99;
         assert_ne!(root.chain(&other)[1], chain[1], "a block's hash covers what is before it");
-        assert_ne!(BlockHash::root(b"revision", 1, b"").chain(&ids), chain);
-        assert_ne!(BlockHash::root(b"revisio", 0, b"n").chain(&ids), chain);
+        assert_ne!(BlockHash::root(b"revision", "a", b"").chain(&ids), chain);
+        assert_ne!(BlockHash::root(b"revisio", "", b"n").chain(&ids), chain);
     }
 
     #[test]
@@ -130,7 +131,7 @@ mod tests {
         let groups = [group(None), group(Some(32))];
         let mut pools = [BlockPool::new(64, false), BlockPool::new(64, false)];
         let ids: Vec<TokenId> = (0..160).collect();
-        let hashes = BlockHash::root(b"", 0, b"").chain(&ids);
+        let hashes = BlockHash::root(b"", "", b"").chain(&ids);
         cache(&mut pools[0], &hashes);
         cache(&mut pools[1], &hashes[5..7]);
         // At block 7 (position 112) the window reaches back to position 80: blocks 5 and 6.

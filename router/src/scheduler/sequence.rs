@@ -30,8 +30,8 @@ pub struct Submission {
     pub logits: bool,
     /// Most ids in one step.
     pub chunk: Option<usize>,
-    /// LoRA adapter slot; 0 is the bare model.
-    pub adapter: u32,
+    /// Numerics id of its adapter; empty: the bare model.
+    pub adapter: Arc<str>,
     /// Separates prefix caches of different clients.
     pub salt: Vec<u8>,
 }
@@ -49,7 +49,7 @@ impl Submission {
             wants: Arc::new([]),
             logits: false,
             chunk: None,
-            adapter: 0,
+            adapter: Arc::default(),
             salt: Vec::new(),
         }
     }
@@ -104,6 +104,8 @@ pub(super) struct Sequence {
     /// Hashes of whole known blocks, as far as they were needed.
     pub(super) hashes: Vec<BlockHash>,
     pub(super) root: BlockHash,
+    /// Slot of its adapter.
+    pub(super) slot: u32,
     /// Scores of prompt tokens 1.. so far; the next one is computed at position `scores.len()`.
     pub(super) scores: Vec<Logprobs>,
     /// Index of the first entry of `submission.wants` without a result.
@@ -117,16 +119,17 @@ pub(super) struct Sequence {
 }
 
 impl Sequence {
-    pub(super) fn new(ticket: u64, submission: Submission, revision: &[u8]) -> Self {
+    pub(super) fn new(ticket: u64, submission: Submission, slot: u32, revision: &[u8]) -> Self {
         let mut ids = Vec::with_capacity(submission.prompt.len() + submission.emitted.len() + 64);
         ids.extend_from_slice(&submission.prompt);
         ids.extend_from_slice(&submission.emitted);
-        let root = BlockHash::root(revision, submission.adapter, &submission.salt);
+        let root = BlockHash::root(revision, &submission.adapter, &submission.salt);
         Self {
             ticket,
             ids,
             hashes: Vec::new(),
             root,
+            slot,
             scores: Vec::new(),
             next_want: 0,
             prompt_reported: false,

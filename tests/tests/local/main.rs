@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, reason = "tests say what they measured and what they could not compare")]
 
+mod adapters;
 mod clients;
 mod convert;
 mod exact;

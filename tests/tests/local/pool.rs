@@ -97,7 +97,15 @@ impl World {
             queue_seconds: 60,
             hold: None,
         };
-        let deployment = FleetDeployment { name: "model".into(), model: "model".into(), aliases: Vec::new(), limits, serving, replicas };
+        let deployment = FleetDeployment {
+            name: "model".into(),
+            model: "model".into(),
+            aliases: Vec::new(),
+            limits,
+            serving,
+            replicas,
+            adapters: Vec::new(),
+        };
         let pid = std::process::id();
         let host = format!("127.{}.{}.{}", 1 + pid / 65_536 % 254, pid / 256 % 256, 1 + pid % 254);
         let router = |i| FleetRouter { name: format!("router-{i}"), address: format!("{host}:{}", 7072 + i) };

@@ -1,6 +1,7 @@
 //! The engine's thread: loads the shard, then runs one session after the other.
 
 mod load;
+mod slots;
 mod steps;
 mod tokens;
 
@@ -14,6 +15,7 @@ use kernels::Isa;
 use source::SourceOptions;
 use tokio::sync::oneshot;
 
+use self::slots::Slots;
 use crate::{
     error::WorkerError,
     link::Outbound,
@@ -102,9 +104,10 @@ fn run(worker: &Worker, source: SourceOptions, isa: Isa) -> Result<(), WorkerErr
     while let Some(Job { live, collective, links, ready }) = worker.jobs.next() {
         engine.reset();
         engine.set_collective(collective);
+        let mut slots = Slots::default();
         // When nobody waits, the session is over before it began.
         if ready.send(()).is_ok() {
-            match steps::run(worker, &mut engine, &live, &links) {
+            match steps::run(worker, &mut engine, &live, &links, &mut slots) {
                 Ok(()) => live.finish(),
                 Err(Stop::Over) => {}
                 Err(Stop::Failed(failure)) => live.fail(failure),
@@ -112,6 +115,8 @@ fn run(worker: &Worker, source: SourceOptions, isa: Isa) -> Result<(), WorkerErr
         }
         engine.set_collective(Box::new(worker.unjoined()));
         engine.reset();
+        // The next session has most of them loaded again, which costs nothing for what is kept.
+        worker.adapters.keep(&slots.bound());
     }
     Ok(())
 }

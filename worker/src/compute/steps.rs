@@ -9,21 +9,31 @@ use proto::{
 };
 use tracing::trace;
 
-use super::tokens::{self, Tokens};
+use super::{
+    slots::Slots,
+    tokens::{self, Tokens},
+};
 use crate::{
     failure::{Failure, Reason},
     link::Outbound,
-    session::{Live, Masks, Stop},
+    session::{Live, Masks, Stop, Work},
     state::Worker,
 };
 
 /// Runs steps until the owner has closed the session and the last one is answered.
-pub(super) fn run(worker: &Worker, engine: &mut Engine, live: &Live, links: &Outbound) -> Result<(), Stop> {
+pub(super) fn run(worker: &Worker, engine: &mut Engine, live: &Live, links: &Outbound, slots: &mut Slots) -> Result<(), Stop> {
     let shard = &worker.spec.shard;
     // The first stage embeds the tokens, the sampler keeps them for penalties.
     let resolves = shard.is_first() || worker.samples();
     let mut tokens = Tokens::default();
-    while let Some(mut step) = live.inbox.step()? {
+    while let Some(work) = live.inbox.work()? {
+        let mut step = match work {
+            Work::Step(step) => step,
+            Work::Change(change) => {
+                slots.change(worker, engine, live, change)?;
+                continue;
+            }
+        };
         let begun = Instant::now();
         if resolves {
             tokens.follow(&step);

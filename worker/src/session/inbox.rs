@@ -8,7 +8,10 @@ use std::{
 
 use plan::step::{Mask, SequenceId, Step, TokenId};
 
-use crate::failure::{Failure, Reason};
+use crate::{
+    adapters::Change,
+    failure::{Failure, Reason},
+};
 
 /// Masks that may wait: more than the sequences of all steps in flight.
 const MASKS: usize = 4096;
@@ -18,6 +21,14 @@ const MASKS: usize = 4096;
 pub(crate) struct Drawn {
     pub(crate) step: u64,
     pub(crate) tokens: Vec<(SequenceId, Option<TokenId>)>,
+}
+
+/// What the engine thread does next.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Step(Step),
+    /// A slot changes, behind the steps before and before those behind.
+    Change(Change),
 }
 
 /// Why the engine thread gets nothing more.
@@ -45,7 +56,7 @@ pub(crate) struct Inbox {
 
 #[derive(Debug, Default)]
 struct State {
-    steps: VecDeque<Step>,
+    work: VecDeque<Work>,
     /// Number of the last step that came.
     last: u64,
     /// No more steps come.
@@ -73,13 +84,23 @@ impl Inbox {
         if step.id <= state.last {
             return Err(protocol(format!("step {} came after step {}", step.id, state.last)));
         }
-        if state.steps.len() >= self.most {
-            return Err(protocol(format!("{} steps wait already, expected at most that many", state.steps.len())));
+        let waiting = state.work.iter().filter(|work| matches!(work, Work::Step(_))).count();
+        if waiting >= self.most {
+            return Err(protocol(format!("{waiting} steps wait already, expected at most that many")));
         }
         state.last = step.id;
-        state.steps.push_back(step);
+        state.work.push_back(Work::Step(step));
         self.wake(state);
         Ok(())
+    }
+
+    /// A slot changes, once the steps that wait are done. Nothing happens where the session is over.
+    pub(crate) fn push_change(&self, change: Change) {
+        let mut state = self.state();
+        if !state.over {
+            state.work.push_back(Work::Change(change));
+            self.wake(state);
+        }
     }
 
     /// Hidden states of a step, `[tokens, hidden]`.
@@ -140,10 +161,10 @@ impl Inbox {
         self.wake(state);
     }
 
-    /// The next step; `None` after the last.
-    pub(crate) fn step(&self) -> Result<Option<Step>, Stop> {
-        self.wait(|state| match state.steps.pop_front() {
-            Some(step) => Some(Ok(Some(step))),
+    /// The next step or change; `None` after the last.
+    pub(crate) fn work(&self) -> Result<Option<Work>, Stop> {
+        self.wait(|state| match state.work.pop_front() {
+            Some(work) => Some(Ok(Some(work))),
             None => state.closed.then_some(Ok(None)),
         })
     }

@@ -109,7 +109,7 @@ impl Live {
     }
 
     /// Tells the owner; waits while it does not read. Says nothing once the owner is gone.
-    pub(super) async fn say(&self, message: Message) {
+    pub(crate) async fn say(&self, message: Message) {
         // Closed when the owner's stream is dropped, which ends the session.
         let _ = self.replies.send(SessionReply { message: Some(message) }).await;
     }
@@ -117,6 +117,11 @@ impl Live {
     /// Answers a step, from the engine thread; waits while the owner does not read.
     pub(crate) fn answer(&self, runtime: &Handle, message: Message) -> Result<(), Stop> {
         self.finished.fetch_add(1, Ordering::Relaxed);
+        self.tell(runtime, message)
+    }
+
+    /// Tells the owner something, from the engine thread; waits while the owner does not read.
+    pub(crate) fn tell(&self, runtime: &Handle, message: Message) -> Result<(), Stop> {
         send(runtime, &self.ending, &self.replies, SessionReply { message: Some(message) })
     }
 

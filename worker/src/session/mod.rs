@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 
 use plan::worker::Epoch;
 use proto::{
-    convert::{decode_epoch, decode_mask, decode_step, encode_epoch},
+    convert::{decode_epoch, decode_load, decode_mask, decode_step, encode_epoch},
     worker::{self as wire, session_reply, session_request::Message},
 };
 use tokio::{
@@ -24,11 +24,12 @@ use tonic::Streaming;
 use tracing::{debug, info};
 
 pub(crate) use ending::{Ending, Replies};
-pub(crate) use inbox::{Drawn, Stop};
+pub(crate) use inbox::{Drawn, Stop, Work};
 pub(crate) use live::Live;
 pub(crate) use masks::Masks;
 
 use crate::{
+    adapters,
     collective::{self, Address, Group},
     compute::Job,
     failure::{Failure, Reason, chain},
@@ -37,7 +38,11 @@ use crate::{
 };
 
 /// Protocol versions spoken here.
-const VERSIONS: (u32, u32) = (1, 1);
+const VERSIONS: (u32, u32) = (1, 2);
+/// The first with adapters.
+const ADAPTERS: u32 = 2;
+/// Most adapters that are loaded at a time.
+const LOADING: usize = 256;
 /// Replies that may wait for the owner to read them, beside one per step: heartbeats of some seconds. A full queue drops heartbeats only.
 const HEARTBEATS: usize = 32;
 
@@ -74,7 +79,7 @@ async fn run(
         opened = open(&worker, &live) => opened,
     };
     match opened {
-        Ok(()) => serve(&live, &mut requests).await,
+        Ok(()) => serve(&worker, &live, &mut requests).await,
         Err(failure) => live.fail(failure),
     }
     live.quit();
@@ -173,7 +178,7 @@ fn group(worker: &Worker, epoch: Epoch, workers: &[wire::WorkerAddress]) -> Resu
 }
 
 /// Takes the owner's messages until the session is over.
-async fn serve(live: &Live, requests: &mut Streaming<wire::SessionRequest>) {
+async fn serve(worker: &Arc<Worker>, live: &Arc<Live>, requests: &mut Streaming<wire::SessionRequest>) {
     let mut closed = false;
     loop {
         let message = tokio::select! {
@@ -185,7 +190,7 @@ async fn serve(live: &Live, requests: &mut Streaming<wire::SessionRequest>) {
         let taken = match message {
             Ok(Some(message)) => {
                 live.heard();
-                take(live, message.message, &mut closed)
+                take(worker, live, message.message, &mut closed)
             }
             // It waits for its last replies.
             Ok(None) if closed => {
@@ -202,7 +207,7 @@ async fn serve(live: &Live, requests: &mut Streaming<wire::SessionRequest>) {
     }
 }
 
-fn take(live: &Live, message: Option<Message>, closed: &mut bool) -> Result<(), Failure> {
+fn take(worker: &Arc<Worker>, live: &Arc<Live>, message: Option<Message>, closed: &mut bool) -> Result<(), Failure> {
     let own = |epoch: Option<wire::Epoch>, field| match decode_epoch(epoch, field) {
         Ok(epoch) if epoch == live.epoch => Ok(()),
         Ok(epoch) => Err(Failure::new(Reason::StaleEpoch, format!("{field} is {epoch}, expected {}", live.epoch))),
@@ -222,6 +227,21 @@ fn take(live: &Live, message: Option<Message>, closed: &mut bool) -> Result<(), 
         Some(Message::Close(_)) => {
             *closed = true;
             live.inbox.close();
+            Ok(())
+        }
+        Some(Message::LoadAdapter(_) | Message::UnloadAdapter(_)) if live.version < ADAPTERS => {
+            Err(Failure::new(Reason::Protocol, format!("an adapter came in a session of version {}", live.version)))
+        }
+        Some(Message::LoadAdapter(load)) => {
+            if worker.tasks.len() > LOADING {
+                return Err(Failure::new(Reason::Protocol, format!("more than {LOADING} adapters are to be loaded at a time")));
+            }
+            let (slot, adapter) = decode_load(load)?;
+            worker.tasks.spawn(adapters::bring(worker.clone(), live.clone(), slot, adapter));
+            Ok(())
+        }
+        Some(Message::UnloadAdapter(wire::UnloadAdapter { slot })) => {
+            live.inbox.push_change(adapters::Change::Unbind { slot });
             Ok(())
         }
         Some(Message::Alive(_)) => Ok(()),

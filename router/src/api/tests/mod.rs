@@ -13,8 +13,9 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use plan::adapter::AdapterSource;
 use plan::card::{CardFile, ModelCard};
-use plan::fleet::{FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings};
+use plan::fleet::{FleetAdapter, FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings};
 use plan::shard::{KvDType, KvGeometry, KvGroup};
 use plan::step::{Sampling, TokenId};
 use serde_json::{Value, json};
@@ -123,6 +124,10 @@ impl World {
             workers: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
         };
         let deployment = FleetDeployment {
+            adapters: vec![FleetAdapter {
+                name: "poet".to_owned(),
+                source: AdapterSource { uri: "file:/poet".to_owned(), digest: None, numerics: "numerics of poet".to_owned() },
+            }],
             name: "tiny-deployment".to_owned(),
             model: "tiny".to_owned(),
             aliases: vec!["org/small".to_owned()],

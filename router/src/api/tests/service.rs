@@ -7,8 +7,9 @@ async fn models_are_listed_under_every_name() {
     let world = World::new().await;
     let listed = world.get("/v1/models").await.ok();
     let ids: Vec<&Value> = listed["data"].as_array().expect("a list").iter().map(|m| &m["id"]).collect();
-    assert_eq!(ids, ["tiny", "org/small"]);
-    for path in ["/v1/models/tiny", "/v1/models/org/small", "/v1/models/org%2Fsmall"] {
+    assert_eq!(ids, ["tiny", "org/small", "tiny:poet"]);
+    assert_eq!((&listed["data"][2]["root"], &listed["data"][2]["parent"]), (&json!("tiny"), &json!("tiny")));
+    for path in ["/v1/models/tiny", "/v1/models/org/small", "/v1/models/org%2Fsmall", "/v1/models/tiny:poet"] {
         let one = world.get(path).await.ok();
         assert_eq!((&one["object"], &one["max_model_len"]), (&json!("model"), &json!(CONTEXT)));
         assert!(ids.contains(&&one["id"]), "{one}");
@@ -16,6 +17,26 @@ async fn models_are_listed_under_every_name() {
     let aliased = world.complete(json!({"model": "org/small"})).await;
     assert_eq!(aliased["choices"], world.complete(json!({})).await["choices"]);
     assert_eq!(aliased["model"], "org/small", "a client sees the name it used");
+}
+
+#[tokio::test]
+async fn an_adapter_is_named_behind_a_colon() {
+    let world = World::new().await;
+    let (bare, adapted) = (world.complete(json!({})).await, world.complete(json!({"model": "tiny:poet"})).await);
+    let tokens = MODEL.solo_with("numerics of poet", &world.ids(PROMPT), &Sampling::default(), 24, &[]);
+    assert_eq!(adapted["choices"][0]["text"], world.text(&tokens));
+    assert_ne!(adapted["choices"], bare["choices"]);
+    assert_eq!(adapted["model"], "tiny:poet");
+    assert_eq!(world.complete(json!({"model": "org/small:poet"})).await["choices"], adapted["choices"]);
+    for path in ["/v1/completions", "/v1/chat/completions"] {
+        let body = json!({"model": "tiny:painter", "prompt": "a", "messages": [{"role": "user", "content": "a"}]});
+        let mut body = body;
+        body.as_object_mut().expect("an object").remove(if path.contains("chat") { "prompt" } else { "messages" });
+        let error = world.post(path, &body).await.error(404);
+        assert_eq!((&error["code"], &error["param"]), (&json!("model_not_found"), &json!("model")));
+        assert_eq!(error["message"], "model tiny has no adapter painter; served are tiny:poet");
+    }
+    world.get("/v1/models/tiny:painter").await.error(404);
 }
 
 #[tokio::test]

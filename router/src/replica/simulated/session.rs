@@ -22,7 +22,7 @@ use tokio::{
 };
 
 use super::{SimulatedEngine, SimulatedModel};
-use crate::replica::{BoxFuture, Connector, Replica, ReplicaError, Session, StepReply};
+use crate::replica::{AdapterEnd, AdapterLine, BoxFuture, Connector, Replica, ReplicaError, Session, StepReply};
 
 /// What a step costs on one stage.
 #[derive(Clone, Copy, Debug)]
@@ -147,9 +147,10 @@ impl Replica for SimulatedReplica {
                 steps: self.steps.clone(),
                 start: Instant::now(),
             };
+            let (adapters, end) = AdapterLine::new();
             let fault = self.fault.clone();
             let task = tokio::spawn(async move {
-                if let Some(error) = run.serve(inbox, &outbox).await {
+                if let Some(error) = run.serve(inbox, end, &outbox).await {
                     fault.send_if_modified(|f| {
                         let once = matches!(f, Fault::LoseAtStep(_));
                         if once {
@@ -162,7 +163,7 @@ impl Replica for SimulatedReplica {
                 }
             });
             *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
-            Ok(Session { steps, replies })
+            Ok(Session { steps, replies, adapters })
         })
     }
 
@@ -184,6 +185,7 @@ impl Run {
     async fn serve(
         mut self,
         mut inbox: mpsc::Receiver<Step>,
+        mut adapters: AdapterEnd,
         outbox: &mpsc::Sender<Result<StepReply, ReplicaError>>,
     ) -> Option<ReplicaError> {
         let mut due: VecDeque<(Instant, StepReply)> = VecDeque::new();
@@ -199,6 +201,13 @@ impl Run {
                     let (_, reply) = due.pop_front()?;
                     self.steps.fetch_add(1, Ordering::Relaxed);
                     outbox.send(Ok(reply)).await.ok()?;
+                }
+                Some(order) = adapters.orders.recv() => {
+                    match self.engine.order(order) {
+                        Ok(None) => {}
+                        Ok(Some(answer)) => adapters.answers.send(answer).await.ok()?,
+                        Err(detail) => return Some(ReplicaError::Protocol { worker: "simulated".to_owned(), detail }),
+                    }
                 }
                 step = inbox.recv() => {
                     let step = step?;

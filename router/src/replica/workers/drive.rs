@@ -5,7 +5,7 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 use futures_util::{Stream, StreamExt, stream};
 use plan::{step::Step, worker::Epoch};
 use proto::{
-    convert::{decode_output, encode_step},
+    convert::{decode_output, encode_load, encode_step},
     worker::{self as wire, Alive, Close, SessionReply, SessionRequest, session_reply, session_request::Message},
 };
 use tokio::{
@@ -15,14 +15,17 @@ use tokio::{
 };
 use tonic::Status;
 
+use super::adapters::Loading;
 use super::{
     ReplicaError, Workers,
     dial::Remote,
     open::{Line, Opened, failed},
     pace::{Pace, TICK, Trouble},
 };
-use crate::replica::{Session, StepReply};
+use crate::replica::{AdapterEnd, AdapterLine, AdapterOrder, Session, StepReply};
 
+/// The first version of the protocol with adapters.
+const ADAPTERS: u32 = 2;
 /// Ticks between two signs of life to workers: 200 ms, where 300 are asked for.
 const ALIVE: u32 = 2;
 /// Longest wait for workers to end a session that was closed.
@@ -36,9 +39,14 @@ fn behind(stages: usize) -> usize {
     2 * (stages + 1)
 }
 
-/// Messages that may wait for one worker: the steps it is behind, the hello or close, and some signs of life.
-pub(super) fn requests(stages: usize) -> usize {
+/// Messages that may wait for one worker beside those about adapters: the steps it is behind, the hello or close, and some signs of life.
+fn needed(stages: usize) -> usize {
     behind(stages) + 8
+}
+
+/// Messages that may wait for one worker.
+pub(super) fn requests(stages: usize) -> usize {
+    needed(stages) + 8
 }
 
 /// Starts the task of a session.
@@ -47,7 +55,9 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
     let (steps, receive_steps) = mpsc::channel(stages + 1);
     // Every step in flight, and one error. Each step takes its reply's place along, so a place is always free, and steps wait while replies do.
     let (replies, receive_replies) = mpsc::channel(stages + 2);
-    let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies }| (requests, replies)).unzip();
+    let versions: Vec<u32> = opened.lines.iter().map(|line| line.version).collect();
+    let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies, .. }| (requests, replies)).unzip();
+    let (adapters, AdapterEnd { orders, answers }) = AdapterLine::new();
     let sampler = replica.sampler();
     // The sampler's vocabulary product is most of a step and counts as one layer; elsewhere a stage's layers are alike.
     let layers = |worker: usize| if worker == sampler { 1 } else { replica.layers / stages };
@@ -56,6 +66,7 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
         requests,
         pace: Pace::new(layers(worker)),
         answered: 0,
+        version: versions[worker],
     };
     let driver = Driver {
         epoch: opened.epoch,
@@ -67,13 +78,15 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
         idle: 0,
         replies,
         places: VecDeque::new(),
+        loading: Loading::new(answers),
+        room: needed(stages),
     };
     let events = streams.into_iter().enumerate().map(|(worker, stream)| {
         let end = stream::once(std::future::ready(None));
         Box::pin(stream.map(Some).chain(end).map(move |event| (worker, event)))
     });
-    let driver = tokio::spawn(driver.run(receive_steps, stream::select_all(events)));
-    (Session { steps, replies: receive_replies }, driver)
+    let driver = tokio::spawn(driver.run(receive_steps, orders, stream::select_all(events)));
+    (Session { steps, replies: receive_replies, adapters }, driver)
 }
 
 /// What came from a worker: a reply, an error, or its end.
@@ -85,6 +98,8 @@ struct Watched {
     pace: Pace,
     /// Its last answered step.
     answered: u64,
+    /// Of the protocol.
+    version: u32,
 }
 
 /// A step that not every worker has answered.
@@ -112,12 +127,20 @@ struct Driver {
     replies: mpsc::Sender<Reply>,
     /// For the replies of steps that the sampler has not answered.
     places: VecDeque<Place>,
+    loading: Loading,
+    /// Places of a worker's queue that are kept for other messages than those about adapters.
+    room: usize,
 }
 
 impl Driver {
-    async fn run(mut self, mut steps: mpsc::Receiver<Step>, mut events: impl Stream<Item = Event> + Unpin) {
+    async fn run(
+        mut self,
+        mut steps: mpsc::Receiver<Step>,
+        mut orders: mpsc::Receiver<AdapterOrder>,
+        mut events: impl Stream<Item = Event> + Unpin,
+    ) {
         let Ok(place) = self.replies.clone().try_reserve_owned() else { return self.close(events).await };
-        match self.drive(&mut steps, &mut events).await {
+        match self.drive(&mut steps, &mut orders, &mut events).await {
             Ok(()) => self.close(events).await,
             Err(error) => drop(place.send(Err(error))),
         }
@@ -127,6 +150,7 @@ impl Driver {
     async fn drive(
         &mut self,
         steps: &mut mpsc::Receiver<Step>,
+        orders: &mut mpsc::Receiver<AdapterOrder>,
         events: &mut (impl Stream<Item = Event> + Unpin),
     ) -> Result<(), ReplicaError> {
         let mut ticks = interval(TICK);
@@ -144,6 +168,7 @@ impl Driver {
                     Some((step, place)) => self.send(&step, place)?,
                     None => return Ok(()),
                 },
+                Some(order) = orders.recv(), if self.workers.iter().all(|w| w.requests.capacity() > self.room) => self.order(order)?,
                 _ = ticks.tick() => {
                     number += 1;
                     self.tick(number)?;
@@ -170,6 +195,29 @@ impl Driver {
         Ok(())
     }
 
+    /// Passes an order about an adapter on to every worker.
+    fn order(&mut self, order: AdapterOrder) -> Result<(), ReplicaError> {
+        let message = match order {
+            AdapterOrder::Load { slot, adapter } => {
+                if let Some(old) = self.workers.iter().find(|w| w.version < ADAPTERS) {
+                    let why = format!("{} speaks version {} of the protocol, adapters need {ADAPTERS}", old.remote.name(), old.version);
+                    self.loading.refused(slot, why);
+                    return Ok(());
+                }
+                self.loading.begin(slot, self.workers.len());
+                Message::LoadAdapter(encode_load(slot, &adapter))
+            }
+            // A worker of a version without adapters has none.
+            AdapterOrder::Unload { .. } if self.workers.iter().any(|w| w.version < ADAPTERS) => return Ok(()),
+            AdapterOrder::Unload { slot } => Message::UnloadAdapter(wire::UnloadAdapter { slot }),
+        };
+        for worker in &self.workers {
+            let sent = worker.requests.try_send(SessionRequest { message: Some(message.clone()) });
+            sent.map_err(|e| worker.remote.lost(format!("it takes no adapters: {}", full_or_closed(&e))))?;
+        }
+        Ok(())
+    }
+
     fn take(&mut self, worker: usize, event: Option<Result<SessionReply, Status>>) -> Result<(), ReplicaError> {
         let watched = &mut self.workers[worker];
         watched.pace.heard();
@@ -185,6 +233,11 @@ impl Driver {
                 Ok(())
             }
             Some(session_reply::Message::Failure(failure)) => Err(failed(&watched.remote, failure)),
+            Some(session_reply::Message::Adapter(reply)) => {
+                let failure = Some(reply.failure).filter(|failure| !failure.is_empty());
+                let failure = failure.map(|failure| format!("{}: {failure}", watched.remote.name()));
+                self.loading.answered(worker, reply.slot, failure).map_err(|detail| self.workers[worker].remote.protocol(detail))
+            }
             Some(session_reply::Message::Welcome(_)) => Err(watched.remote.protocol("it welcomes the session again")),
             None => Err(watched.remote.protocol("a message of no known kind came")),
         }

@@ -18,7 +18,7 @@ use tonic::{Code, Streaming};
 use super::{ReplicaError, Workers, dial::Remote};
 
 /// Protocol versions spoken here.
-const VERSIONS: (u32, u32) = (1, 1);
+const VERSIONS: (u32, u32) = (1, 2);
 /// Longest wait for an answer to a probe.
 const PROBE: Duration = Duration::from_secs(2);
 /// Longest wait for a grant: the arbiter probes every worker itself.
@@ -32,6 +32,8 @@ const WELCOME: Duration = Duration::from_secs(15);
 pub(super) struct Line {
     pub(super) requests: mpsc::Sender<SessionRequest>,
     pub(super) replies: Streaming<SessionReply>,
+    /// Of the protocol.
+    pub(super) version: u32,
 }
 
 /// A session of all workers, in their order.
@@ -109,17 +111,22 @@ async fn line(replica: &Workers, worker: &Remote, epoch: Epoch, granted: &[wire:
         let mut replies = client.session(ReceiverStream::new(outgoing)).await.map_err(|s| worker.refused(&s))?.into_inner();
         loop {
             match replies.message().await.map_err(|s| worker.refused(&s))?.and_then(|r| r.message) {
-                Some(session_reply::Message::Welcome(welcome)) => return check(worker, &welcome, epoch).map(|()| replies),
+                Some(session_reply::Message::Welcome(welcome)) => {
+                    return check(worker, &welcome, epoch).map(|()| (replies, welcome.version));
+                }
                 Some(session_reply::Message::Failure(failure)) => return Err(failed(worker, failure)),
                 Some(session_reply::Message::Heartbeat(_)) => {}
-                Some(session_reply::Message::Step(_)) => return Err(worker.protocol("it answered a step before its welcome")),
+                Some(session_reply::Message::Step(_) | session_reply::Message::Adapter(_)) => {
+                    return Err(worker.protocol("it answered before its welcome"));
+                }
                 None => return Err(worker.lost("it ended the session before its welcome")),
             }
         }
     };
     let replies = timeout(WELCOME, welcome).await;
-    let replies = replies.map_err(|_| worker.lost(format!("it did not welcome the session within {} ms", WELCOME.as_millis())))??;
-    Ok(Line { requests, replies })
+    let (replies, version) =
+        replies.map_err(|_| worker.lost(format!("it did not welcome the session within {} ms", WELCOME.as_millis())))??;
+    Ok(Line { requests, replies, version })
 }
 
 fn check(worker: &Remote, welcome: &wire::Welcome, epoch: Epoch) -> Result<(), ReplicaError> {
