@@ -147,11 +147,11 @@ async fn two_adapters_and_the_bare_model_share_an_endpoint() {
 
 #[test]
 fn adapters_of_another_model_are_refused_before_anything_starts() {
-    let (model, adapter) = (files::fixture("qwen2"), files::fixture(NAMES[0]));
+    let (model, adapter) = (files::fixture("gpt2"), files::fixture(NAMES[0]));
     let manifest = with_adapters("").replace("  adapters", "  replicas: 1\n  adapters");
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("m.yaml");
-    fs::write(&path, e2e::server::manifest("qwen", &model, &manifest)).expect("a writable folder");
+    fs::write(&path, e2e::server::manifest("gpt2", &model, &manifest)).expect("a writable folder");
     for args in [
         vec!["plan".to_owned(), "-f".to_owned(), path.display().to_string()],
         vec![
