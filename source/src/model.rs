@@ -276,7 +276,13 @@ impl Opener {
             }
             let beside = self.cache.as_ref().zip(self.pinned.as_ref()).map(|(cache, digest)| cache.beside(digest, uri, self.kind.beside()));
             if let Some(small) = beside.transpose()?.flatten() {
-                return Ok((vec![(ModelFile { name: location.name(), bytes: place.bytes() }, place)], small, false));
+                let name = match self.kind {
+                    Kind::Model => location.name(),
+                    // The folder's name says nothing of the form.
+                    Kind::Adapter if begins_with(&place, b"PK")? => ADAPTER_PYTORCH.to_owned(),
+                    Kind::Adapter => ADAPTER_SINGLE.to_owned(),
+                };
+                return Ok((vec![(ModelFile { name, bytes: place.bytes() }, place)], small, false));
             }
         }
         match location {
@@ -476,10 +482,14 @@ fn join(folder: &str, name: &str) -> String {
 
 /// Whether a file begins as GGUF does.
 fn is_gguf(place: &Place) -> Result<bool, SourceError> {
-    if place.bytes() < 4 {
+    begins_with(place, b"GGUF")
+}
+
+fn begins_with<const N: usize>(place: &Place, magic: &[u8; N]) -> Result<bool, SourceError> {
+    if place.bytes() < N as u64 {
         return Ok(false);
     }
-    let mut magic = [0; 4];
-    place.read(&(0..4), &mut magic)?;
-    Ok(&magic == b"GGUF")
+    let mut begin = [0; N];
+    place.read(&(0..N as u64), &mut begin)?;
+    Ok(&begin == magic)
 }

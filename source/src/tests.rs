@@ -1,5 +1,6 @@
 //! Sources against a loopback server that can be told to misbehave, and against local files.
 
+mod adapters;
 mod hostile;
 
 use std::{
