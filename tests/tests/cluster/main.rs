@@ -5,6 +5,7 @@
 
 #![expect(clippy::print_stdout, reason = "tests say what they measured")]
 
+mod adapters;
 mod answers;
 mod apply;
 mod chart;

@@ -12,8 +12,13 @@ pub(crate) const LLAMA: &str = "hf://e2e/llama@main";
 
 /// Puts the tiny llama into the mirror.
 pub(crate) fn llama() {
-    let folder = hub("e2e/llama");
-    for file in fs::read_dir(files::fixture("llama")).expect("the fixture") {
+    put("llama");
+}
+
+/// Puts a fixture into the mirror; its source is `hf://e2e/NAME@main`.
+pub(crate) fn put(fixture: &str) {
+    let folder = hub(&format!("e2e/{fixture}"));
+    for file in fs::read_dir(files::fixture(fixture)).expect("the fixture") {
         let file = file.expect("an entry");
         // Under another name first: a test beside this one may be reading.
         let partial = folder.with_extension(format!("{}-{:?}", std::process::id(), std::thread::current().id()));
