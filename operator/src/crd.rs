@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object, rule, message.
-const RULES: [(&str, &str, &str); 18] = [
+const RULES: [(&str, &str, &str); 19] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -26,6 +26,11 @@ const RULES: [(&str, &str, &str); 18] = [
         "spec.adapters",
         "self.all(a, a.uri.startsWith('hf://') || a.uri.startsWith('http://') || a.uri.startsWith('https://') || a.uri.startsWith('file:'))",
         "the uri of each adapter must begin with hf://, http://, https:// or file:",
+    ),
+    (
+        "",
+        "!has(self.spec.adapters) || self.spec.adapters.all(a, a.name != (has(self.spec.model.name) ? self.spec.model.name : self.metadata.name))",
+        "an adapter must have another name than the model",
     ),
     ("spec.model", "!has(self.aliases) || !has(self.name) || !(self.name in self.aliases)", "aliases must not hold name"),
     (

@@ -144,12 +144,16 @@ fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
     if adapters.len() > MAX_ADAPTERS {
         return Err(Problem::new("spec.adapters", format!("expected at most {MAX_ADAPTERS}, got {}", adapters.len())));
     }
+    let own = deployment.spec.model.name.as_ref().unwrap_or(&deployment.metadata.name);
     for (i, adapter) in adapters.iter().enumerate() {
         let (path, name) = (|field: &str| format!("spec.adapters[{i}].{field}"), &adapter.name);
         let is_name = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
         if !is_name || !(1..=MAX_ADAPTER_NAME).contains(&name.len()) {
             let message = format!("expected 1 to {MAX_ADAPTER_NAME} lower-case letters, digits and '-', got {name:?}");
             return Err(Problem::new(&path("name"), message));
+        }
+        if name == own {
+            return Err(Problem::new(&path("name"), format!("expected another name than the model's, got {name}")));
         }
         if adapters[..i].iter().any(|other| other.name == *name) {
             return Err(Problem::new(&path("name"), format!("expected a name that is not taken, got {name} again")));

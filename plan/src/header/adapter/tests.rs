@@ -320,3 +320,25 @@ fn tensors_that_do_not_belong_are_refused_by_name() {
     assert!(text.contains("a change of model.layers.0.mlp.experts.0.gate_proj"), "{text}");
     assert!(read(&config, &[], &llama).is_err());
 }
+
+#[test]
+fn broken_bytes_are_refused_and_never_panic() {
+    let (llama, parts) = (base("llama"), weights("llama-lora-a"));
+    let config = fixture("llama-lora-a", "adapter_config.json");
+    for at in 0..config.len() {
+        for byte in [0, b'"', b'-', b'9', b'[', 0xff] {
+            let mut broken = config.clone();
+            broken[at] = byte;
+            let _ = adapter_from_peft(&broken, &parts, &llama);
+        }
+        assert!(adapter_from_peft(&config[..at], &parts, &llama).is_err() || config[at..].trim_ascii().is_empty());
+    }
+    let (file, header) = (&parts[0].0, &parts[0].1);
+    for at in 0..header.tensors.len() {
+        for shape in [vec![], vec![8], vec![0, 0], vec![u64::MAX, u64::MAX], vec![8, 128, 1]] {
+            let mut broken = header.clone();
+            broken.tensors[at].shape = shape;
+            assert!(adapter_from_peft(&config, &[(file.clone(), broken)], &llama).is_err(), "{at}");
+        }
+    }
+}
