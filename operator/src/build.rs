@@ -8,7 +8,7 @@ pub(crate) mod tests;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::{shard::Stage, worker::WorkerSpec};
+use plan::{manifest::WorkersSpec, shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
 use self::pod::{CACHE, SPEC, restricted, volume_mount, with_args, with_identity};
@@ -134,7 +134,7 @@ pub fn stages(valid: &ValidatedDeployment, revision: &str, settings: &Settings) 
     let stage = |(index, stage): (usize, &Stage)| {
         let config_maps: Vec<String> = specifications(valid, &specs, revision, index)?.into_iter().map(|(name, _)| name).collect();
         let need = stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
-        let pod = worker(settings, need, valid.manifest.spec().workers.resources.limits.memory.map(|m| m.0), &config_maps);
+        let pod = worker(settings, need, &valid.manifest.spec().workers, &config_maps);
         Ok(StageRecord { ranks: stage.shards.len(), config_maps, pod })
     };
     valid.plan.stages.iter().enumerate().map(stage).collect()
@@ -173,7 +173,8 @@ fn pack<'a>(specs: impl Iterator<Item = &'a WorkerSpec>) -> Result<Vec<Data>, To
 }
 
 /// The pod of a worker. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
-fn worker(settings: &Settings, need: u64, limit: Option<u64>, config_maps: &[String]) -> Value {
+fn worker(settings: &Settings, need: u64, spec: &WorkersSpec, config_maps: &[String]) -> Value {
+    let limit = spec.resources.limits.memory.map(|m| m.0);
     let mut resources = json!({ "requests": { "cpu": settings.worker_cpu, "memory": need.to_string() } });
     if let Some(limit) = limit {
         resources["limits"] = json!({ "memory": limit.to_string() });
@@ -212,6 +213,12 @@ fn worker(settings: &Settings, need: u64, limit: Option<u64>, config_maps: &[Str
         "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
     });
     let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
+    if !spec.node_selector.is_empty() {
+        pod["nodeSelector"] = json!(spec.node_selector);
+    }
+    if !spec.tolerations.is_empty() {
+        pod["tolerations"] = json!(spec.tolerations);
+    }
     pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, { "name": "cache", "emptyDir": {} }]);
     pod
 }

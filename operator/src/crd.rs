@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
-/// Rules between fields, in CEL: path below the object, rule, message.
-const RULES: [(&str, &str, &str); 19] = [
+/// Rules between fields, in CEL: path below the object (`[]` for the entries of a list), rule, message.
+const RULES: [(&str, &str, &str); 22] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -70,6 +70,13 @@ const RULES: [(&str, &str, &str); 19] = [
         "self.mode != 'Builtin' || (has(self.minReplicas) && self.minReplicas == 0) || !has(self.behavior) || !has(self.behavior.idleSecondsToZero)",
         "behavior.idleSecondsToZero must be absent where minReplicas is not 0",
     ),
+    ("spec.workers.tolerations.[]", "has(self.key) || self.operator == 'Exists'", "key must be set unless operator is Exists"),
+    ("spec.workers.tolerations.[]", "self.operator != 'Exists' || !has(self.value)", "value must be absent where operator is Exists"),
+    (
+        "spec.workers.tolerations.[]",
+        "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+        "tolerationSeconds needs effect NoExecute",
+    ),
     ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
     (
         "spec.rollout",
@@ -110,7 +117,7 @@ pub fn definition() -> Value {
     });
     for (path, rule, message) in RULES {
         let keys = path.split('.').filter(|key| !key.is_empty());
-        let place = keys.fold(&mut schema, |node, key| &mut node["properties"][key]);
+        let place = keys.fold(&mut schema, |node, key| if key == "[]" { &mut node["items"] } else { &mut node["properties"][key] });
         let rules = place.as_object_mut().map(|node| node.entry("x-kubernetes-validations").or_insert_with(|| json!([])));
         if let Some(Value::Array(rules)) = rules {
             rules.push(json!({ "rule": rule, "message": message }));
@@ -329,7 +336,8 @@ mod tests {
         let definition = definition();
         let schema = &definition["spec"]["versions"][0]["schema"]["openAPIV3Schema"];
         for (path, rule, _) in RULES {
-            let place = path.split('.').filter(|k| !k.is_empty()).fold(schema, |node, key| &node["properties"][key]);
+            let keys = path.split('.').filter(|k| !k.is_empty());
+            let place = keys.fold(schema, |node, key| if key == "[]" { &node["items"] } else { &node["properties"][key] });
             assert!(place["type"].is_string(), "{path} is not a field");
             assert!(place["x-kubernetes-validations"].as_array().is_some_and(|rules| rules.iter().any(|r| r["rule"] == rule)), "{path}");
         }

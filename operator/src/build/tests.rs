@@ -209,6 +209,25 @@ fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written
 }
 
 #[test]
+fn workers_run_where_the_spec_says() {
+    let mut placed = spec();
+    placed["workers"] = json!({
+        "nodeSelector": { "example.com/pool": "big" },
+        "tolerations": [{ "key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30 }, { "key": "a", "value": "b" }],
+    });
+    assert_ne!(revision(&placed).name, revision(&spec()).name, "workers elsewhere are other workers");
+    let resources = built(placed);
+    for set in &resources.stateful_sets {
+        let pod = &set.body["spec"]["template"]["spec"];
+        assert_eq!(pod["nodeSelector"], json!({ "example.com/pool": "big" }));
+        assert_eq!(pod["tolerations"][0], json!({ "key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30 }));
+        assert_eq!(pod["tolerations"][1], json!({ "key": "a", "operator": "Equal", "value": "b" }));
+        keeps::<StatefulSet>(set);
+    }
+    assert!(built(spec()).stateful_sets.iter().all(|set| set.body["spec"]["template"]["spec"].get("nodeSelector").is_none()));
+}
+
+#[test]
 fn how_workers_find_and_know_others_is_no_part_of_a_revision() {
     let resources = built(spec());
     assert!(!resources.revision.body.to_string().contains("identity"));

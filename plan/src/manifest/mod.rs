@@ -3,6 +3,7 @@
 //! No field is accepted and ignored: what is not understood is refused with file, line, column, the field's path, and what was expected.
 
 mod autoscaling;
+mod placement;
 mod quantity;
 mod rollout;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod types;
 mod validate;
 
 pub use autoscaling::{Amount, AutoscalingMode, AutoscalingSpec, BehaviorSpec, Builtin, ColdStartSpec, TargetKind, TargetSpec};
+pub use placement::{TaintEffect, TolerationOperator, TolerationSpec};
 pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{Manifest, Memory, RolloutStrategy};
+use super::{Manifest, Memory, RolloutStrategy, TaintEffect, TolerationOperator};
 use crate::{
     fleet::{ChatTemplate, RoutingPolicy},
     planner::KvMemory,
@@ -57,7 +57,12 @@ fn every_field_has_an_effect() {
     tensor: 3
     stages: [{{layers: 1}}, {{layers: 3}}]
   replicas: 4
-  workers: {{resources: {{limits: {{memory: 3Gi}}}}}}
+  workers:
+    resources: {{limits: {{memory: 3Gi}}}}
+    nodeSelector: {{example.com/pool: big}}
+    tolerations:
+    - {{key: example.com/gpu, value: a100, effect: NoSchedule}}
+    - {{operator: Exists, effect: NoExecute, tolerationSeconds: 30}}
   router:
     policy: RoundRobin
     queue: {{maxRequests: 7, timeoutSeconds: 8}}
@@ -76,6 +81,14 @@ fn every_field_has_an_effect() {
     assert_eq!((spec.max_context, spec.max_batch_sequences, spec.max_batch_tokens), (Some(100), 5, 6));
     assert_eq!((spec.kv_memory, spec.kv_dtype), (KvMemory::Bytes(1 << 30), Some(KvDType::F32)));
     assert_eq!(spec.worker_memory, Some(3 << 30));
+    let workers = &m.spec().workers;
+    assert_eq!(workers.node_selector["example.com/pool"], "big");
+    let [first, second] = &workers.tolerations[..] else { panic!("{workers:?}") };
+    assert_eq!(
+        (first.operator, first.value.as_deref(), first.effect),
+        (TolerationOperator::Equal, Some("a100"), Some(TaintEffect::NoSchedule))
+    );
+    assert_eq!((second.operator, second.key.as_deref(), second.toleration_seconds), (TolerationOperator::Exists, None, Some(30)));
     let serving = m.serving();
     assert_eq!((serving.chat_template, serving.system_prompt.as_deref()), (Some(ChatTemplate::Gemma), Some("be brief")));
     assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::RoundRobin, 7, 8));
@@ -115,6 +128,14 @@ fn errors_name_line_column_field_and_expectation() {
         ("  workers: {resources: {limits: {memory: much}}}\n", &["m.yaml:8:42", "spec.workers.resources.limits.memory", "512Mi", "much"]),
         ("  workers: {resources: {limits: {memory: 0.5}}}\n", &["spec.workers.resources.limits.memory", "0.5"]),
         ("  workers: {resources: {limits: {cpu: 2}}}\n", &["spec.workers.resources.limits.cpu", "not supported yet"]),
+        ("  workers: {nodeSelector: {-a: b}}\n", &["m.yaml:8:32", "spec.workers.nodeSelector.-a", "example.com/gpu", "\"-a\""]),
+        ("  workers: {nodeSelector: {a: b c}}\n", &["m.yaml:8:31", "spec.workers.nodeSelector.a", "\"b c\""]),
+        ("  workers: {nodeSelector: {a: true}}\n", &["m.yaml:8:31", "spec.workers.nodeSelector.a", "text", "true"]),
+        ("  workers: {tolerations: [{value: x}]}\n", &["spec.workers.tolerations[0].key", "operator Exists"]),
+        ("  workers: {tolerations: [{key: a, operator: Exists, value: x}]}\n", &["m.yaml:8:61", "tolerations[0].value", "operator Exists"]),
+        ("  workers: {tolerations: [{key: a, operator: Some}]}\n", &["tolerations[0].operator", "Equal, Exists", "\"Some\""]),
+        ("  workers: {tolerations: [{key: a, tolerationSeconds: 3}]}\n", &["tolerations[0].tolerationSeconds", "NoExecute"]),
+        ("  workers: {tolerations: [{key: a/b/c}]}\n", &["tolerations[0].key", "\"a/b/c\""]),
         ("  engine: {maxContextTokens: 4294967296}\n", &["m.yaml:8:30", "spec.engine.maxContextTokens", "4294967296"]),
         ("  engine: {maxContextTokens: 1.5}\n", &["spec.engine.maxContextTokens", "whole number", "1.5"]),
         ("  engine: {maxContextTokens: true}\n", &["spec.engine.maxContextTokens", "whole number", "true"]),
@@ -231,8 +252,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "observability",
         "experimental",
         "workers.image",
-        "workers.nodeSelector",
-        "workers.tolerations",
         "workers.env",
         "workers.serviceAccountName",
         "workers.podTemplateOverlay",

@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 40] = [
+const LATER: [&str; 38] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.credentialsSecretRef",
@@ -45,8 +45,6 @@ const LATER: [&str; 40] = [
     "spec.workers.resources.requests",
     "spec.workers.resources.claims",
     "spec.workers.resources.limits.cpu",
-    "spec.workers.nodeSelector",
-    "spec.workers.tolerations",
     "spec.workers.env",
     "spec.workers.serviceAccountName",
     "spec.workers.podTemplateOverlay",

@@ -4,8 +4,11 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "schema")]
+use super::placement;
 use super::{
     autoscaling::AutoscalingSpec,
+    placement::TolerationSpec,
     quantity::{Bytes, Memory},
     rollout::{RecoverySpec, RolloutSpec, SchedulingSpec},
 };
@@ -73,7 +76,7 @@ pub struct DeploymentSpec {
     /// How the number of replicas follows the load; of meaning on a cluster.
     #[serde(default)]
     pub autoscaling: AutoscalingSpec,
-    /// What its workers may use.
+    /// What its workers may use, and where they may run.
     #[serde(default)]
     pub workers: WorkersSpec,
     /// How requests reach it.
@@ -354,6 +357,14 @@ pub struct StageSpec {
 pub struct WorkersSpec {
     /// What each worker may use.
     pub resources: ResourcesSpec,
+    /// Labels that a node must have for workers to run on it, at most 64; of meaning on a cluster.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(schema_with = "placement::labels"))]
+    pub node_selector: BTreeMap<String, String>,
+    /// Taints of nodes on which workers may run all the same, at most 64; of meaning on a cluster.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    #[cfg_attr(feature = "schema", schemars(length(max = 64)))]
+    pub tolerations: Vec<TolerationSpec>,
 }
 
 /// What a worker may use.

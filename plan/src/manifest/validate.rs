@@ -1,6 +1,6 @@
 //! Ranges and rules of the resource's fields.
 
-use super::{rollout::RolloutStrategy, types::ModelDeployment};
+use super::{placement, rollout::RolloutStrategy, types::ModelDeployment};
 use crate::shard::BLOCK_TOKENS;
 
 /// A field and what is wrong with it; the field's position is found by whoever has the document.
@@ -74,6 +74,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         }
     }
     spec.autoscaling.check()?;
+    placement::check(&spec.workers)?;
     rollout(deployment)?;
     let workers = parallelism.pipeline * parallelism.tensor;
     if workers > MAX_WORKERS {

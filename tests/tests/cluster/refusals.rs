@@ -37,6 +37,8 @@ fn the_api_server_names_the_field_and_the_rule() {
         (manifest("x", good, &json!({"replicas": -1})), "spec.replicas: ", "greater than or equal to 0"),
         (manifest("x", good, &json!({"model": {"digest": "sha256:beef"}})), "spec.model.digest: ", "should match '^sha256:"),
         (manifest("x", good, &json!({"engine": {"maxContextTokens": 0}})), "spec.engine.maxContextTokens: ", "greater than or equal to 1"),
+        (manifest("x", good, &json!({"workers": {"nodeSelector": {"a": "b c"}}})), "spec.workers.nodeSelector.a: ", "should match"),
+        (manifest("x", good, &json!({"workers": {"tolerations": [{"value": "a"}]}})), "spec.workers.tolerations[0]: ", "key must be set"),
         (manifest("x", good, &json!({"replicsa": 1})), "spec.replicsa", "unknown field"),
         (manifest(&long, good, &json!({})), "metadata.name", "at most 45"),
     ];
