@@ -59,7 +59,7 @@ pub(crate) fn check() -> Result<()> {
 /// The helm that `cargo xtask cluster` built.
 #[cfg(target_os = "linux")]
 fn helm() -> Result<Option<PathBuf>> {
-    crate::cluster::built_helm()
+    crate::cluster::HELM.built()
 }
 
 #[cfg(not(target_os = "linux"))]

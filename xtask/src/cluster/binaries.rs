@@ -1,4 +1,4 @@
-//! Kubernetes' own programs and helm, built from their Go modules once into a cache outside the checkout.
+//! Kubernetes' own programs, built from their Go modules once into a cache outside the checkout.
 
 use std::{
     fs::{self, File},
@@ -14,9 +14,7 @@ use crate::{
 };
 
 /// Version of Kubernetes.
-const VERSION: &str = "1.34.4";
-/// Version of helm.
-const HELM: &str = "3.22.0";
+pub(crate) const VERSION: &str = "1.34.4";
 
 const PROGRAMS: &[&str] = &["kubelet", "kube-proxy", "kube-scheduler", "kubectl", "kube-controller-manager", "kube-apiserver"];
 
@@ -56,61 +54,12 @@ const STAGING: &[&str] = &[
     "sample-controller",
 ];
 
-/// The folders of Kubernetes' programs and of helm, whether they are there yet or not.
+/// The folder of Kubernetes' programs, whether they are there yet or not.
 ///
 /// # Errors
 /// If there is no cache folder.
-pub(crate) fn folders() -> Result<[PathBuf; 2]> {
-    let cache = paths::cache()?;
-    Ok([format!("k8s-v{VERSION}"), format!("helm-v{HELM}")].map(|name| cache.join(name).join("bin")))
-}
-
-/// helm, if it was built before.
-///
-/// # Errors
-/// If there is no cache folder.
-pub(crate) fn built_helm() -> Result<Option<PathBuf>> {
-    let [_, bin] = folders()?;
-    Ok(Some(bin.join("helm")).filter(|helm| helm.exists()))
-}
-
-/// helm, built when it is missing (about five minutes on two cores).
-///
-/// # Errors
-/// If Go is missing, its modules cannot be fetched, or the build fails.
-pub(crate) fn ensure_helm() -> Result<PathBuf> {
-    let [_, bin] = folders()?;
-    let helm = bin.join("helm");
-    if helm.exists() {
-        return Ok(helm);
-    }
-    fs::create_dir_all(&bin).with_context(|| format!("failed to create {}", bin.display()))?;
-    let lock = File::create(bin.with_file_name("lock")).context("failed to create a lock")?;
-    lock.lock().context("failed to lock the cache of helm")?;
-    if helm.exists() {
-        return Ok(helm);
-    }
-    require_go()?;
-    say(&format!("building helm {HELM} from its Go module, once"));
-    let began = Instant::now();
-    let partial = bin.with_file_name("partial");
-    let mut flags = format!("-s -w -X helm.sh/helm/v3/internal/version.version=v{HELM}");
-    // Which Kubernetes charts are rendered for where no cluster is asked.
-    for package in ["pkg/chartutil", "pkg/lint/rules"] {
-        let (major, minor) = VERSION.split_once('.').context("a version without a dot")?;
-        let minor = minor.split('.').next().unwrap_or_default();
-        flags.push_str(&format!(
-            " -X helm.sh/helm/v3/{package}.k8sVersionMajor={major} -X helm.sh/helm/v3/{package}.k8sVersionMinor={minor}"
-        ));
-    }
-    run(command("go")
-        .args(["install", "-trimpath", "-ldflags", &flags, &format!("helm.sh/helm/v3/cmd/helm@v{HELM}")])
-        .env("GOBIN", &partial)
-        .env("CGO_ENABLED", "0"))
-    .context("failed to build helm")?;
-    fs::rename(partial.join("helm"), &helm).context("failed to put helm in its place")?;
-    say(&format!("built helm in {:.0} s", began.elapsed().as_secs_f64()));
-    Ok(helm)
+pub(crate) fn folder() -> Result<PathBuf> {
+    Ok(paths::cache()?.join(format!("k8s-v{VERSION}")).join("bin"))
 }
 
 /// The folder that holds Kubernetes' programs, built when one is missing (about ten minutes on two cores, and 3 GB of Go's caches).
@@ -118,7 +67,7 @@ pub(crate) fn ensure_helm() -> Result<PathBuf> {
 /// # Errors
 /// If Go is missing, its modules cannot be fetched, or a build fails.
 pub(crate) fn ensure() -> Result<PathBuf> {
-    let [bin, _] = folders()?;
+    let bin = folder()?;
     let home = bin.parent().context("a folder without a parent")?.to_path_buf();
     let missing = || PROGRAMS.iter().filter(|name| !bin.join(name).exists()).collect::<Vec<_>>();
     if missing().is_empty() {
@@ -144,11 +93,15 @@ pub(crate) fn ensure() -> Result<PathBuf> {
     Ok(bin)
 }
 
-fn require_go() -> Result<()> {
+/// Makes sure that there is Go.
+///
+/// # Errors
+/// If there is not; the message has the command that installs it.
+pub(crate) fn require_go() -> Result<()> {
     let version = command("go").arg("version").output();
     if !version.is_ok_and(|v| v.status.success()) {
         bail!(
-            "go was not found; Kubernetes is built with Go 1.24 or newer: `apt-get install golang-go` (Debian 13 and newer), `dnf install golang`, or its own installer"
+            "go was not found; the cluster's programs are built with Go 1.24 or newer: `apt-get install golang-go` (Debian 13 and newer), `dnf install golang`, or its own installer"
         );
     }
     Ok(())

@@ -81,6 +81,9 @@ pub(crate) fn api_server(cluster: &Cluster, bin: &Path) -> Program {
     Program::new("kube-apiserver", &bin.join("kube-apiserver"), args)
 }
 
+/// Requests a second of each controller: with the 20 that they have by default, thousands of objects are theirs to wait for, not the operator's.
+const UNHURRIED: [&str; 2] = ["--kube-api-qps=500", "--kube-api-burst=1000"];
+
 /// The programs that need an API server.
 pub(crate) fn clients(cluster: &Cluster, bin: &Path) -> [Program; 3] {
     let pki = cluster.path(FOLDER);
@@ -102,8 +105,11 @@ pub(crate) fn clients(cluster: &Cluster, bin: &Path) -> [Program; 3] {
         format!("--cluster-cidr={PODS}"),
         // The kubelet has time to renew its lease after tests have stopped the API server: else every pod is taken for lost as soon as it is back.
         "--node-monitor-grace-period=5m".to_owned(),
+        // Pods are measured every 10 s.
+        "--horizontal-pod-autoscaler-sync-period=5s".to_owned(),
     ]);
-    let scheduler: Vec<String> = account("scheduler").into_iter().chain(alone).collect();
+    controllers.extend(UNHURRIED.map(str::to_owned));
+    let scheduler: Vec<String> = account("scheduler").into_iter().chain(alone).chain(UNHURRIED.map(str::to_owned)).collect();
     let proxy = [
         format!("--kubeconfig={}", kubeconfig(cluster, "proxy").display()),
         "--proxy-mode=iptables".to_owned(),

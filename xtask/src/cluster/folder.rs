@@ -8,7 +8,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use super::{binaries, network};
+use super::{binaries, network, tools};
 use crate::{
     paths,
     process::{command, say},
@@ -115,7 +115,7 @@ impl Cluster {
         inside.arg(network::enter(self)).arg(program).env("KUBECONFIG", self.kubeconfig());
         // By these a program inside reaches `xtask cluster` for this very cluster.
         inside.env("SKEIN_CLUSTER", &self.name).env("SKEIN_XTASK", std::env::current_exe().context("failed to find xtask itself")?);
-        let mut folders = binaries::folders()?.to_vec();
+        let mut folders = vec![binaries::folder()?, tools::HELM.folder()?];
         folders.extend(std::env::var_os("PATH").iter().flat_map(std::env::split_paths));
         inside.env("PATH", std::env::join_paths(folders).context("the tools' folder cannot stand in PATH")?);
         // The namespace reaches no proxy.

@@ -3,6 +3,7 @@
 //! Everything a cluster keeps lies in its run folder, `clusters/NAME` in Skein's cache; the names of its namespace, cgroup and pod network derive
 //! from that folder, so that clusters do not disturb each other and what is left of a dead one is found and cleared away.
 
+mod addons;
 mod archive;
 mod binaries;
 mod certificates;
@@ -19,15 +20,16 @@ mod processes;
 mod startup;
 mod teardown;
 mod testing;
+mod tools;
 
 use std::{ffi::OsString, os::unix::process::CommandExt};
 
 use anyhow::{Context, Result, bail};
-pub(crate) use binaries::built_helm;
 use clap::{Args, Subcommand};
 use folder::Cluster;
 use startup::Content;
 pub(crate) use testing::{during, prepare};
+pub(crate) use tools::HELM;
 
 /// Options of `cluster`.
 #[derive(Args)]
@@ -65,7 +67,7 @@ enum Action {
         /// Its name.
         program: String,
     },
-    /// Start a program that was stopped or that died.
+    /// Start a program that was stopped or that died; or metrics-server, which tells autoscalers what pods use, or kwok, which plays nodes.
     Start {
         /// Its name.
         program: String,

@@ -10,10 +10,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::{
-    binaries, certificates, cgroups, components,
+    addons, binaries, certificates, cgroups, components,
     configuration::{self, NODE_NAME},
     folder::Cluster,
-    images, mirror, network, packages, processes, require, teardown,
+    images, mirror, network, packages, processes, require, teardown, tools,
 };
 use crate::{
     model,
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// How long a step of the cluster's start may take; it takes seconds on an idle machine.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 /// How long a program that is stopped may take; the API server would wait for its clients' watches to end.
 const GRACE: Duration = Duration::from_secs(3);
 /// Between two looks at something that is awaited.
@@ -51,7 +51,10 @@ pub(crate) enum Content {
 pub(crate) fn prepare() -> Result<()> {
     packages::ensure()?;
     binaries::ensure()?;
-    binaries::ensure_helm().map(drop)
+    for tool in [tools::HELM, tools::METRICS_SERVER, tools::KWOK] {
+        tool.ensure()?;
+    }
+    Ok(())
 }
 
 /// Brings `cluster` up, unless it is, and puts `content` into it.
@@ -63,7 +66,7 @@ pub(crate) fn up(cluster: &Cluster, content: Content) -> Result<()> {
     packages::ensure()?;
     let bin = binaries::ensure()?;
     if content != Content::Bare {
-        binaries::ensure_helm()?;
+        tools::HELM.ensure()?;
         model::ensure()?;
     }
     let _lock = cluster.lock()?;
@@ -153,12 +156,15 @@ pub(crate) fn stop_program(cluster: &Cluster, program: &str) -> Result<()> {
     find(cluster, program)?.end(cluster, GRACE)
 }
 
-/// Starts the recorded process called `program` again, unless it runs.
+/// Starts the recorded process called `program` again, unless it runs; or one of those that a cluster has on demand.
 ///
 /// # Errors
 /// If there is none of that name, or it cannot start.
 pub(crate) fn start_program(cluster: &Cluster, program: &str) -> Result<()> {
     require(cluster)?;
+    if addons::start(cluster, program)? {
+        return Ok(());
+    }
     let recorded = find(cluster, program)?;
     if recorded.alive(cluster) {
         return Ok(());
@@ -170,7 +176,8 @@ fn find(cluster: &Cluster, program: &str) -> Result<processes::Process> {
     let all = processes::recorded(cluster)?;
     let names: Vec<String> = all.iter().map(|p| p.program.name.clone()).collect();
     let found = all.into_iter().find(|p| p.program.name == program);
-    found.with_context(|| format!("the cluster has no program {program:?}; it has {}", names.join(", ")))
+    let (has, more) = (names.join(", "), addons::NAMES.join(" and "));
+    found.with_context(|| format!("the cluster has no program {program:?}; it has {has}, and starts {more} on demand"))
 }
 
 /// Whether every program runs and the API server and node are ready.
@@ -181,7 +188,7 @@ fn healthy(cluster: &Cluster) -> Result<bool> {
 }
 
 /// Waits until `done` says so; fails at once when one of the cluster's programs has ended.
-fn wait(cluster: &Cluster, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
+pub(super) fn wait(cluster: &Cluster, what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     say(&format!("waiting for {what}"));
     let began = Instant::now();
     while !done()? {
@@ -197,13 +204,13 @@ fn wait(cluster: &Cluster, what: &str, mut done: impl FnMut() -> Result<bool>) -
 }
 
 /// Whether a command inside the cluster succeeds; what it writes is of no interest.
-fn succeeds(cluster: &Cluster, line: &[&str]) -> Result<bool> {
+pub(super) fn succeeds(cluster: &Cluster, line: &[&str]) -> Result<bool> {
     let (program, args) = line.split_first().context("no command was given")?;
     let mut inside = cluster.inside(program)?;
     let status = inside.args(args).stdout(Stdio::null()).stderr(Stdio::null()).status();
     Ok(status.with_context(|| format!("failed to start {program}"))?.success())
 }
 
-fn kubectl(cluster: &Cluster, args: &[&str]) -> Result<()> {
+pub(super) fn kubectl(cluster: &Cluster, args: &[&str]) -> Result<()> {
     run(cluster.inside("kubectl")?.args(args))
 }
