@@ -60,6 +60,11 @@ pub(crate) struct Load {
 impl Load {
     /// Starts `clients` that put `requests` (bodies and the answers expected) to `base` in turn, each as a stream on a connection of its own.
     pub(crate) fn start(base: &str, clients: usize, requests: Vec<(Value, String)>) -> Self {
+        Self::paced(base, clients, requests, Duration::ZERO)
+    }
+
+    /// The same, where each client takes a `pause` between an answer and its next request.
+    pub(crate) fn paced(base: &str, clients: usize, requests: Vec<(Value, String)>, pause: Duration) -> Self {
         let (shared, requests) = (Arc::new(Shared::default()), Arc::new(requests));
         let client = |_| {
             let (shared, requests, base) = (shared.clone(), requests.clone(), base.to_owned());
@@ -69,6 +74,7 @@ impl Load {
                     let (body, expected) = &requests[shared.next.fetch_add(1, Ordering::SeqCst) % requests.len()];
                     let came = runtime.block_on(client::stream(&base, body, |_| {}));
                     shared.count(body, expected, came);
+                    shared.pause(pause);
                 }
             })
         };
@@ -96,6 +102,7 @@ impl Load {
 
     fn end(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.changed.notify_all();
         for client in self.clients.drain(..) {
             assert!(client.join().is_ok() || thread::panicking(), "a client panicked");
         }
@@ -109,6 +116,18 @@ impl Drop for Load {
 }
 
 impl Shared {
+    /// Waits for so long, or until the load is to stop.
+    fn pause(&self, pause: Duration) {
+        let until = Instant::now() + pause;
+        let mut tally = self.tally.lock().expect("the tally");
+        while let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
+            if self.stop.load(Ordering::SeqCst) {
+                return;
+            }
+            tally = self.changed.wait_timeout(tally, left).expect("the tally").0;
+        }
+    }
+
     fn count(&self, body: &Value, expected: &str, came: anyhow::Result<client::Streamed>) {
         let mut tally = self.tally.lock().expect("the tally");
         match came {

@@ -10,6 +10,7 @@ mod answers;
 mod apply;
 mod chart;
 mod deletion;
+mod hpa;
 mod identity;
 mod kubernetes;
 mod load;
