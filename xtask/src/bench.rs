@@ -4,6 +4,8 @@ use std::{collections::BTreeMap, process::Command, thread};
 
 use anyhow::{Context, Result};
 use clap::Args;
+#[cfg(target_os = "linux")]
+use clap::Subcommand;
 use serde_json::Value;
 
 use crate::{
@@ -13,7 +15,12 @@ use crate::{
 
 /// Options of `bench`.
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Options {
+    /// What is timed in place of the engine.
+    #[cfg(target_os = "linux")]
+    #[command(subcommand)]
+    other: Option<Other>,
     /// Turns of each program.
     #[arg(long, default_value_t = 3)]
     rounds: usize,
@@ -25,6 +32,14 @@ pub(crate) struct Options {
     threads: Option<usize>,
 }
 
+/// What is timed in place of the engine.
+#[cfg(target_os = "linux")]
+#[derive(Subcommand)]
+enum Other {
+    /// The operator with many deployments, whose pods are played, on a cluster of their own; needs root.
+    Operator(crate::operator::Options),
+}
+
 /// Tokens per second of one test, one per round.
 type Samples = BTreeMap<String, Vec<f64>>;
 
@@ -33,6 +48,10 @@ type Samples = BTreeMap<String, Vec<f64>>;
 /// # Errors
 /// If a program fails or prints something else than its results.
 pub(crate) fn run(options: &Options) -> Result<()> {
+    #[cfg(target_os = "linux")]
+    if let Some(Other::Operator(options)) = &options.other {
+        return crate::operator::bench(options);
+    }
     let model = model::ensure()?;
     demo::build()?;
     let threads = match options.threads {

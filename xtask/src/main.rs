@@ -10,6 +10,8 @@ mod cluster;
 mod codegen;
 mod demo;
 mod model;
+#[cfg(target_os = "linux")]
+mod operator;
 mod paths;
 mod peers;
 mod process;
@@ -55,7 +57,7 @@ enum Chore {
     /// A one-node Kubernetes cluster on this machine; needs root.
     #[cfg(target_os = "linux")]
     Cluster(cluster::Options),
-    /// Time the engine and llama-cpp-python in turns on the reference model.
+    /// Time the engine and llama-cpp-python in turns on the reference model; or the operator with many deployments.
     Bench(bench::Options),
     /// Compare perplexity on the first chunks of the test text with llama-cpp-python.
     PeerPpl(peers::PplOptions),

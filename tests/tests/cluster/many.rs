@@ -1,21 +1,79 @@
-//! Many deployments: how long they take to settle, what the operator needs for them, and that nothing is written once they have.
+//! Many deployments, whose pods are played: how long they take, what the operator needs for them, and that nothing is written once they have settled.
+//!
+//! No token comes out of a pod that is played. So a deployment counts as reconciled when all its objects are applied, its pods run, and its status
+//! says of the present spec that its replicas load their weights: that is all an operator can do for it.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
-    fs,
+    collections::BTreeMap,
+    env, fs,
+    io::Write,
+    thread,
     time::{Duration, Instant},
 };
 
-use e2e::{client, program};
+use e2e::{client, wait};
 use serde_json::{Value, json};
 
 use crate::{
-    kubernetes::{Namespace, SYSTEM, condition, succeed},
+    kubernetes::{LIMIT, Namespace, SYSTEM, component, condition, kubectl, succeed},
     models::{LLAMA, llama},
 };
 
-/// Deployments; they want no replicas, as one node has room for few pods.
-const MANY: usize = 100;
+/// Deployments, where the environment does not say how many.
+const MANY: usize = 50;
+/// More than this are measured, on a cluster that goes away afterwards.
+const FEW: usize = 200;
+/// Processes that make them beside each other: each keeps a pace of its own.
+const MAKERS: usize = 8;
+/// Nodes that are played, and the label by which workers find them.
+const NODES: usize = 3;
+const PLAYED: &str = "skein.dev/played";
+/// Between two looks at the operator's metrics.
+const LOOK: Duration = Duration::from_millis(250);
+/// For so long nothing may be written, of few and of many.
+const STEADY: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(60));
+
+/// How many deployments, and how long they may take, and are watched.
+fn size() -> (usize, Duration, Duration) {
+    let many = env::var("SKEIN_TEST_DEPLOYMENTS").map_or(MANY, |n| n.parse().expect("SKEIN_TEST_DEPLOYMENTS is a number"));
+    if many > FEW { (many, 6 * LIMIT, STEADY.1) } else { (many, LIMIT, STEADY.0) }
+}
+
+/// Nodes that are played; they go away with the value.
+struct Nodes;
+
+impl Nodes {
+    fn make() -> Self {
+        let node = |number: usize| {
+            json!({
+                "apiVersion": "v1",
+                "kind": "Node",
+                "metadata": {"name": format!("played-{number}"), "labels": {PLAYED: "true"}, "annotations": {"kwok.x-k8s.io/node": "fake"}},
+                "spec": {"taints": [{"key": PLAYED, "effect": "NoSchedule"}]},
+            })
+        };
+        let nodes: Vec<Value> = (0..NODES).map(node).collect();
+        apply(&["apply", "--server-side", "--filename"], &nodes);
+        let nodes = Self;
+        let selector = format!("--selector={PLAYED}");
+        succeed(&["wait", "nodes", &selector, "--for=condition=Ready", "--timeout=60s"]);
+        nodes
+    }
+}
+
+impl Drop for Nodes {
+    fn drop(&mut self) {
+        let gone = kubectl(&["delete", "nodes", &format!("--selector={PLAYED}"), "--ignore-not-found"]);
+        assert!(thread::panicking() || gone.status.success(), "{}", gone.stderr);
+    }
+}
+
+/// Hands objects to kubectl.
+fn apply(command: &[&str], items: &[Value]) {
+    let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+    write!(file, "{}", json!({"apiVersion": "v1", "kind": "List", "items": items})).expect("a writable file");
+    succeed(&[command, &[&*file.path().to_string_lossy()]].concat());
+}
 
 /// The operator's pod.
 fn operator() -> Value {
@@ -25,24 +83,70 @@ fn operator() -> Value {
     all.iter().find(|pod| pod["metadata"]["deletionTimestamp"].is_null()).expect("an operator").clone()
 }
 
-/// A number of the operator's metrics: the sum over its labels.
-fn metric(pod: &Value, name: &str) -> Option<f64> {
+/// The operator's metrics, by name and labels; none where it does not answer.
+fn metrics(pod: &Value) -> Option<BTreeMap<String, f64>> {
     let url = format!("http://{}:8080/metrics", pod["status"]["podIP"].as_str()?);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let text = runtime.block_on(client::get(&url)).ok()?;
-    let named = text.lines().filter(|line| line.split(['{', ' ']).next() == Some(name));
-    Some(named.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum())
+    let sample = |line: &str| line.rsplit_once(' ').and_then(|(name, value)| Some((name.to_owned(), value.parse().ok()?)));
+    Some(text.lines().filter(|line| !line.starts_with('#')).filter_map(sample).collect())
 }
 
-/// Resident memory of the operator's process, in MiB.
-fn memory(pod: &Value) -> u64 {
+/// The value of a label in a metric's name.
+fn label<'a>(name: &'a str, label: &str) -> &'a str {
+    let after = name.split_once(&format!("{label}=\"")).map(|(_, after)| after);
+    after.and_then(|after| after.split('"').next()).unwrap_or_default()
+}
+
+/// Deployments of which it is said that they are not ready for one of `reasons`.
+fn counted(metrics: &BTreeMap<String, f64>, reasons: impl Fn(&str) -> bool) -> usize {
+    let all = metrics.iter().filter(|(name, _)| name.starts_with("skein_operator_deployments{") && reasons(label(name, "reason")));
+    all.map(|(_, count)| *count as usize).sum()
+}
+
+/// Requests to the API server by verb and resource.
+fn requests(metrics: &BTreeMap<String, f64>) -> BTreeMap<(String, String), f64> {
+    let all = metrics.iter().filter(|(name, _)| name.starts_with("skein_operator_api_requests_total{"));
+    all.map(|(name, count)| ((label(name, "verb").to_owned(), label(name, "resource").to_owned()), *count)).collect()
+}
+
+/// Those that write; the operator's lease is renewed every few seconds, whatever there is to do.
+fn writes(metrics: &BTreeMap<String, f64>) -> BTreeMap<(String, String), f64> {
+    let mut all = requests(metrics);
+    all.retain(|(verb, resource), _| !matches!(verb.as_str(), "get" | "list" | "watch") && resource != "leases");
+    all
+}
+
+/// What there is more of.
+fn more(before: &BTreeMap<(String, String), f64>, after: &BTreeMap<(String, String), f64>) -> BTreeMap<(String, String), f64> {
+    let grown = after.iter().map(|(what, count)| (what.clone(), count - before.get(what).copied().unwrap_or(0.0)));
+    grown.filter(|(_, count)| *count > 0.0).collect()
+}
+
+/// What a process has used.
+struct Use {
+    /// Memory now and at most, in MiB.
+    memory: (u64, u64),
+    /// Processor time.
+    time: Duration,
+}
+
+/// What the operator's process has used.
+fn used(pod: &Value) -> Use {
     let uid = pod["metadata"]["uid"].as_str().expect("a uid");
     let pids = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
     let read = |pid: u32, file: &str| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
-    let own = pids.filter(|pid| read(*pid, "cgroup").contains(uid) && read(*pid, "cmdline").starts_with("/skein-operator"));
-    let status = own.map(|pid| read(pid, "status")).next().expect("the operator's process");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
-    line.trim().split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") / 1024
+    let mut own = pids.filter(|pid| read(*pid, "cgroup").contains(uid) && read(*pid, "cmdline").starts_with("/skein-operator"));
+    let pid = own.next().expect("the operator's process");
+    let status = read(pid, "status");
+    let memory = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("its memory");
+        line.trim().split(' ').next().and_then(|kib| kib.parse::<u64>().ok()).expect("a number") / 1024
+    };
+    let stat = read(pid, "stat");
+    // Fields 14 and 15 of proc(5), in hundredths of a second; the second one, the program's name, ends with a parenthesis.
+    let fields: Vec<u64> = stat.rsplit_once(") ").expect("a name").1.split(' ').map(|field| field.parse().unwrap_or(0)).collect();
+    Use { memory: (memory("VmRSS:"), memory("VmHWM:")), time: Duration::from_millis(10 * (fields[11] + fields[12])) }
 }
 
 /// When the operator changed each object that it made in the namespace; others change their status.
@@ -61,50 +165,138 @@ fn changes(namespace: &Namespace) -> BTreeMap<String, Vec<String>> {
     list["items"].as_array().expect("a list").iter().filter_map(own).collect()
 }
 
+/// Makes the deployments, as fast as the API server takes them.
+fn make(namespace: &Namespace, many: usize) {
+    let deployment = |number: usize| {
+        json!({
+            "apiVersion": "skein.dev/v1alpha1",
+            "kind": "ModelDeployment",
+            "metadata": {"name": format!("m{number}")},
+            "spec": {
+                "model": {"uri": LLAMA},
+                "workers": {"nodeSelector": {PLAYED: "true"}, "tolerations": [{"key": PLAYED, "operator": "Exists", "effect": "NoSchedule"}]},
+            },
+        })
+    };
+    let all: Vec<Value> = (0..many).map(deployment).collect();
+    let name = namespace.name.as_str();
+    thread::scope(|scope| {
+        for part in all.chunks(many.div_ceil(MAKERS)) {
+            scope.spawn(move || apply(&["--namespace", name, "create", "--validate=false", "--filename"], part));
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs a cluster: cargo xtask test"]
 fn many_deployments_settle_and_then_nothing_is_written() {
+    let (many, limit, steady) = size();
+    // They go after the namespace: nobody else ends the pods of a node that is gone.
+    let nodes;
     let namespace = Namespace::alone("many");
+    component("start", "kwok");
+    nodes = Nodes::make();
     llama();
     let first = operator();
-    let deployment = |number: usize| {
-        let spec = json!({"model": {"uri": LLAMA}, "replicas": 0, "parallelism": {"pipeline": 2, "tensor": 2}});
-        json!({"apiVersion": "skein.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": format!("m{number}")}, "spec": spec})
-    };
-    let items: Vec<Value> = (0..MANY).map(deployment).collect();
-    let writes = metric(&first, "skein_operator_status_writes_total").expect("the operator's metrics");
+    let before = metrics(&first).expect("the operator's metrics");
+    let (idle, others) = (used(&first), counted(&before, |_| true));
     let began = Instant::now();
-    namespace.apply(&json!({"apiVersion": "v1", "kind": "List", "items": items}).to_string());
-    let applied = began.elapsed();
-    let mut settled = BTreeSet::new();
-    namespace.watch(&["modeldeployments"], "every deployment to be planned and at zero", |object| {
-        if condition(&object["status"], "Available")["reason"] == "ScaledToZero" {
-            settled.insert(object["metadata"]["name"].to_string());
-        }
-        (settled.len() == MANY).then_some(())
+    let look = |what: &str, enough: &dyn Fn(&BTreeMap<String, f64>) -> bool| {
+        wait::until(limit, what, || {
+            thread::park_timeout(LOOK);
+            metrics(&first).filter(|m| enough(m)).map(|_| began.elapsed().as_secs_f64())
+        })
+    };
+    let (made, applied, settled) = thread::scope(|scope| {
+        let making = scope.spawn(|| {
+            make(&namespace, many);
+            began.elapsed().as_secs_f64()
+        });
+        let unsaid = |reason: &str| matches!(reason, "" | "Starting" | "Resolving");
+        let applied = look("every deployment's objects to be applied", &|m| counted(m, |r| !unsaid(r)) >= others + many);
+        let settled = look("every deployment's pods to run", &|m| counted(m, |r| r == "Downloading") >= many);
+        (making.join().expect("they are made"), applied, settled)
     });
-    let took = began.elapsed();
-    let writes = metric(&first, "skein_operator_status_writes_total").expect("the operator's metrics") - writes;
+    // Until the last events are told, there is something to write.
+    let mut last = (Instant::now(), writes(&metrics(&first).expect("the operator's metrics")));
+    wait::until(limit, "the operator to have nothing to write", || {
+        thread::park_timeout(LOOK);
+        let now = writes(&metrics(&first)?);
+        if now != last.1 {
+            last = (Instant::now(), now);
+        }
+        (last.0.elapsed() > 4 * LOOK.max(Duration::from_secs(1))).then_some(())
+    });
+    let after = metrics(&first).expect("the operator's metrics");
+    let busy = used(&first);
     println!(
-        "{MANY} deployments: applied in {:.1} s, settled after {:.1} s, {:.1} status writes each, operator {} MiB",
-        applied.as_secs_f64(),
-        took.as_secs_f64(),
-        writes / MANY as f64,
-        memory(&first)
+        "{many} deployments: made in {made:.1} s, objects applied after {applied:.1} s, pods run after {settled:.1} s; operator: {:.1} s of processor \
+         time, {} MiB, at most {} MiB",
+        (busy.time - idle.time).as_secs_f64(),
+        busy.memory.0,
+        busy.memory.1
     );
-    assert!(took < Duration::from_secs(240), "{took:?}");
+    let each = more(&requests(&before), &requests(&after));
+    for ((verb, resource), count) in &each {
+        println!("requests for each deployment: {verb} {resource}: {:.2}", count / many as f64);
+    }
+    println!("requests for each deployment: {:.1}", each.values().sum::<f64>() / many as f64);
+
+    // All of it is there, and status is of the present spec.
+    let list = namespace.get(&["modeldeployments"]);
+    let all = list["items"].as_array().expect("a list");
+    assert_eq!(all.len(), many);
+    for object in all {
+        let status = &object["status"];
+        assert_eq!(status["observedGeneration"], object["metadata"]["generation"], "{object:#}");
+        assert_eq!(condition(status, "Scheduled")["status"], "True", "{status:#}");
+        assert_eq!(condition(status, "Ready")["status"], "False", "no token came out of anything: {status:#}");
+        assert_eq!(status["replicaStates"][0]["readyWorkers"], 1, "{status:#}");
+    }
+
+    // The steady state.
+    let watched = writes(&metrics(&first).expect("the operator's metrics"));
+    let began = Instant::now();
+    wait::until(limit, "the time to be over", || (began.elapsed() >= steady).then_some(()));
+    let still = metrics(&first).expect("the operator's metrics");
+    let written = more(&watched, &writes(&still));
+    let resting = used(&first);
+    println!(
+        "{steady:?} of steady state: {} writes, {:.2} s of processor time, {} MiB",
+        written.values().sum::<f64>(),
+        (resting.time - busy.time).as_secs_f64(),
+        resting.memory.0
+    );
+    assert!(written.is_empty(), "{written:?}");
 
     // Another operator looks at all of them, and changes none of their objects.
-    let settled = changes(&namespace);
-    assert!(settled.len() >= 3 * MANY, "{}", settled.len());
+    let stands = changes(&namespace);
+    assert!(stands.len() >= 3 * many, "{}", stands.len());
+    let began = Instant::now();
     succeed(&["--namespace", SYSTEM, "delete", "pod", first["metadata"]["name"].as_str().expect("a name")]);
     succeed(&["--namespace", SYSTEM, "rollout", "status", "deployment/skein-operator", "--timeout=120s"]);
     let second = operator();
-    program::until("a new operator to have looked at all", || {
-        metric(&second, "skein_operator_reconciles_total").filter(|n| *n >= MANY as f64)
+    let reconciled = |m: &BTreeMap<String, f64>| {
+        let all = m.iter().filter(|(name, _)| name.starts_with("skein_operator_reconciles_total{") && label(name, "result") == "Applied");
+        all.map(|(_, count)| *count).sum::<f64>()
+    };
+    wait::until(limit, "a new operator to have looked at all", || {
+        thread::park_timeout(LOOK);
+        metrics(&second).filter(|m| reconciled(m) >= many as f64)
     });
     let now = changes(&namespace);
-    let changed: Vec<_> = settled.iter().filter(|(name, times)| now.get(*name) != Some(times)).collect();
-    assert!(changed.is_empty() && now.len() == settled.len(), "{changed:?}");
-    println!("a new operator over {MANY} deployments: {} MiB", memory(&second));
+    let changed: Vec<_> = stands.iter().filter(|(name, times)| now.get(*name) != Some(times)).collect();
+    assert!(changed.is_empty() && now.len() == stands.len(), "{changed:?}");
+    let use_ = used(&second);
+    println!(
+        "a new operator had looked at all after {:.1} s: {:.1} s of processor time, {} MiB, at most {} MiB",
+        began.elapsed().as_secs_f64(),
+        use_.time.as_secs_f64(),
+        use_.memory.0,
+        use_.memory.1
+    );
+    if many > FEW {
+        // They take minutes to go, and the cluster goes with them.
+        std::mem::forget((namespace, nodes));
+    }
 }
