@@ -20,6 +20,7 @@ use tracing::{info, warn};
 
 use crate::{
     build::{Object, Resources},
+    cache::{self, Cache, Owner},
     lost::Named,
     names::MANAGER,
 };
@@ -51,32 +52,104 @@ impl ApplyError {
     }
 }
 
-/// Writes down the revision, before anything is made of it.
-///
-/// # Errors
-/// When the write fails.
-pub async fn record(client: &Client, namespace: &str, built: &Resources) -> Result<(), ApplyError> {
-    write::<ControllerRevision>(client, namespace, &built.revision, Conflicts::Ours).await.map(drop)
+/// Writes objects, and remembers what it wrote: what stands as it should is not written again.
+#[derive(Clone, Copy)]
+pub struct Writer<'a> {
+    /// For the API server.
+    pub client: &'a Client,
+    /// Where it remembers.
+    pub cache: &'a Cache,
 }
 
-/// Applies everything else that was built, what others need first.
-///
-/// # Errors
-/// The first write that fails; what was written before stays.
-pub async fn apply(client: &Client, namespace: &str, built: &Resources) -> Result<(), ApplyError> {
-    // The revision is written down already.
-    let Resources { revision: _, config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = built;
-    for map in config_maps {
-        write::<ConfigMap>(client, namespace, map, Conflicts::Ours).await?;
+/// A kind of objects that are written.
+pub trait Kind: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned {}
+impl<K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned> Kind for K {}
+
+impl Writer<'_> {
+    /// Applies an object of `owner`, unless it stands already; its version where it was written.
+    ///
+    /// # Errors
+    /// When the API server refuses, or does not answer.
+    pub async fn write<K: Kind>(&self, owner: &Owner, object: &Object, conflicts: Conflicts) -> Result<Option<u64>, ApplyError> {
+        let (kind, namespace) = (K::kind(&()), owner.namespace.as_str());
+        if self.cache.ledger.stands(&kind, namespace, &object.name, &object.body) {
+            return Ok(None);
+        }
+        let api = Api::<K>::namespaced(self.client.clone(), namespace);
+        let patched = api.patch_metadata(&object.name, &conflicts.params(), &Patch::Apply(&object.body)).await;
+        let made = patched.map_err(|source| failed::<K>("apply", &object.name, source))?.metadata;
+        self.cache.ledger.wrote((&kind, owner.clone(), &object.name), &object.body, &made);
+        Ok(Some(cache::version(&made)))
     }
-    write::<Service>(client, namespace, worker_service, Conflicts::Theirs).await?;
-    write::<NetworkPolicy>(client, namespace, network_policy, Conflicts::Ours).await?;
-    write::<PodDisruptionBudget>(client, namespace, disruption_budget, Conflicts::Ours).await?;
-    write::<Service>(client, namespace, service, Conflicts::Theirs).await?;
-    for set in stateful_sets {
-        write::<StatefulSet>(client, namespace, set, Conflicts::Ours).await?;
+
+    /// Deletes an object; the version of one that ends by and by.
+    ///
+    /// # Errors
+    /// When the API server refuses, or does not answer.
+    async fn delete<K: Kind>(&self, owner: &Owner, name: &str, how: &DeleteParams) -> Result<Option<u64>, ApplyError> {
+        let (kind, namespace) = (K::kind(&()), owner.namespace.as_str());
+        info!(namespace, name, kind = &*kind, "deleting what is no longer wanted");
+        let deleted = Api::<K>::namespaced(self.client.clone(), namespace).delete(name, how).await;
+        self.cache.ledger.forget(&kind, namespace, name);
+        match deleted {
+            // Nothing comes back of what is gone at once.
+            Ok(ending) => Ok(ending.left().map(|object| cache::version(object.meta()))),
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(None),
+            Err(source) => Err(failed::<K>("delete", name, source)),
+        }
     }
-    Ok(())
+
+    /// Writes down the revision, before anything is made of it.
+    ///
+    /// # Errors
+    /// When the write fails.
+    pub async fn record(&self, owner: &Owner, built: &Resources) -> Result<(), ApplyError> {
+        if let Some(version) = self.write::<ControllerRevision>(owner, &built.revision, Conflicts::Ours).await? {
+            self.cache.revisions.wrote(owner, &built.revision.name, version);
+        }
+        Ok(())
+    }
+
+    /// Applies everything else that was built, what others need first.
+    ///
+    /// # Errors
+    /// The first write that fails; what was written before stays.
+    pub async fn apply(&self, owner: &Owner, built: &Resources) -> Result<(), ApplyError> {
+        // The revision is written down already.
+        let Resources { revision: _, config_maps, worker_service, network_policy, disruption_budget, service, stateful_sets } = built;
+        for map in config_maps {
+            self.write::<ConfigMap>(owner, map, Conflicts::Ours).await?;
+        }
+        self.write::<Service>(owner, worker_service, Conflicts::Theirs).await?;
+        self.write::<NetworkPolicy>(owner, network_policy, Conflicts::Ours).await?;
+        self.write::<PodDisruptionBudget>(owner, disruption_budget, Conflicts::Ours).await?;
+        self.write::<Service>(owner, service, Conflicts::Theirs).await?;
+        for set in stateful_sets {
+            if let Some(version) = self.write::<StatefulSet>(owner, set, Conflicts::Ours).await? {
+                self.cache.stateful_sets.wrote(owner, &set.name, version);
+            }
+        }
+        Ok(())
+    }
+
+    /// Deletes what is not wanted any more. StatefulSets stay until their pods are gone, so that what still holds a node is seen.
+    ///
+    /// # Errors
+    /// The first that is refused.
+    pub async fn remove(&self, owner: &Owner, unwanted: &Unwanted) -> Result<(), ApplyError> {
+        for set in &unwanted.stateful_sets {
+            if let Some(version) = self.delete::<StatefulSet>(owner, set, &DeleteParams::foreground()).await? {
+                self.cache.stateful_sets.wrote(owner, set, version);
+            }
+        }
+        for map in &unwanted.config_maps {
+            self.delete::<ConfigMap>(owner, map, &DeleteParams::background()).await?;
+        }
+        for revision in &unwanted.revisions {
+            self.delete::<ControllerRevision>(owner, revision, &DeleteParams::background()).await?;
+        }
+        Ok(())
+    }
 }
 
 /// What is not wanted any more, by name.
@@ -90,23 +163,6 @@ pub struct Unwanted {
     pub revisions: Vec<String>,
 }
 
-/// Deletes what is not wanted any more. StatefulSets stay until their pods are gone, so that what still holds a node is seen.
-///
-/// # Errors
-/// The first that is refused.
-pub async fn remove(client: &Client, namespace: &str, unwanted: &Unwanted) -> Result<(), ApplyError> {
-    for set in &unwanted.stateful_sets {
-        delete::<StatefulSet>(client, namespace, set, &DeleteParams::foreground()).await?;
-    }
-    for map in &unwanted.config_maps {
-        delete::<ConfigMap>(client, namespace, map, &DeleteParams::background()).await?;
-    }
-    for revision in &unwanted.revisions {
-        delete::<ControllerRevision>(client, namespace, revision, &DeleteParams::background()).await?;
-    }
-    Ok(())
-}
-
 /// Whose value stands where another manager has set a field.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Conflicts {
@@ -116,19 +172,21 @@ pub enum Conflicts {
     Theirs,
 }
 
-/// Applies one object.
+impl Conflicts {
+    fn params(self) -> PatchParams {
+        let params = PatchParams::apply(MANAGER);
+        if self == Self::Ours { params.force() } else { params }
+    }
+}
+
+/// Applies one object, and returns it whole.
 ///
 /// # Errors
 /// When the API server refuses, or does not answer.
-pub async fn write<K>(client: &Client, namespace: &str, object: &Object, conflicts: Conflicts) -> Result<K, ApplyError>
-where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
-{
+pub async fn write<K: Kind>(client: &Client, namespace: &str, object: &Object, conflicts: Conflicts) -> Result<K, ApplyError> {
     let api = Api::<K>::namespaced(client.clone(), namespace);
-    let mut params = PatchParams::apply(MANAGER);
-    params.force = conflicts == Conflicts::Ours;
     let failed = |source| failed::<K>("apply", &object.name, source);
-    api.patch(&object.name, &params, &Patch::Apply(&object.body)).await.map_err(failed)
+    api.patch(&object.name, &conflicts.params(), &Patch::Apply(&object.body)).await.map_err(failed)
 }
 
 /// Deletes pods without waiting for their nodes; one that was made anew meanwhile stays.
@@ -147,18 +205,6 @@ pub async fn abandon(client: &Client, namespace: &str, pods: &[Named]) -> Result
         }
     }
     Ok(())
-}
-
-async fn delete<K>(client: &Client, namespace: &str, name: &str, how: &DeleteParams) -> Result<(), ApplyError>
-where
-    K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + Clone + Debug + DeserializeOwned,
-{
-    info!(namespace, name, kind = &*K::kind(&()), "deleting what is no longer wanted");
-    match Api::<K>::namespaced(client.clone(), namespace).delete(name, how).await {
-        Ok(_) => Ok(()),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-        Err(source) => Err(failed::<K>("delete", name, source)),
-    }
 }
 
 fn failed<K: Resource<DynamicType = ()>>(action: &'static str, name: &str, source: kube::Error) -> ApplyError {

@@ -4,19 +4,16 @@ mod advance;
 mod certify;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     convert::Infallible,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
 use futures_util::StreamExt;
-use k8s_openapi::{
-    api::{apps::v1::StatefulSet, core::v1::Pod},
-    jiff::Timestamp,
-};
+use k8s_openapi::jiff::Timestamp;
 use kube::{
-    Api, Client, Resource,
+    Client, Resource,
     runtime::{
         Controller, WatchStreamExt,
         controller::{Action, Config},
@@ -32,14 +29,15 @@ use tracing::{debug, info, warn};
 
 use self::advance::Step;
 use crate::{
-    apply::ApplyError,
+    apply::{ApplyError, Writer},
     build::{Settings, TooLarge},
+    cache::{Cache, Changed, Owner, Patience, api, version},
     dereference::{Fetched, dereference},
     fleet::{Hub, Space},
     issuer::{IssueError, Issuer},
     metrics::Metrics,
     models::{Models, chain},
-    names::{DEPLOYMENT, MANAGER},
+    names::MANAGER,
     pool::{PoolReconciler, Pools},
     resource::{ModelDeployment, Status},
     revision::Revision,
@@ -54,13 +52,16 @@ use crate::{
 const CONCURRENCY: u16 = 16;
 /// How often a deployment is looked at when nothing happens.
 const IDLE: Duration = Duration::from_secs(300);
-/// How often one is looked at that is not ready: what routers have not said yet.
+/// How soon one is looked at again that is not ready, for what nobody tells of, such as routers that fall silent; later the longer it is not.
 const STARTING: Duration = Duration::from_secs(15);
 /// First and longest pause: after a failure of the API server, and of a source.
 const API_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 const SOURCE_BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
 /// How often a refusal is looked at again that another object may turn around.
 const ELSEWHERE: Duration = Duration::from_secs(30);
+
+/// When a deployment is looked at again of which something was written that a watch has not told of yet; it does so at any moment.
+const SOON: Duration = Duration::from_millis(200);
 
 /// How long routers may take to find an operator that has just begun to lead.
 const RETURN: Duration = Duration::from_secs(15);
@@ -73,6 +74,10 @@ pub struct Context {
     hub: Arc<Hub>,
     pools: Arc<Pools>,
     deployments: Store<ModelDeployment>,
+    /// What stands in the cluster.
+    cache: Arc<Cache>,
+    /// Versions of deployments whose status this process has written last, by unique id.
+    written: Mutex<HashMap<String, u64>>,
     recorder: Recorder,
     metrics: Arc<Metrics>,
     scaling: Scaling,
@@ -112,10 +117,12 @@ pub async fn run(options: Options, stop: CancellationToken) {
     let Options { client, settings, namespace, identity, hub, woken, metrics, issuer, stops } = options;
     let (deployments, writer) = reflector::store();
     let pools = Arc::new(Pools::default());
-    let asking = pools.clone();
+    let counted = deployments.clone();
+    metrics.count(move || census(&counted));
     let asked = (pools.clone(), hub.clone(), deployments.clone(), issuer.clone());
-    let events = watcher(api::<ModelDeployment>(&client, namespace.as_deref()), watcher::Config::default()).default_backoff();
+    let events = watcher(api::<ModelDeployment>(&client, namespace.as_deref()), watcher::Config::default()).backoff(Patience::default());
     let objects = events
+        .modify(prune)
         .reflect(writer)
         .inspect(move |event| {
             let (pools, hub, store, issuer) = &asked;
@@ -133,8 +140,16 @@ pub async fn run(options: Options, stop: CancellationToken) {
             }
         })
         .applied_objects();
+    let cache = Arc::new(Cache::default());
+    let following = AbortOnDropHandle::new(tokio::spawn(follow(client.clone(), namespace, cache.clone(), pools.clone(), hub.clone())));
+    // What is not known yet must not be taken for what is not there.
+    tokio::select! {
+        () = cache.filled() => {}
+        () = stop.cancelled() => return,
+    }
     let pool = PoolReconciler {
         client: client.clone(),
+        cache: cache.clone(),
         settings: settings.clone(),
         deployments: deployments.clone(),
         hub: hub.clone(),
@@ -149,7 +164,9 @@ pub async fn run(options: Options, stop: CancellationToken) {
         recorder: Recorder::new(client.clone(), reporter),
         models: Models::new(settings.hf_endpoint.clone()),
         deployments: deployments.clone(),
-        client: client.clone(),
+        client,
+        cache,
+        written: Mutex::default(),
         failures: Mutex::default(),
         rollouts: Mutex::default(),
         stops,
@@ -160,19 +177,8 @@ pub async fn run(options: Options, stop: CancellationToken) {
         metrics,
         issuer,
     };
-    let ours = watcher::Config::default().labels(&format!("app.kubernetes.io/managed-by={MANAGER}"));
-    let of_pod = move |pod: Pod| {
-        let labels = pod.metadata.labels.as_ref();
-        if labels.and_then(|l| l.get("app.kubernetes.io/component")).is_some_and(|component| component == "router") {
-            asking.ask(pod.metadata.namespace.as_deref().unwrap_or_default());
-        }
-        let name = pod.metadata.labels.as_ref().and_then(|l| l.get(DEPLOYMENT)).cloned();
-        name.map(|name| ObjectRef::new(&name).within(pod.metadata.namespace.as_deref().unwrap_or_default()))
-    };
     Controller::for_stream(objects, deployments)
         .with_config(Config::default().concurrency(CONCURRENCY).debounce(Duration::from_millis(50)))
-        .owns(api::<StatefulSet>(&client, namespace.as_deref()), ours.clone())
-        .watches(api::<Pod>(&client, namespace.as_deref()), ours, of_pod)
         .reconcile_on(ReceiverStream::new(woken))
         .graceful_shutdown_on(stop.clone().cancelled_owned())
         .run(reconcile, |_, never, _| match *never {}, Arc::new(context))
@@ -183,7 +189,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
             }
         })
         .await;
-    drop(keeping);
+    drop((keeping, following));
     if let Err(error) = pool.await {
         warn!(%error, "the reconcile of pools broke");
     }
@@ -200,11 +206,35 @@ async fn keep(issuer: Arc<Issuer>, deployments: Store<ModelDeployment>, pools: A
     }
 }
 
-fn api<K: Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>>(client: &Client, namespace: Option<&str>) -> Api<K> {
-    match namespace {
-        Some(namespace) => Api::namespaced(client.clone(), namespace),
-        None => Api::all(client.clone()),
+/// Deployments by the reason of their condition `Ready`; those of which nothing is said yet have none.
+fn census(deployments: &Store<ModelDeployment>) -> BTreeMap<String, i64> {
+    let mut counts = BTreeMap::new();
+    for object in deployments.state() {
+        let reason = object.condition(status::READY).map(|condition| condition.reason.clone()).unwrap_or_default();
+        *counts.entry(reason).or_default() += 1;
     }
+    counts
+}
+
+/// Watches what was made, and has those looked at whose objects are news.
+async fn follow(client: Client, namespace: Option<String>, cache: Arc<Cache>, pools: Arc<Pools>, hub: Arc<Hub>) {
+    let changed = |Changed { owner: Owner { namespace, name } }: Changed| {
+        let (pools, hub) = (&pools, &hub);
+        async move {
+            if name.is_empty() {
+                pools.ask(&namespace);
+            } else {
+                hub.wake(&namespace, vec![name]).await;
+            }
+        }
+    };
+    cache.follow(&client, namespace.as_deref(), changed).await;
+}
+
+/// Takes from a deployment what nobody here looks at, and what is larger than all the rest: who wrote which field, and the manifest once more.
+fn prune(object: &mut ModelDeployment) {
+    object.metadata.managed_fields = None;
+    object.metadata.annotations = None;
 }
 
 /// Deployments of a namespace that routers are told of only together.
@@ -242,6 +272,9 @@ impl ReconcileError {
 }
 
 async fn reconcile(object: Arc<ModelDeployment>, context: Arc<Context>) -> Result<Action, Infallible> {
+    if !context.is_current(&object) {
+        return Ok(Action::requeue(SOON));
+    }
     let began = Instant::now();
     let done = steps(&object, &context).await;
     let (result, action) = match done {
@@ -269,14 +302,16 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     if object.is_deleted() {
         // Owner references take everything along.
         context.scaling.forget(object);
+        context.written.lock().unwrap_or_else(PoisonError::into_inner).remove(object.uid());
         return Ok(Done { result: "Deleted", again: None });
     }
     let space = context.hub.space(object.namespace());
     let others = context.deployments.state();
-    if object.condition(MODEL_RESOLVED).is_none() {
+    // What is known already is not said to be read.
+    if object.condition(MODEL_RESOLVED).is_none() && !object.spec["model"]["uri"].as_str().is_some_and(|uri| context.models.knows(uri)) {
         context.say(object, status::resolving(object)).await?;
     }
-    let fetched = dereference(&context.client, &context.models, &space, &others, object).await?;
+    let fetched = dereference((&context.client, &context.cache), &context.models, &space, &others, object).await?;
     let renew = context.renew(object, &fetched.standing).await;
     let done = advance(object, context, &space, &fetched).await?;
     Ok(Done { again: done.again.into_iter().chain(renew).min(), ..done })
@@ -323,10 +358,21 @@ async fn advance(object: &mut ModelDeployment, context: &Context, space: &Space,
     status::scaled(&mut status, object, &valid, decision.as_ref());
     let ready = status.ready_replicas == valid.replicas();
     context.say(object, status).await?;
-    // An adapter whose source fails is looked for again.
-    let idle = if ready && valid.adapters.iter().all(|(_, source)| source.is_ok()) { IDLE } else { STARTING };
+    let idle = match ready {
+        false => starting(object, now),
+        // An adapter whose source fails is looked for again.
+        true if valid.adapters.iter().any(|(_, source)| source.is_err()) => STARTING,
+        true => IDLE,
+    };
     let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
     Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).fold(idle, Duration::min)) })
+}
+
+/// When a deployment that is not ready is looked at again though nothing happens: after a quarter of the time for which it has not been.
+fn starting(object: &ModelDeployment, now: i64) -> Duration {
+    let since = object.condition(status::READY).and_then(|ready| ready.last_transition_time.parse::<Timestamp>().ok());
+    let waits = since.map_or(0, |since| (now - since.as_second()).max(0).unsigned_abs());
+    Duration::from_secs(waits / 4).clamp(STARTING, IDLE)
 }
 
 fn too_large(error: &TooLarge) -> Rejection {
@@ -339,6 +385,27 @@ fn collisions(object: &ModelDeployment) -> u32 {
 }
 
 impl Context {
+    /// What writes objects.
+    fn writer(&self) -> Writer<'_> {
+        Writer { client: &self.client, cache: &self.cache }
+    }
+
+    /// Notes the version of a deployment whose status was written.
+    fn wrote(&self, object: &ModelDeployment, version: u64) {
+        let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
+        if written.insert(object.uid().to_owned(), version).is_none() {
+            let all = self.deployments.state();
+            written.retain(|uid, _| uid == object.uid() || all.iter().any(|d| d.uid() == uid));
+        }
+    }
+
+    /// Whether watches have told of all that this process wrote of a deployment: one that goes by what was before would do it again.
+    fn is_current(&self, object: &ModelDeployment) -> bool {
+        let owner = Owner::new(object.namespace(), object.name());
+        let written = self.written.lock().unwrap_or_else(PoisonError::into_inner).get(object.uid()).copied().unwrap_or(0);
+        version(&object.metadata) >= written && !self.cache.stateful_sets.awaits(&owner) && !self.cache.revisions.awaits(&owner)
+    }
+
     /// Refuses a deployment: says why, and when it is looked at again.
     async fn reject(
         &self,
@@ -364,9 +431,8 @@ impl Context {
 
     /// Writes a status that is news, and its events.
     async fn say(&self, object: &mut ModelDeployment, status: Status) -> Result<(), ReconcileError> {
-        if !status::update_status(&self.client, object, &status).await? {
-            return Ok(());
-        }
+        let Some(version) = status::update_status(&self.client, object, &status).await? else { return Ok(()) };
+        self.wrote(object, version);
         self.metrics.status_written();
         let reference = object.object_ref(&());
         let news = status::news(object.status.as_ref(), &status);

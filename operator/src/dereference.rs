@@ -5,18 +5,16 @@ use std::{collections::BTreeMap, sync::Arc};
 use futures_util::future::join_all;
 use k8s_openapi::{
     api::{
-        apps::v1::{ControllerRevision, StatefulSet},
+        apps::v1::StatefulSet,
         core::v1::{ConfigMap, Node, Pod},
     },
     jiff::Timestamp,
 };
-use kube::{
-    Api, Client,
-    api::{ListParams, ObjectList},
-};
+use kube::{Api, Client};
 use plan::model::ModelHeader;
 
 use crate::{
+    cache::{Cache, Owner},
     fleet::{Load, Space},
     lost::{self, Named},
     models::{Models, Opened, Unresolved},
@@ -73,12 +71,12 @@ impl Standing {
     }
 }
 
-/// Reads everything.
+/// Reads everything: what stands from what is kept of it.
 ///
 /// # Errors
 /// When the API server does not answer. That a model or a ConfigMap is not there is no error here.
 pub async fn dereference(
-    client: &Client,
+    (client, cache): (&Client, &Cache),
     models: &Models,
     space: &Space,
     others: &[Arc<ModelDeployment>],
@@ -101,25 +99,17 @@ pub async fn dereference(
             None => Ok(None),
         }
     };
-    let ours = ListParams::default().labels(&format!("{}={name},app.kubernetes.io/managed-by={}", names::DEPLOYMENT, names::MANAGER));
-    let (revisions, sets, maps, pods) = (
-        Api::<ControllerRevision>::namespaced(client.clone(), namespace),
-        Api::<StatefulSet>::namespaced(client.clone(), namespace),
-        Api::<ConfigMap>::namespaced(client.clone(), namespace),
-        Api::<Pod>::namespaced(client.clone(), namespace),
-    );
     let standing = async {
-        let (revisions, sets, maps, pods): (ObjectList<ControllerRevision>, ObjectList<StatefulSet>, _, ObjectList<Pod>) =
-            tokio::try_join!(revisions.list(&ours), sets.list(&ours), maps.list_metadata(&ours), pods.list(&ours))?;
-        // One that was deleted with a deployment of this name is not this one's.
-        let own = |r: &&ControllerRevision| r.metadata.owner_references.iter().flatten().any(|o| o.uid == object.uid());
-        let load = space.load(name);
+        let owner = Owner::new(namespace, name);
+        let (pods, load) = (cache.pods.of(&owner), space.load(name));
+        let pods: Vec<Pod> = pods.iter().map(|pod| Pod::clone(pod)).collect();
+        let revisions = cache.revisions.of(&owner);
         Ok::<_, kube::Error>(Standing {
-            lost: lost(client, &pods.items, &load).await?,
-            revisions: revisions.items.iter().filter(own).filter_map(Revision::read).collect(),
-            stateful_sets: sets.items,
-            config_maps: maps.items.into_iter().filter_map(|m| m.metadata.name).collect(),
-            pods: pods.items,
+            lost: lost(client, &pods, &load).await?,
+            revisions: revisions.iter().filter(|revision| revision.is_of(object.uid())).filter_map(|revision| revision.read()).collect(),
+            stateful_sets: cache.stateful_sets.of(&owner).iter().map(|set| StatefulSet::clone(set)).collect(),
+            config_maps: cache.config_maps.names(&owner),
+            pods,
             load,
         })
     };
@@ -174,16 +164,18 @@ fn is_remote(uri: &str) -> bool {
 
 /// The first name of `object` that an older deployment of its namespace has.
 pub fn taken(object: &ModelDeployment, others: &[Arc<ModelDeployment>]) -> Option<(String, String)> {
-    let age = |d: &ModelDeployment| (d.metadata.creation_timestamp.as_ref().map(|t| t.0), d.uid().to_owned());
-    let rivals = others.iter().filter(|other| {
-        other.namespace() == object.namespace() && other.uid() != object.uid() && !other.is_deleted() && age(other) < age(object)
-    });
-    let names = object.model_names();
+    fn age(d: &ModelDeployment) -> (Option<Timestamp>, &str) {
+        (d.metadata.creation_timestamp.as_ref().map(|t| t.0), d.uid())
+    }
+    let names: Vec<&str> = object.model_names().collect();
     let clash = |other: &Arc<ModelDeployment>| {
-        let name = other.model_names().into_iter().find(|name| names.contains(name))?;
-        Some((name.to_owned(), other.name().to_owned()))
+        // Names first: hardly any are the same.
+        let name = other.model_names().find(|name| names.contains(name))?;
+        let rival =
+            other.namespace() == object.namespace() && other.uid() != object.uid() && !other.is_deleted() && age(other) < age(object);
+        rival.then(|| (name.to_owned(), other.name().to_owned()))
     };
-    rivals.into_iter().find_map(clash)
+    others.iter().find_map(clash)
 }
 
 #[cfg(test)]

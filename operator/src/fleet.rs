@@ -8,7 +8,7 @@ mod service;
 mod tests;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -49,7 +49,28 @@ pub struct Space {
     term: u64,
     inner: Mutex<Inner>,
     /// What routers are told; `None` until it is whole.
-    state: watch::Sender<Option<FleetState>>,
+    state: watch::Sender<Option<Arc<Told>>>,
+}
+
+/// A state as it is kept: deployments that do not change are shared with the state before.
+#[derive(Debug, PartialEq)]
+struct Told {
+    term: u64,
+    number: u64,
+    deployments: Vec<Arc<FleetDeployment>>,
+    routers: Vec<FleetRouter>,
+}
+
+impl Told {
+    fn whole(&self) -> FleetState {
+        let deployments = self.deployments.iter().map(|deployment| FleetDeployment::clone(deployment)).collect();
+        FleetState { term: self.term, number: self.number, deployments, routers: self.routers.clone() }
+    }
+
+    fn says(&self, deployments: &[Arc<FleetDeployment>], routers: &[FleetRouter]) -> bool {
+        let same = |(a, b): (&Arc<FleetDeployment>, &Arc<FleetDeployment>)| Arc::ptr_eq(a, b) || a == b;
+        self.routers == routers && self.deployments.len() == deployments.len() && self.deployments.iter().zip(deployments).all(same)
+    }
 }
 
 #[derive(Debug, Default)]
@@ -57,7 +78,7 @@ struct Inner {
     /// What routers must carry; `None` until the pool was reconciled, and then nobody gets in.
     token: Option<String>,
     /// Deployments that are known: what routers are told of each, if anything.
-    known: BTreeMap<String, Option<FleetDeployment>>,
+    known: BTreeMap<String, Option<Arc<FleetDeployment>>>,
     /// Replicas that drain, and the number of the first state that said so.
     drains: HashMap<String, u64>,
     routers: HashMap<String, Router>,
@@ -210,35 +231,40 @@ impl Space {
 
     /// What routers are told of a deployment.
     pub fn told(&self, deployment: &str) -> Option<FleetDeployment> {
-        lock(&self.inner).known.get(deployment).cloned().flatten()
+        lock(&self.inner).known.get(deployment)?.as_deref().cloned()
     }
 
     /// Sets what routers are told of a deployment, `None` for nothing. `expected` are the deployments of the namespace that must be known
     /// before routers are told anything.
     pub fn settle(&self, deployment: &str, entry: Option<FleetDeployment>, expected: &[String]) {
-        lock(&self.inner).known.insert(deployment.to_owned(), entry);
+        let mut inner = lock(&self.inner);
+        if inner.known.get(deployment).is_none_or(|known| known.as_deref() != entry.as_ref()) {
+            inner.known.insert(deployment.to_owned(), entry.map(Arc::new));
+        }
+        drop(inner);
         self.refresh(expected);
     }
 
     /// Forgets deployments that are not among `expected`, and tells routers if that is news.
     pub fn refresh(&self, expected: &[String]) {
         let mut inner = lock(&self.inner);
-        inner.known.retain(|name, _| expected.contains(name));
+        let names: HashSet<&str> = expected.iter().map(String::as_str).collect();
+        inner.known.retain(|name, _| names.contains(name.as_str()));
         if inner.known.len() < expected.len() {
             return;
         }
         let Some(routers) = inner.pool.clone() else { return };
-        let deployments: Vec<FleetDeployment> = inner.known.values().flatten().cloned().collect();
+        let deployments: Vec<Arc<FleetDeployment>> = inner.known.values().flatten().cloned().collect();
         let mut sent = 0;
         self.state.send_if_modified(|state| {
             let number = match state {
-                Some(state) if state.deployments == deployments && state.routers == routers => return false,
+                Some(state) if state.says(&deployments, &routers) => return false,
                 Some(state) => state.number + 1,
                 None => 1,
             };
             info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
             sent = number;
-            *state = Some(FleetState { term: self.term, number, deployments, routers });
+            *state = Some(Arc::new(Told { term: self.term, number, deployments, routers }));
             true
         });
         if sent > 0 {

@@ -8,9 +8,9 @@ mod expiry;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
-    sync::{Arc, PoisonError, RwLock},
-    time::Duration,
+    collections::{BTreeMap, HashMap},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use futures_util::{StreamExt, TryStreamExt, stream};
@@ -45,6 +45,8 @@ const KEPT: &str = "authorities.json";
 const NOTE: [&str; 3] = ["skein.dev/identity", "skein.dev/issued", "skein.dev/trusted"];
 /// Secrets looked at at once.
 const CONCURRENCY: usize = 8;
+/// How long a Secret is taken to stand as it did when it was looked at: none is listed or watched.
+const TRUSTED_FOR: Duration = Duration::from_secs(900);
 /// How often the Secret of the authorities is looked at though nothing is due, and how soon it is tried again when that failed.
 const LOOK: (Duration, Duration) = (Duration::from_secs(300), Duration::from_secs(5));
 
@@ -99,6 +101,24 @@ pub struct Issuer {
     own: (Identity, RwLock<Note>),
     expiries: Expiries,
     metrics: Arc<Metrics>,
+    /// Secrets that stood when they were looked at last.
+    looked: Mutex<Looked>,
+}
+
+/// Secrets that stood, by namespace and name.
+#[derive(Default)]
+struct Looked {
+    secrets: HashMap<(String, String), Stood>,
+    /// When those that nobody asks for any more were forgotten.
+    swept: Option<Instant>,
+}
+
+/// How a Secret stood.
+struct Stood {
+    note: Note,
+    /// Unique ids of what it goes with, in order.
+    owners: Vec<String>,
+    at: Instant,
 }
 
 /// Seconds since 1970.
@@ -124,7 +144,8 @@ impl Issuer {
         let files = authorities.issue(&Name::Operator, now(), &lifetimes)?;
         let own = (Identity::given(texts(&files))?, RwLock::new(files.note));
         let authorities = RwLock::new(Arc::new(authorities));
-        let issuer = Self { client, namespace: namespace.to_owned(), lifetimes, authorities, own, expiries: Expiries::default(), metrics };
+        let (namespace, expiries, looked) = (namespace.to_owned(), Expiries::default(), Mutex::default());
+        let issuer = Self { client, namespace, lifetimes, authorities, own, expiries, metrics, looked };
         issuer.tell();
         Ok(issuer)
     }
@@ -198,6 +219,38 @@ impl Issuer {
 
     /// One Secret; when its certificate was made.
     async fn stand(&self, namespace: &str, wanted: &Wanted) -> Result<i64, IssueError> {
+        if let Some(issued) = self.stood(namespace, wanted) {
+            return Ok(issued);
+        }
+        let note = self.look(namespace, wanted).await?;
+        let issued = note.issued;
+        let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        if looked.swept.is_none_or(|at| at + TRUSTED_FOR < now) {
+            looked.swept = Some(now);
+            looked.secrets.retain(|_, stood| now < stood.at + 2 * TRUSTED_FOR);
+        }
+        let stood = Stood { note, owners: uids(&wanted.owners), at: now };
+        looked.secrets.insert((namespace.to_owned(), wanted.secret.clone()), stood);
+        Ok(issued)
+    }
+
+    /// When the certificate of a Secret was made that stood as it should not long ago, and is not due.
+    fn stood(&self, namespace: &str, wanted: &Wanted) -> Option<i64> {
+        let looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+        let stood = looked.secrets.get(&(namespace.to_owned(), wanted.secret.clone()))?;
+        let fresh = Instant::now() < stood.at + TRUSTED_FOR && stood.owners == uids(&wanted.owners);
+        (fresh && !self.authorities().due(&wanted.name, Some(&stood.note), now(), &self.lifetimes)).then_some(stood.note.issued)
+    }
+
+    /// Forgets how Secrets stood, as time does.
+    #[cfg(test)]
+    pub(crate) fn forget(&self) {
+        self.looked.lock().unwrap_or_else(PoisonError::into_inner).secrets.clear();
+    }
+
+    /// Looks at one Secret, and sees to it that it is as it should; what is noted of it then.
+    async fn look(&self, namespace: &str, wanted: &Wanted) -> Result<Note, IssueError> {
         let api = Api::<Secret>::namespaced(self.client.clone(), namespace);
         let found = api.get_metadata_opt(&wanted.secret).await.map_err(api_failed("read", &wanted.secret))?;
         let metadata = found.map(|found| found.metadata);
@@ -211,13 +264,13 @@ impl Issuer {
                     let patched = api.patch_metadata(&wanted.secret, &params, &Patch::Merge(owners)).await;
                     patched.map_err(api_failed("hand over", &wanted.secret))?;
                 }
-                Ok(note.issued)
+                Ok(note)
             }
             None => {
                 let files = authorities.issue(&wanted.name, now, &self.lifetimes)?;
                 write::<Secret>(&self.client, namespace, &object(wanted, &files), Conflicts::Ours).await?;
                 info!(namespace, secret = wanted.secret, name = %wanted.name, "issued a certificate");
-                Ok(now)
+                Ok(files.note)
             }
         }
     }
@@ -312,12 +365,14 @@ fn read_note(metadata: &ObjectMeta) -> Option<Note> {
     Some(Note { name: name?, issued: issued?.parse().ok()?, trusted: trusted? })
 }
 
+/// Unique ids of owners, in order.
+fn uids(owners: &[OwnerReference]) -> Vec<String> {
+    let mut uids: Vec<String> = owners.iter().map(|owner| owner.uid.clone()).collect();
+    uids.sort();
+    uids
+}
+
 /// Whether a Secret goes with `owners`, and with nothing else.
 fn belongs(metadata: Option<&ObjectMeta>, owners: &[OwnerReference]) -> bool {
-    let uids = |owners: &[OwnerReference]| {
-        let mut uids: Vec<String> = owners.iter().map(|owner| owner.uid.clone()).collect();
-        uids.sort();
-        uids
-    };
     uids(metadata.and_then(|m| m.owner_references.as_deref()).unwrap_or_default()) == uids(owners)
 }

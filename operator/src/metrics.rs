@@ -1,6 +1,6 @@
 //! What the operator counts of itself.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, sync::OnceLock, time::Duration};
 
 use prometheus_client::{
     encoding::{EncodeLabelSet, text::encode},
@@ -15,6 +15,15 @@ struct Result {
     result: &'static str,
 }
 
+/// A request to the API server.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Request {
+    /// `get`, `list`, `watch`, `create`, `apply`, `patch`, `update` or `delete`.
+    verb: &'static str,
+    /// Plural name of the kind: a closed list.
+    resource: &'static str,
+}
+
 /// Whose certificate.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Kind {
@@ -22,16 +31,28 @@ struct Kind {
     kind: &'static str,
 }
 
+/// Why deployments are ready, or are not.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    /// That of the condition `Ready`: a closed list.
+    reason: String,
+}
+
+/// Counts deployments by the reason of their condition `Ready`, whenever it is asked.
+type Census = Box<dyn Fn() -> BTreeMap<String, i64> + Send + Sync>;
+
 /// The operator's metrics.
-#[derive(Debug)]
 pub struct Metrics {
     registry: Registry,
     reconciles: Family<Result, Counter>,
     seconds: Histogram,
     status_writes: Counter,
+    requests: Family<Request, Counter>,
     routers: Gauge,
     leading: Gauge,
     expiries: Family<Kind, Gauge>,
+    deployments: Family<Reason, Gauge>,
+    census: OnceLock<Census>,
 }
 
 impl Default for Metrics {
@@ -42,12 +63,16 @@ impl Default for Metrics {
         registry.register("reconciles", "Reconciles of deployments, by how they ended", reconciles.clone());
         registry.register("reconcile_seconds", "Time of a reconcile", seconds.clone());
         registry.register("status_writes", "Statuses written", status_writes.clone());
+        let requests = Family::default();
+        registry.register("api_requests", "Requests to the API server, by verb and resource", requests.clone());
+        let deployments = Family::default();
+        registry.register("deployments", "Deployments, by the reason of their condition Ready", deployments.clone());
         registry.register("routers", "Routers connected", routers.clone());
         registry.register("leading", "1 while this process leads", leading.clone());
         let expiries = Family::<Kind, Gauge>::default();
         let help = "When the first certificate of its kind expires unless it is renewed, in seconds since 1970; of authorities, the newest";
         registry.register("certificate_expiry_timestamp_seconds", help, expiries.clone());
-        Self { registry, reconciles, seconds, status_writes, routers, leading, expiries }
+        Self { registry, reconciles, seconds, status_writes, requests, routers, leading, expiries, deployments, census: OnceLock::new() }
     }
 }
 
@@ -61,6 +86,11 @@ impl Metrics {
     /// Counts a status that was written.
     pub fn status_written(&self) {
         self.status_writes.inc();
+    }
+
+    /// Counts a request to the API server.
+    pub fn requested(&self, verb: &'static str, resource: &'static str) {
+        self.requests.get_or_create(&Request { verb, resource }).inc();
     }
 
     /// Notes that this process leads.
@@ -78,12 +108,22 @@ impl Metrics {
         }
     }
 
+    /// Has deployments counted by `census`; once.
+    pub fn count(&self, census: impl Fn() -> BTreeMap<String, i64> + Send + Sync + 'static) {
+        // One that leads does so once in its life.
+        let _ = self.census.set(Box::new(census));
+    }
+
     /// Everything as text, with the number of `routers` connected.
     ///
     /// # Errors
     /// Never in practice: text is written to memory.
     pub fn text(&self, routers: usize) -> std::result::Result<String, std::fmt::Error> {
         self.routers.set(routers as i64);
+        self.deployments.clear();
+        for (reason, count) in self.census.get().map(|census| census()).unwrap_or_default() {
+            self.deployments.get_or_create(&Reason { reason }).set(count);
+        }
         let mut text = String::new();
         encode(&mut text, &self.registry)?;
         Ok(text)

@@ -121,6 +121,11 @@ impl Models {
         self.lock_adapters().insert((uri.to_owned(), model.to_owned()), header);
     }
 
+    /// Whether the header of the model at `uri` was read.
+    pub fn knows(&self, uri: &str) -> bool {
+        self.lock().contains_key(uri)
+    }
+
     /// Knows the header of a model without reading it.
     #[cfg(test)]
     pub(crate) fn know(&self, uri: &str, header: Arc<ModelHeader>) {

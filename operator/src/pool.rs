@@ -21,7 +21,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client,
-    api::{ListParams, Patch, PatchParams, PostParams},
+    api::{Patch, PatchParams, PostParams},
     runtime::reflector::Store,
 };
 use plan::fleet::FleetRouter;
@@ -31,11 +31,12 @@ use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use crate::{
-    apply::{ApplyError, Conflicts, write},
+    apply::{ApplyError, Conflicts, Writer, write},
     build::{
         Object, Settings,
-        pool::{PoolResources, build_pool, selector},
+        pool::{PoolResources, build_pool},
     },
+    cache::{Cache, Owner},
     fleet::Hub,
     issuer::{IssueError, Issuer, Wanted},
     models::chain,
@@ -45,8 +46,10 @@ use crate::{
 
 /// First and longest pause before a pool that failed is tried again.
 const BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// How long a pool that stands as it should is left alone.
-const SETTLED: Duration = Duration::from_secs(60);
+/// How long a pool that stands as it should is left alone, unless somebody changes it.
+const SETTLED: Duration = Duration::from_secs(600);
+/// Most deployments that own a pool together: a pool goes with the last of them, and the cluster looks each of them up whenever one goes.
+const OWNERS: usize = 64;
 
 /// Namespaces whose pools are to be looked at.
 #[derive(Debug, Default)]
@@ -74,8 +77,6 @@ enum PoolError {
     Apply(#[from] ApplyError),
     #[error(transparent)]
     Issue(#[from] IssueError),
-    #[error("failed to list the routers of the namespace")]
-    Routers(#[source] kube::Error),
     #[error("failed to read the tokens of the namespace")]
     Tokens(#[source] kube::Error),
     #[error("secret {TOKENS} has no key {FLEET_TOKEN}; delete it, and it is made anew")]
@@ -88,6 +89,8 @@ enum PoolError {
 pub struct PoolReconciler {
     /// For the API server.
     pub client: Client,
+    /// What stands in the cluster.
+    pub cache: Arc<Cache>,
     /// What objects depend on.
     pub settings: Settings,
     /// All deployments.
@@ -162,34 +165,42 @@ impl PoolReconciler {
         }
         let expected: Vec<String> = here.iter().map(|d| d.name().to_owned()).collect();
         let space = self.hub.space(namespace);
-        let pods = self.routers(namespace).await?;
+        let owner = Owner::new(namespace, "");
+        let pods = self.cache.pods.of(&owner);
+        let pods: Vec<&Pod> = pods.iter().map(Arc::as_ref).filter(|pod| is_router(pod)).collect();
         let concerned = space.meet(routers(&pods), open(&pods), &expected);
         self.hub.wake(namespace, concerned).await;
+        // By what nobody chooses: those that are deleted together are not those that own it together.
         here.sort_by(|a, b| a.uid().cmp(b.uid()));
-        let owners: Vec<_> = here.iter().map(|d| d.owner(false)).collect();
+        let owners: Vec<_> = here.iter().take(OWNERS).map(|d| d.owner(false)).collect();
         let mut built = build_pool(&owners, &self.settings, space.meeting().as_deref());
         let certificate = self.certify(namespace, owners.clone()).await?;
         if let Some(Applied { built: applied, at, .. }) = before.and_then(|s| s.applied.as_ref())
             && *applied == built
             && at.elapsed() < SETTLED
+            && self.stands(namespace, applied)
         {
             return Ok(Some(Applied { built, at: *at, certificate }));
         }
+        let writer = Writer { client: &self.client, cache: &self.cache };
         for account in &built.accounts {
-            write::<ServiceAccount>(&self.client, namespace, account, Conflicts::Ours).await?;
+            writer.write::<ServiceAccount>(&owner, account, Conflicts::Ours).await?;
         }
-        let token = self.tokens(namespace, &built.tokens).await?;
+        let token = self.tokens(&writer, &owner, &built.tokens).await?;
         space.let_in(token);
-        write::<Service>(&self.client, namespace, &built.service, Conflicts::Theirs).await?;
-        let peers = write::<Service>(&self.client, namespace, &built.peers, Conflicts::Theirs).await?;
-        if let Some(url) = meeting(&peers).filter(|url| space.meeting().as_ref() != Some(url)) {
-            built = build_pool(&owners, &self.settings, Some(&url));
-            space.meet_at(url);
+        writer.write::<Service>(&owner, &built.service, Conflicts::Theirs).await?;
+        if space.meeting().is_none() || !self.cache.ledger.stands("Service", namespace, &built.peers.name, &built.peers.body) {
+            let peers: Service = write(&self.client, namespace, &built.peers, Conflicts::Theirs).await?;
+            if let Some(url) = meeting(&peers).filter(|url| space.meeting().as_ref() != Some(url)) {
+                built = build_pool(&owners, &self.settings, Some(&url));
+                space.meet_at(url);
+            }
         }
-        let PoolResources { network_policy, disruption_budget, deployment, .. } = &built;
-        write::<NetworkPolicy>(&self.client, namespace, network_policy, Conflicts::Ours).await?;
-        write::<PodDisruptionBudget>(&self.client, namespace, disruption_budget, Conflicts::Ours).await?;
-        write::<Deployment>(&self.client, namespace, deployment, Conflicts::Ours).await?;
+        let PoolResources { peers, network_policy, disruption_budget, deployment, .. } = &built;
+        writer.write::<Service>(&owner, peers, Conflicts::Theirs).await?;
+        writer.write::<NetworkPolicy>(&owner, network_policy, Conflicts::Ours).await?;
+        writer.write::<PodDisruptionBudget>(&owner, disruption_budget, Conflicts::Ours).await?;
+        writer.write::<Deployment>(&owner, deployment, Conflicts::Ours).await?;
         Ok(Some(Applied { built, at: Instant::now(), certificate }))
     }
 
@@ -203,18 +214,26 @@ impl PoolReconciler {
         Ok(stands.map(|s| Instant::now() + s.again))
     }
 
-    /// The pods of a namespace's routers.
-    async fn routers(&self, namespace: &str) -> Result<Vec<Pod>, PoolError> {
-        let labels: Vec<String> =
-            selector().as_object().into_iter().flatten().map(|(k, v)| format!("{k}={}", v.as_str().unwrap_or_default())).collect();
-        let pods = Api::<Pod>::namespaced(self.client.clone(), namespace);
-        Ok(pods.list(&ListParams::default().labels(&labels.join(","))).await.map_err(PoolError::Routers)?.items)
+    /// Whether everything stands as it was applied; the Secret of the tokens is not watched.
+    fn stands(&self, namespace: &str, applied: &PoolResources) -> bool {
+        let stands = |kind: &str, object: &Object| self.cache.ledger.stands(kind, namespace, &object.name, &object.body);
+        let PoolResources { accounts, tokens: _, service, peers, network_policy, disruption_budget, deployment } = applied;
+        accounts.iter().all(|account| stands("ServiceAccount", account))
+            && stands("Service", service)
+            && stands("Service", peers)
+            && stands("NetworkPolicy", network_policy)
+            && stands("PodDisruptionBudget", disruption_budget)
+            && stands("Deployment", deployment)
     }
 
     /// Makes the namespace's tokens where they are missing; the one that routers carry.
-    async fn tokens(&self, namespace: &str, object: &Object) -> Result<String, PoolError> {
+    async fn tokens(&self, writer: &Writer<'_>, owner: &Owner, object: &Object) -> Result<String, PoolError> {
+        let namespace = owner.namespace.as_str();
         let api = Api::<Secret>::namespaced(self.client.clone(), namespace);
-        if api.get_opt(TOKENS).await.map_err(PoolError::Tokens)?.is_none() {
+        let mut found = api.get_opt(TOKENS).await.map_err(PoolError::Tokens)?;
+        if found.is_none() {
+            // Whatever this process wrote of it before, it is gone.
+            self.cache.ledger.forget("Secret", namespace, TOKENS);
             let mut body = object.body.clone();
             let draw = || draw().map_err(PoolError::Draw);
             body["stringData"] = json!({ FLEET_TOKEN: draw()?, WORKER_TOKEN: draw()?, POOL_TOKEN: draw()? });
@@ -226,7 +245,11 @@ impl PoolReconciler {
                 Err(error) => return Err(PoolError::Tokens(error)),
             }
         }
-        let secret: Secret = write(&self.client, namespace, object, Conflicts::Ours).await?;
+        writer.write::<Secret>(owner, object, Conflicts::Ours).await?;
+        if found.is_none() {
+            found = api.get_opt(TOKENS).await.map_err(PoolError::Tokens)?;
+        }
+        let secret = found.ok_or(PoolError::NoToken)?;
         if !secret.data.as_ref().is_some_and(|data| data.contains_key(POOL_TOKEN)) {
             // One that was made before routers had each other to talk to.
             let params = PatchParams { field_manager: Some(format!("{MANAGER}-tokens")), ..PatchParams::default() };
@@ -244,9 +267,14 @@ fn meeting(service: &Service) -> Option<String> {
     Some(format!("http://{}", SocketAddr::new(ip, POOL_PORT)))
 }
 
+/// Whether a pod is one of a pool.
+fn is_router(pod: &Pod) -> bool {
+    pod.metadata.labels.as_ref().and_then(|labels| labels.get("app.kubernetes.io/component")).is_some_and(|component| component == "router")
+}
+
 /// Names of the pods to which services lead.
-fn open(pods: &[Pod]) -> BTreeSet<String> {
-    let ready = |pod: &&Pod| {
+fn open(pods: &[&Pod]) -> BTreeSet<String> {
+    let ready = |pod: &&&Pod| {
         let conditions = pod.status.as_ref().and_then(|s| s.conditions.as_ref());
         let ready = conditions.into_iter().flatten().any(|c| c.type_ == "Ready" && c.status == "True");
         ready && pod.metadata.deletion_timestamp.is_none()
@@ -255,13 +283,13 @@ fn open(pods: &[Pod]) -> BTreeSet<String> {
 }
 
 /// Pods that are routers, or will be, or still are, and have an address.
-fn routers(pods: &[Pod]) -> Vec<FleetRouter> {
+fn routers(pods: &[&Pod]) -> Vec<FleetRouter> {
     let router = |pod: &Pod| {
         let status = pod.status.as_ref().filter(|s| !matches!(s.phase.as_deref(), Some("Succeeded" | "Failed")))?;
         let ip = status.pod_ip.as_deref()?.parse::<IpAddr>().ok()?;
         Some(FleetRouter { name: pod.metadata.name.clone()?, address: SocketAddr::new(ip, POOL_PORT).to_string() })
     };
-    let mut found: Vec<FleetRouter> = pods.iter().filter_map(router).collect();
+    let mut found: Vec<FleetRouter> = pods.iter().copied().filter_map(router).collect();
     found.sort_by(|a, b| a.name.cmp(&b.name));
     found
 }
@@ -295,7 +323,7 @@ mod tests {
             pod("c", json!({ "phase": "Pending" })),
             pod("d", json!({ "phase": "Succeeded", "podIP": "10.0.0.4" })),
         ];
-        let found = routers(&pods);
+        let found = routers(&pods.iter().collect::<Vec<_>>());
         let told: Vec<(&str, &str)> = found.iter().map(|r| (r.name.as_str(), r.address.as_str())).collect();
         assert_eq!(told, [("a", "10.0.0.1:7072"), ("b", "10.0.0.2:7072")]);
     }
@@ -313,6 +341,6 @@ mod tests {
             pod("leaving", "True", json!("2026-01-01T00:00:00Z")),
             serde_json::from_value(json!({ "metadata": { "name": "unknown" } })).expect("a pod"),
         ];
-        assert_eq!(open(&pods), BTreeSet::from(["ready".to_owned()]));
+        assert_eq!(open(&pods.iter().collect::<Vec<_>>()), BTreeSet::from(["ready".to_owned()]));
     }
 }

@@ -93,10 +93,10 @@ impl ModelDeployment {
     }
 
     /// Every name that requests can call it by, as far as the spec can be read.
-    pub fn model_names(&self) -> Vec<&str> {
+    pub fn model_names(&self) -> impl Iterator<Item = &str> {
         let model = &self.spec["model"];
         let aliases = model["aliases"].as_array().into_iter().flatten().filter_map(Value::as_str);
-        std::iter::once(model["name"].as_str().unwrap_or(self.name())).chain(aliases).collect()
+        std::iter::once(model["name"].as_str().unwrap_or(self.name())).chain(aliases)
     }
 
     /// A reference that makes an object this one's, alone or with others.

@@ -6,7 +6,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use k8s_openapi::{api::apps::v1::ControllerRevision, jiff::Timestamp};
+use k8s_openapi::{apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp};
 use plan::{
     fleet::{FleetReplica, ReplicaLimits},
     manifest::parse_quantity,
@@ -128,17 +128,17 @@ impl Revision {
         }
     }
 
-    /// Reads a revision as it is written down.
-    pub fn read(object: &ControllerRevision) -> Option<Self> {
-        let name = object.metadata.labels.as_ref()?.get(REVISION)?.clone();
-        let record = match serde_json::from_value(object.data.as_ref()?.0.clone()) {
+    /// A revision as it was read: the object that keeps it, and its data where that is a record.
+    pub fn restore(metadata: &ObjectMeta, number: i64, record: serde_json::Result<Record>) -> Option<Self> {
+        let name = metadata.labels.as_ref()?.get(REVISION)?.clone();
+        let record = match record {
             Ok(record) => record,
             Err(error) => {
-                warn!(revision = object.metadata.name, %error, "a revision is not understood; its replicas are not told to routers");
+                warn!(revision = metadata.name, %error, "a revision is not understood; its replicas are not told to routers");
                 return None;
             }
         };
-        Some(Self { name, number: object.revision, created: object.metadata.creation_timestamp.as_ref().map(|t| t.0), record })
+        Some(Self { name, number, created: metadata.creation_timestamp.as_ref().map(|t| t.0), record })
     }
 
     /// The object that keeps it.

@@ -32,6 +32,7 @@ use crate::{
     lease::{Election, Notes},
     metrics::Metrics,
     models::chain,
+    requests,
     stop::Stops,
 };
 
@@ -78,6 +79,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
     let version = client.apiserver_version().await.context("failed to reach the API server")?;
     info!(version = version.git_version, "API server reached");
     reached.store(true, Ordering::Relaxed);
+    let client = requests::counted(client, metrics.clone());
     let outcome = lead(&args, client, (&leader, leading, &metrics), &stop).await;
     stop.cancel();
     tasks.close();

@@ -18,6 +18,7 @@ use self::replicas::{degraded, progressing, replicas_ready, scheduled, weights_r
 use crate::{
     autoscale::Decision,
     build::urls,
+    cache,
     dereference::Standing,
     names::{self, MANAGER},
     resource::{
@@ -52,6 +53,31 @@ pub const DEGRADED: &str = "Degraded";
 
 /// Conditions that `Ready` sums up, in the order in which they come true.
 const SUMMED: [&str; 7] = [ACCEPTED, MODEL_RESOLVED, SCHEDULED, WEIGHTS_READY, REPLICAS_READY, ROUTER_READY, AVAILABLE];
+/// Every reason of every condition but `Ready`, whose reason is that of the first condition which is not true. Documentation and alerts go by
+/// these names: a reason that is not listed is refused where a program is built with assertions, and one that no test reaches fails the tests.
+pub const REASONS: [(&str, &[&str]); 10] = [
+    (ACCEPTED, &["Accepted", "InvalidSpec", "NameTaken", "HostPathForbidden", "PlanInfeasible", "UnsupportedArchitecture"]),
+    (MODEL_RESOLVED, &["Resolved", "Resolving", "NotFound", "Unauthorized", "DigestMismatch", "SourceUnreachable"]),
+    (SCHEDULED, &["AllReplicasScheduled", "InsufficientCapacity", "GangPending", "Unschedulable"]),
+    (WEIGHTS_READY, &["Ready", "Downloading", "DownloadFailed", "InsufficientDisk", "VerificationFailed"]),
+    (REPLICAS_READY, &["AllReady", "Starting", "ImagePullFailed", "LoadingWeights", "StageFailed", "CrashLooping"]),
+    (ROUTER_READY, &["Ready", "Deploying", "NoEndpoints", "PortConflict"]),
+    (AVAILABLE, &["MinimumReplicasAvailable", "Unavailable", "ScaledToZero"]),
+    (PROGRESSING, &["NewRevision", "RollingOut", "Paused", "ProgressDeadlineExceeded", "RolloutComplete"]),
+    (DEGRADED, &["AsExpected", "StageRecovering", "ReplicaUnavailable", "AdapterFailed"]),
+    (SCALING_ACTIVE, &["ValidMetrics", "MetricsStale", "AtMax", "AtZero", "ExternallyManaged", "Disabled"]),
+];
+
+/// Whether a condition may have a reason.
+fn is_listed(kind: &str, reason: &str) -> bool {
+    let summed = kind == READY && ["Ready", "Starting"].contains(&reason);
+    let of = |(condition, reasons): &(&str, &[&str])| {
+        let counts = *condition == kind || kind == READY && SUMMED.contains(condition);
+        counts && reasons.contains(&reason)
+    };
+    summed || REASONS.iter().any(of)
+}
+
 /// Most replicas listed.
 const LISTED: usize = 64;
 /// Most revisions listed.
@@ -240,6 +266,7 @@ fn set_unknown(status: &mut Status, object: &ModelDeployment, kind: &str, reason
 
 /// Sets a condition; its time changes with its status alone.
 fn put(status: &mut Status, object: &ModelDeployment, kind: &str, truth: &str, reason: &str, message: String) {
+    debug_assert!(is_listed(kind, reason), "{kind} has no reason {reason}: it is to be listed, and reached by a test");
     let old = status.conditions.iter().position(|c| c.kind == kind).map(|at| status.conditions.remove(at));
     let since = old.filter(|c| c.status == truth).map_or_else(now, |c| c.last_transition_time);
     let condition = Condition {
@@ -268,18 +295,18 @@ fn summarize(status: &mut Status, object: &ModelDeployment) {
     set(status, object, READY, (value.0, &value.1, value.2));
 }
 
-/// Writes a status, unless it stands already.
+/// Writes a status, unless it stands already; the version that it makes of the deployment.
 ///
 /// # Errors
 /// When the API server refuses, or does not answer.
-pub async fn update_status(client: &Client, object: &ModelDeployment, status: &Status) -> Result<bool, kube::Error> {
+pub async fn update_status(client: &Client, object: &ModelDeployment, status: &Status) -> Result<Option<u64>, kube::Error> {
     if object.status.as_ref() == Some(status) {
-        return Ok(false);
+        return Ok(None);
     }
     let body = json!({ "apiVersion": API_VERSION, "kind": plan::manifest::KIND, "metadata": { "name": object.name() }, "status": status });
     let api = Api::<ModelDeployment>::namespaced(client.clone(), object.namespace());
-    api.patch_status(object.name(), &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body)).await?;
-    Ok(true)
+    let made = api.patch_status(object.name(), &PatchParams::apply(MANAGER).force(), &Patch::Apply(&body)).await?;
+    Ok(Some(cache::version(&made.metadata)))
 }
 
 #[cfg(test)]

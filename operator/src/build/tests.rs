@@ -196,7 +196,7 @@ fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written
     let mut slots = slots(&first, 1);
     slots[0].draining = Some(1_700_000_000);
     let written: ControllerRevision = serde_json::from_value(before.revision.body.clone()).expect("an object");
-    let read = Revision::read(&written).expect("it is understood");
+    let read = crate::cache::KeptRevision::of(written).read().expect("it is understood");
     assert_eq!((&read.name, &read.record), (&first.name, &first.record));
     let known = [read];
     let after = build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots, Some(MEETING))

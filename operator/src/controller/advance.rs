@@ -19,6 +19,7 @@ use super::{Context, ReconcileError, expected};
 use crate::{
     apply::{self, Unwanted},
     build::{self, Resources, TooLarge},
+    cache::Owner,
     dereference::{Fetched, Standing},
     fleet::Space,
     names, observe,
@@ -76,19 +77,20 @@ impl<'a> Step<'a> {
 
     /// Takes it.
     pub(super) async fn take(&self, object: &ModelDeployment, space: &Space, context: &Context) -> Result<(), ReconcileError> {
-        let (client, namespace, stops) = (&context.client, object.namespace(), &context.stops);
+        let (namespace, stops) = (object.namespace(), &context.stops);
+        let (owner, writer) = (Owner::new(namespace, object.name()), context.writer());
         let (name, plan) = (object.name(), &self.plan);
         for (id, message) in &plan.taken_back {
             info!(namespace, name, replica = replica_name(object, id), message, "a replica without room is taken back");
         }
-        apply::abandon(client, namespace, &self.standing.lost).await?;
+        apply::abandon(&context.client, namespace, &self.standing.lost).await?;
         let recorded = self.standing.revisions.iter().any(|r| r.name == self.revision.name);
-        apply::record(client, namespace, &self.built).await?;
+        writer.record(&owner, &self.built).await?;
         if !recorded {
             stops.pass(Place::RevisionRecorded).await;
         }
         context.certify(object, &self.new_stages(object)).await?;
-        apply::apply(client, namespace, &self.built).await?;
+        writer.apply(&owner, &self.built).await?;
         let made = plan.exist.iter().filter(|slot| !self.seen.iter().any(|r| r.id == slot.id)).count();
         if made > 0 {
             stops.pass(Place::SetsWritten).await;
@@ -109,7 +111,7 @@ impl<'a> Step<'a> {
         if replicas {
             stops.pass(Place::BeforeDeletion).await;
         }
-        apply::remove(client, namespace, &unwanted).await?;
+        writer.remove(&owner, &unwanted).await?;
         if replicas {
             stops.pass(Place::AfterDeletion).await;
         }

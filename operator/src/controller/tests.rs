@@ -10,6 +10,7 @@ use crate::{
     build::tests::settings,
     certificates::Lifetimes,
     mock::{self, Objects, REFUSED},
+    requests,
     stop::{PLACES, Place},
     validate::tests::{adapter, header, spec},
 };
@@ -56,7 +57,20 @@ impl World {
 
     /// One reconcile; whether it came to an end.
     async fn reconcile(&self) -> bool {
+        self.watched();
         timeout(Duration::from_secs(1), reconcile(self.object(), self.context.clone())).await.is_ok()
+    }
+
+    /// Watches tell of everything that stands.
+    fn watched(&self) {
+        let named = |object: &Value| {
+            let mut object = object.clone();
+            object["metadata"]["namespace"] = json!("models");
+            object
+        };
+        let objects: Vec<Value> =
+            self.objects.lock().expect("nobody panics with it").values().filter(|o| o.is_object()).map(named).collect();
+        self.context.cache.relist(&objects);
     }
 
     fn told(&self) -> FleetDeployment {
@@ -113,7 +127,8 @@ const LIFETIMES: Lifetimes = Lifetimes {
 };
 
 async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
-    let client = mock::client(objects);
+    let metrics = Arc::<Metrics>::default();
+    let client = requests::counted(mock::client(objects), metrics.clone());
     let issuer = Issuer::begin(client.clone(), "system", LIFETIMES, Arc::default()).await.expect("authorities");
     let (deployments, mut writer) = reflector::store();
     let object: ModelDeployment =
@@ -134,7 +149,9 @@ async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
         hub,
         pools: Arc::default(),
         deployments,
-        metrics: Arc::default(),
+        cache: Arc::default(),
+        written: Mutex::default(),
+        metrics,
         scaling: Scaling::default(),
         issuer: Some(Arc::new(issuer)),
         failures: Mutex::default(),
@@ -252,7 +269,7 @@ async fn a_spec_that_is_refused_leaves_what_stands_to_routers() {
 }
 
 /// Objects whose path has `part`.
-fn having(world: &World, part: &str) -> std::collections::BTreeMap<String, Value> {
+fn having(world: &World, part: &str) -> BTreeMap<String, Value> {
     let objects = world.objects.lock().expect("nobody panics with it");
     objects.iter().filter(|(path, _)| path.contains(part)).map(|(path, object)| (path.clone(), object.clone())).collect()
 }
@@ -291,6 +308,7 @@ async fn certificates_are_there_before_pods_and_are_renewed_without_them() {
             let annotations = &mut objects.get_mut(path).expect("a Secret")["metadata"]["annotations"];
             annotations["skein.dev/issued"] = json!("1700000000");
         }
+        world.context.issuer.as_ref().expect("names are proven").forget();
         let before = having(&world, "");
         assert!(world.reconcile().await);
         let after = having(&world, "");
@@ -316,4 +334,52 @@ async fn adapters_come_and_go_without_a_rollout() {
     world.settle().await;
     assert!(world.told().adapters.is_empty());
     assert_eq!(world.revisions(), before);
+}
+
+/// Requests to the API server so far.
+fn requests(world: &World) -> u64 {
+    let text = world.context.metrics.text(0).expect("text");
+    let counts = text.lines().filter(|line| line.starts_with("skein_operator_api_requests_total{"));
+    counts.map(|line| line.rsplit(' ').next().and_then(|n| n.parse::<u64>().ok()).expect("a number")).sum()
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_stands_as_it_should_costs_no_request() {
+    let world = World::new().await;
+    world.settle().await;
+    let before = requests(&world);
+    for _ in 0..3 {
+        world.report(None);
+        assert!(world.reconcile().await);
+    }
+    assert_eq!(requests(&world), before, "nothing was read or written");
+    // Control: what somebody has deleted is written again, that alone, and then there is nothing to do once more.
+    let service = "/api/v1/namespaces/models/services/llama";
+    assert!(world.objects.lock().expect("nobody panics with it").remove(service).is_some());
+    for _ in 0..2 {
+        assert!(world.reconcile().await);
+        assert_eq!(requests(&world), before + 1);
+    }
+    assert!(having(&world, "").contains_key(service));
+    // A new process knows nothing of who wrote what, and looks at everything once; but it changes nothing.
+    let mut world = world;
+    let stands = having(&world, "");
+    world.restart(None).await;
+    world.settle().await;
+    assert_eq!(having(&world, ""), stands);
+    let after = requests(&world);
+    assert!(world.reconcile().await);
+    assert_eq!(requests(&world), after);
+}
+
+#[test]
+fn what_is_not_ready_for_long_is_looked_at_less_often() {
+    let since = "2026-01-01T00:00:00Z";
+    let condition = json!({ "type": "Ready", "status": "False", "lastTransitionTime": since });
+    let object: ModelDeployment =
+        serde_json::from_value(json!({ "metadata": { "name": "a" }, "status": { "conditions": [condition] } })).expect("an object");
+    let began = since.parse::<Timestamp>().expect("a time").as_second();
+    for (after, looks) in [(0, 15), (60, 15), (100, 25), (400, 100), (86400, 300)] {
+        assert_eq!(starting(&object, began + after), Duration::from_secs(looks), "after {after} s");
+    }
 }

@@ -6,19 +6,26 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
 
-use futures_util::{Stream, StreamExt};
+use futures_util::{Stream, StreamExt, stream};
 use proto::{
     convert::encode_fleet,
     fleet::{self as wire, fleet_server::Fleet},
 };
-use tokio_stream::wrappers::WatchStream;
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep_until},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::{Request, Response, Status, Streaming};
 use tracing::{debug, info};
 
-use super::Hub;
+use super::{Hub, Told};
+
+/// Shortest time between two states on one stream: a large fleet that changes all the time is told of in steps.
+const PACE: Duration = Duration::from_millis(100);
 
 /// Serves states, takes reports.
 #[derive(Clone, Debug)]
@@ -44,8 +51,7 @@ impl Fleet for FleetService {
         let hub = self.hub.clone();
         let space = hub.admit(&request).ok_or_else(|| Status::unauthenticated("the call is from no namespace's router"))?;
         let stream = self.streams.fetch_add(1, Ordering::Relaxed);
-        let states = WatchStream::new(space.state.subscribe());
-        let states = states.filter_map(|state| async move { state.map(|state| Ok(encode_fleet(&state))) });
+        let states = paced(space.state.subscribe()).map(|state| Ok(encode_fleet(&state.whole())));
         let mut reports = request.into_inner();
         let stop = self.stop.clone();
         info!(namespace = space.namespace, stream, "a router follows");
@@ -72,5 +78,41 @@ impl Fleet for FleetService {
             hub.wake(&space.namespace, changed).await;
         });
         Ok(Response::new(Box::pin(states.take_until(self.stop.clone().cancelled_owned()))))
+    }
+}
+
+/// The present state and those that follow: at once where the last is some time ago, and otherwise the latest when it is.
+fn paced(mut states: watch::Receiver<Option<Arc<Told>>>) -> impl Stream<Item = Arc<Told>> {
+    states.mark_changed();
+    stream::unfold((states, Instant::now()), |(mut states, mut next)| async move {
+        loop {
+            states.changed().await.ok()?;
+            sleep_until(next).await;
+            let state = states.borrow_and_update().clone();
+            if let Some(state) = state {
+                next = Instant::now() + PACE;
+                return Some((state, (states, next)));
+            }
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_state_is_told_at_once_and_those_that_follow_in_steps() {
+        let (sender, receiver) = watch::channel(None);
+        let told = |number| Some(Arc::new(Told { term: 1, number, deployments: Vec::new(), routers: Vec::new() }));
+        let mut states = Box::pin(paced(receiver));
+        let began = Instant::now();
+        sender.send_replace(told(1));
+        assert_eq!((states.next().await.map(|s| s.number), began.elapsed()), (Some(1), Duration::ZERO));
+        sender.send_replace(told(2));
+        sender.send_replace(told(3));
+        assert_eq!((states.next().await.map(|s| s.number), began.elapsed()), (Some(3), PACE), "the latest, when it is time");
+        drop(sender);
+        assert!(states.next().await.is_none());
     }
 }

@@ -58,7 +58,7 @@ fn nothing_is_pushed_before_everything_is_known() {
     let (hub, _) = hub();
     let space = space(&hub);
     space.settle("llama", Some(entry()), &names(&["llama", "other"]));
-    assert_eq!(*space.state.borrow(), None);
+    assert!(space.state.borrow().is_none());
     space.settle("other", None, &names(&["llama", "other"]));
     let state = space.state.borrow().clone().expect("a state");
     assert_eq!((state.term, state.number, state.deployments.len()), (7, 1, 1));

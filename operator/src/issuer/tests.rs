@@ -85,9 +85,11 @@ async fn a_certificate_is_replaced_when_it_is_old_and_when_trust_changes() {
     let identity = Identity::given([CERTIFICATE, KEY, TRUSTED].map(|file| text(&first, file)).each_ref().map(String::as_str));
     assert_eq!(identity.expect("an identity").name().to_string(), "spiffe://skein/ns/models/router");
     age_certificate(&objects, 59);
+    issuer.forget();
     issuer.certify("models", wanted("a")).await.expect("it stands");
     assert_eq!(text(&get(&objects, SECRET), CERTIFICATE), text(&first, CERTIFICATE));
     age_certificate(&objects, 1);
+    issuer.forget();
     issuer.certify("models", wanted("a")).await.expect("issued");
     let second = get(&objects, SECRET);
     assert_ne!(text(&second, CERTIFICATE), text(&first, CERTIFICATE));

@@ -1,8 +1,11 @@
 //! What makes a revision, and what does not.
 
+use k8s_openapi::api::apps::v1::ControllerRevision;
+
 use super::*;
 use crate::{
     build::tests::{revision, settings},
+    cache::KeptRevision,
     validate::tests::{object, spec, valid},
 };
 
@@ -98,7 +101,7 @@ fn room_is_compared_in_all_and_for_the_largest_worker() {
 fn what_is_not_understood_is_not_used() {
     let object = revision(&spec()).object(&object(spec()));
     let mut written: ControllerRevision = serde_json::from_value(object.body).expect("an object");
-    assert!(Revision::read(&written).is_some());
+    assert!(KeptRevision::of(written.clone()).read().is_some());
     written.data = None;
-    assert!(Revision::read(&written).is_none());
+    assert!(KeptRevision::of(written.clone()).read().is_none());
 }

@@ -1,18 +1,21 @@
 //! Statuses of deployments in every state.
 
+use std::collections::BTreeSet;
+
 use k8s_openapi::api::core::v1::Pod;
 use plan::manifest::API_VERSION;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::{
+    autoscale::Report,
     build::tests::{revision, slots},
     fleet::{Load, Presence, Said},
     resource::AdapterPhase,
     rollout::{Id, Slot, Strategy},
     validate::{
         Until,
-        tests::{object, spec, valid},
+        tests::{object, refusals, spec, valid},
     },
 };
 
@@ -191,9 +194,11 @@ fn ready_is_a_token_and_not_a_pod() {
     assert_eq!(answers.url.as_deref(), Some("http://llama.models"));
 }
 
-/// Every condition and reason that the code can set once objects stand; those of refusals are in the tests of `validate`.
-#[test]
-fn every_condition_and_reason_is_reached() {
+/// A condition's type, status and reason, and a deployment that has it.
+type Reached = (&'static str, &'static str, &'static str, Case);
+
+/// Every condition and reason that the code can set once objects stand, but for those of autoscaling.
+fn cases() -> Vec<Reached> {
     let full = unscheduled("0/1 nodes are available: 1 Insufficient cpu.");
     let mut held = one();
     held.plan.exist.clear();
@@ -201,12 +206,14 @@ fn every_condition_and_reason_is_reached() {
     let mut lost = answers();
     lost.plan.exist.clear();
     lost.shortage = Some(("llama-0".into(), "p: 1 Insufficient memory".into()));
+    let mut without = answers();
+    without.valid.adapters = vec![("b".into(), Err("it does not exist".into()))];
     let mut asleep = spec();
     asleep["suspend"] = json!(true);
     let mut none = spec();
     none["replicas"] = json!(0);
     let fell = || answers().ready(&[false]).before(&answers().status());
-    let cases: Vec<(&str, &str, &str, Case)> = vec![
+    vec![
         (ACCEPTED, "True", "Accepted", answers()),
         (MODEL_RESOLVED, "True", "Resolved", answers()),
         (SCHEDULED, "True", "AllReplicasScheduled", answers()),
@@ -240,15 +247,74 @@ fn every_condition_and_reason_is_reached() {
         (DEGRADED, "True", "StageRecovering", fell()),
         (DEGRADED, "True", "ReplicaUnavailable", fell().pods(true, &waiting("", ""))),
         (DEGRADED, "True", "ReplicaUnavailable", lost),
+        (DEGRADED, "True", "AdapterFailed", without),
         (DEGRADED, "False", "AsExpected", answers()),
         (READY, "True", "Ready", answers()),
-    ];
-    for (kind, truth, why, case) in &cases {
+    ]
+}
+
+#[test]
+fn every_condition_and_reason_is_reached() {
+    for (kind, truth, why, case) in &cases() {
         let status = case.status();
         is(&status, kind, truth, why);
         let order: Vec<&str> = status.conditions.iter().map(|c| c.kind.as_str()).collect();
         assert_eq!(order.len(), 10, "{order:?}");
     }
+}
+
+/// What autoscaling says: by another's word, switched off, and by the load from nothing known to none.
+fn scaling_reasons() -> Vec<Status> {
+    let said = |autoscaling: Value, reports: &[&[Report]]| {
+        let mut spec = spec();
+        spec["autoscaling"] = autoscaling;
+        let (mut case, scaling) = (Case::new(spec), scaling::Scaling::default());
+        let mut status = case.status();
+        for (at, reports) in reports.iter().enumerate() {
+            let decision = scaling.decide(&case.object, &mut case.valid.manifest, 1, reports, 1000 * at as i64);
+            scaled(&mut status, &case.object, &case.valid, decision.as_ref());
+            case.object.status = Some(status.clone());
+        }
+        status
+    };
+    let builtin =
+        json!({ "mode": "Builtin", "minReplicas": 0, "maxReplicas": 2, "targets": [{ "type": "InflightPerReplica", "value": 4 }] });
+    let (idle, some, many) = (Report::default(), Report { running: 3, ..Report::default() }, Report { running: 99, ..Report::default() });
+    vec![
+        said(json!({ "mode": "External" }), &[&[]]),
+        said(json!({ "mode": "Disabled" }), &[&[]]),
+        said(builtin.clone(), &[&[]]),
+        said(builtin.clone(), &[&[some]]),
+        said(builtin.clone(), &[&[many]]),
+        said(builtin, &[&[idle], &[idle]]),
+    ]
+}
+
+/// The list is what the code can say: every reason of it is reached, and what is not on it cannot be said.
+#[test]
+fn every_reason_of_the_list_is_reached() {
+    let mut statuses: Vec<Status> = cases().iter().map(|(.., case)| case.status()).collect();
+    statuses.extend(scaling_reasons());
+    statuses.push(resolving(&object(spec())));
+    statuses.extend(refusals().iter().map(|rejection| rejected(&object(spec()), rejection)));
+    let planned = planned(&object(spec()), &valid(spec()), &revision(&spec()), 0);
+    statuses.push(failed(planned, &object(spec()), Some("PortConflict"), "taken"));
+    let reached: BTreeSet<(&str, &str)> = statuses
+        .iter()
+        .flat_map(|status| &status.conditions)
+        .map(|c| (c.kind.as_str(), c.reason.as_str()))
+        .filter(|(kind, _)| *kind != READY)
+        .collect();
+    let listed: BTreeSet<(&str, &str)> =
+        REASONS.iter().flat_map(|(kind, reasons)| reasons.iter().map(move |reason| (*kind, *reason))).collect();
+    assert_eq!(reached, listed);
+}
+
+#[test]
+#[should_panic(expected = "Accepted has no reason Invented")]
+fn a_reason_that_is_not_listed_cannot_be_said() {
+    let rejection = Rejection { condition: ACCEPTED, reason: "Invented", message: String::new(), until: Until::Changed };
+    rejected(&object(spec()), &rejection);
 }
 
 #[test]
@@ -317,7 +383,7 @@ fn zero_that_a_request_ends_is_ready() {
     idle["autoscaling"] =
         json!({ "mode": "Builtin", "minReplicas": 0, "maxReplicas": 2, "targets": [{ "type": "InflightPerReplica", "value": 4 }] });
     let (mut object, scaling) = (object(idle.clone()), scaling::Scaling::default());
-    let mut look = |report: crate::autoscale::Report, now| {
+    let mut look = |report: Report, now| {
         let mut case = Case::new(idle.clone());
         case.object = object.clone();
         let decision = scaling.decide(&object, &mut case.valid.manifest, 0, &[report], now);
@@ -331,7 +397,7 @@ fn zero_that_a_request_ends_is_ready() {
         (status, events, case.valid)
     };
     let note = |events: &[(String, String)], reason: &str| events.iter().find(|e| e.0 == reason).map(|e| e.1.clone());
-    let empty = crate::autoscale::Report::default();
+    let empty = Report::default();
     let (first, ..) = look(empty, 0);
     assert_eq!(first.desired_replicas, 1);
     let (asleep, events, valid) = look(empty, 1000);
@@ -341,11 +407,11 @@ fn zero_that_a_request_ends_is_ready() {
     assert_eq!((asleep.desired_replicas, valid.replicas()), (0, 0));
     assert!(note(&events, "ScaledDown").is_some_and(|why| why.contains("no request for 300 s")), "{events:?}");
     assert!(valid.manifest.serving().hold.is_some(), "routers hold what comes");
-    let (awake, events, valid) = look(crate::autoscale::Report { held: 6, ..empty }, 1001);
+    let (awake, events, valid) = look(Report { held: 6, ..empty }, 1001);
     assert_eq!((awake.desired_replicas, valid.replicas()), (2, 2));
     assert!(note(&events, "ActivatedFromZero").is_some_and(|why| why.contains("6 requests in flight")), "{events:?}");
     assert_eq!(reason(&awake, READY).0, "False");
-    let (_, events, _) = look(crate::autoscale::Report { held: 6, ..empty }, 1006);
+    let (_, events, _) = look(Report { held: 6, ..empty }, 1006);
     assert_eq!(events, [], "nothing new");
 }
 

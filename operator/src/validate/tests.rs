@@ -40,6 +40,23 @@ fn refusal(spec: Value, fetched: &Fetched) -> Rejection {
     validate(&object(spec), fetched).expect_err("a refusal")
 }
 
+/// A refusal for every reason that there is.
+pub(crate) fn refusals() -> Vec<Rejection> {
+    let mut wrong = spec();
+    wrong["parallelism"]["pipeline"] = json!(0);
+    let mut deep = spec();
+    deep["parallelism"]["pipeline"] = json!(200);
+    let local = json!({ "model": { "uri": "file:/models/a" } });
+    let taken = Fetched { taken: Some(("llama".into(), "older".into())), ..fetched() };
+    let reasons = ["NotFound", "Unauthorized", "DigestMismatch", "SourceUnreachable", "architecture_unsupported"];
+    let unresolved = reasons.map(|reason| Unresolved { reason, message: "what happened".into() });
+    let sources = unresolved.map(|unresolved| refusal(spec(), &Fetched { header: Some(Err(unresolved)), ..fetched() }));
+    [refusal(wrong, &fetched()), refusal(deep, &fetched()), refusal(local, &Fetched { header: None, ..fetched() }), refusal(spec(), &taken)]
+        .into_iter()
+        .chain(sources)
+        .collect()
+}
+
 #[test]
 fn a_plan_and_its_workers() {
     let one = valid(spec());
