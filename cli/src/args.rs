@@ -83,6 +83,9 @@ pub(crate) struct CacheArgs {
     /// Token for hf:// sources.
     #[arg(long, global = true, env = "HF_TOKEN", hide = true, hide_env_values = true)]
     pub(crate) hf_token: Option<String>,
+    /// Value of the header Authorization for sources; how a runner tells its workers.
+    #[arg(long, global = true, env = "SKEIN_AUTHORIZATION", hide = true, hide_env_values = true)]
+    pub(crate) authorization: Option<String>,
     /// Base of hf:// sources.
     #[arg(long, global = true, env = "HF_ENDPOINT", hide = true)]
     pub(crate) hf_endpoint: Option<String>,
@@ -473,6 +476,7 @@ mod tests {
                 xdg_cache_home: xdg.map(Into::into),
                 home: home.map(Into::into),
                 hf_token: None,
+                authorization: None,
                 hf_endpoint: None,
             }
             .folder()

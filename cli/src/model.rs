@@ -17,7 +17,7 @@ use plan::{
     manifest::AdapterSpec,
     model::ModelHeader,
 };
-use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
+use source::{Credentials, PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 use crate::{
     args::Global,
@@ -34,6 +34,8 @@ pub(crate) struct Model {
     pub(crate) uri: String,
     /// `sha256:<hex>` of its one weight file, when pinned.
     pub(crate) digest: Option<String>,
+    /// What its source is shown.
+    pub(crate) credentials: Option<Credentials>,
     pub(crate) source: Arc<Source>,
     pub(crate) header: Arc<ModelHeader>,
 }
@@ -44,15 +46,17 @@ impl Model {
     /// # Errors
     /// Bad input when there is no model, or it is damaged or of an unknown kind.
     pub(crate) async fn open(global: &Global, uri: &str) -> Outcome<Self> {
-        Self::pinned(global, uri, None).await
+        Self::pinned(global, uri, None, None).await
     }
 
-    /// Opens the model at `uri`, whose one weight file has `digest` if that is given.
+    /// Opens the model at `uri`, whose one weight file has `digest` if that is given, and whose source is shown `credentials`.
     ///
     /// # Errors
     /// As [`Model::open`].
-    pub(crate) async fn pinned(global: &Global, uri: &str, digest: Option<&str>) -> Outcome<Self> {
-        let options = SourceOptions { digest: digest.map(str::to_owned), progress: progress(global.quiet), ..source_options(global) };
+    pub(crate) async fn pinned(global: &Global, uri: &str, digest: Option<&str>, credentials: Option<Credentials>) -> Outcome<Self> {
+        let mut options = SourceOptions { digest: digest.map(str::to_owned), progress: progress(global.quiet), ..source_options(global)? };
+        options.credentials = credentials.or(options.credentials);
+        let credentials = options.credentials.clone();
         let (name, digest) = (uri.to_owned(), digest.map(str::to_owned));
         let opened = tokio::task::spawn_blocking(move || {
             let source = Source::open(&name, options)?;
@@ -61,7 +65,7 @@ impl Model {
         });
         let (name, source, header) = opened.await.context("opening the model was cut off")?.map_err(failure)?;
         let uri = absolute(&name)?;
-        Ok(Self { name, uri, digest, source: Arc::new(source), header: Arc::new(header) })
+        Ok(Self { name, uri, digest, credentials, source: Arc::new(source), header: Arc::new(header) })
     }
 
     /// Opens a low-rank adapter for this model.
@@ -69,7 +73,9 @@ impl Model {
     /// # Errors
     /// Bad input when there is no adapter, it is damaged or of an unknown kind, or not for this model.
     pub(crate) async fn adapter(&self, global: &Global, spec: &AdapterSpec) -> Outcome<Adapter> {
-        let options = SourceOptions { digest: spec.digest.clone(), progress: progress(global.quiet), ..source_options(global) };
+        // What lets the model's source be read is not for others.
+        let own = SourceOptions { credentials: None, ..source_options(global)? };
+        let options = SourceOptions { digest: spec.digest.clone(), progress: progress(global.quiet), ..own };
         let (uri, header) = (spec.uri.clone(), self.header.clone());
         let opened = tokio::task::spawn_blocking(move || Source::open_adapter(&uri, options)?.adapter_header(&header.config));
         let header = opened.await.context("opening the adapter was cut off")?.map_err(failure)?;
@@ -112,14 +118,18 @@ pub(crate) struct Adapter {
 }
 
 /// Where files come from and are kept.
-pub(crate) fn source_options(global: &Global) -> SourceOptions {
+///
+/// # Errors
+/// Bad input when what sources are to be shown cannot stand in a header.
+pub(crate) fn source_options(global: &Global) -> Outcome<SourceOptions> {
     let cache = &global.cache;
-    SourceOptions {
+    Ok(SourceOptions {
         cache: cache.folder(),
         hub: cache.hf_endpoint.clone().unwrap_or_else(|| PUBLIC_HUB.to_owned()),
         token: cache.hf_token.clone(),
+        credentials: cache.authorization.as_deref().map(Credentials::authorization).transpose().map_err(failure)?,
         ..SourceOptions::default()
-    }
+    })
 }
 
 /// Whether the user's input is to blame, or the world around.

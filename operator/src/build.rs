@@ -8,10 +8,10 @@ pub(crate) mod tests;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::{manifest::WorkersSpec, shard::Stage, worker::WorkerSpec};
+use plan::{manifest::DeploymentSpec, shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
-use self::pod::{CACHE, SPEC, restricted, volume_mount, with_args, with_identity};
+use self::pod::{CACHE, CREDENTIALS, SPEC, restricted, volume_mount, with_args, with_identity};
 use crate::{
     names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
@@ -134,7 +134,7 @@ pub fn stages(valid: &ValidatedDeployment, revision: &str, settings: &Settings) 
     let stage = |(index, stage): (usize, &Stage)| {
         let config_maps: Vec<String> = specifications(valid, &specs, revision, index)?.into_iter().map(|(name, _)| name).collect();
         let need = stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
-        let pod = worker(settings, need, &valid.manifest.spec().workers, &config_maps);
+        let pod = worker(settings, need, valid.manifest.spec(), &config_maps);
         Ok(StageRecord { ranks: stage.shards.len(), config_maps, pod })
     };
     valid.plan.stages.iter().enumerate().map(stage).collect()
@@ -173,8 +173,8 @@ fn pack<'a>(specs: impl Iterator<Item = &'a WorkerSpec>) -> Result<Vec<Data>, To
 }
 
 /// The pod of a worker. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
-fn worker(settings: &Settings, need: u64, spec: &WorkersSpec, config_maps: &[String]) -> Value {
-    let limit = spec.resources.limits.memory.map(|m| m.0);
+fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[String]) -> Value {
+    let limit = spec.workers.resources.limits.memory.map(|m| m.0);
     let mut resources = json!({ "requests": { "cpu": settings.worker_cpu, "memory": need.to_string() } });
     if let Some(limit) = limit {
         resources["limits"] = json!({ "memory": limit.to_string() });
@@ -213,13 +213,22 @@ fn worker(settings: &Settings, need: u64, spec: &WorkersSpec, config_maps: &[Str
         "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
     });
     let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
-    if !spec.node_selector.is_empty() {
-        pod["nodeSelector"] = json!(spec.node_selector);
+    if !spec.workers.node_selector.is_empty() {
+        pod["nodeSelector"] = json!(spec.workers.node_selector);
     }
-    if !spec.tolerations.is_empty() {
-        pod["tolerations"] = json!(spec.tolerations);
+    if !spec.workers.tolerations.is_empty() {
+        pod["tolerations"] = json!(spec.workers.tolerations);
     }
-    pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, { "name": "cache", "emptyDir": {} }]);
+    let mut cache = json!({ "name": "cache", "emptyDir": {} });
+    match (&spec.cache.pvc_name, spec.cache.size_limit) {
+        (Some(claim), _) => cache = json!({ "name": "cache", "persistentVolumeClaim": { "claimName": claim } }),
+        (None, Some(limit)) => cache["emptyDir"] = json!({ "sizeLimit": limit.0.to_string() }),
+        (None, None) => {}
+    }
+    pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, cache]);
+    if let Some(secret) = &spec.model.credentials_secret_ref {
+        pod::with_secret(&mut pod, ("credentials", CREDENTIALS), &secret.name);
+    }
     pod
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object (`[]` for the entries of a list), rule, message.
-const RULES: [(&str, &str, &str); 22] = [
+const RULES: [(&str, &str, &str); 25] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -77,6 +77,9 @@ const RULES: [(&str, &str, &str); 22] = [
         "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
         "tolerationSeconds needs effect NoExecute",
     ),
+    ("spec.cache", "self.policy != 'PVC' || has(self.pvcName)", "pvcName must be set with policy PVC"),
+    ("spec.cache", "self.policy == 'PVC' || !has(self.pvcName)", "pvcName needs policy PVC"),
+    ("spec.cache", "self.policy != 'PVC' || !has(self.sizeLimit)", "sizeLimit is of policy EmptyDir: a claim has a size"),
     ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
     (
         "spec.rollout",

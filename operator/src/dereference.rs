@@ -6,12 +6,13 @@ use futures_util::future::join_all;
 use k8s_openapi::{
     api::{
         apps::v1::StatefulSet,
-        core::v1::{ConfigMap, Node, Pod},
+        core::v1::{ConfigMap, Node, Pod, Secret},
     },
     jiff::Timestamp,
 };
 use kube::{Api, Client};
 use plan::model::ModelHeader;
+use source::Credentials;
 
 use crate::{
     cache::{Cache, Owner},
@@ -85,13 +86,16 @@ pub async fn dereference(
     let (namespace, name) = (object.namespace(), object.name());
     let uri = object.spec["model"]["uri"].as_str().filter(|uri| is_remote(uri));
     let header = async {
-        let Some(uri) = uri else { return (None, Vec::new()) };
-        let header = models.header(uri).await;
+        let Some(uri) = uri else { return Ok::<_, kube::Error>((None, Vec::new())) };
+        let header = match credentials(client, object).await? {
+            Ok(shown) => models.header(uri, shown).await,
+            Err(unresolved) => Err(unresolved),
+        };
         let adapters = match &header {
             Ok(header) => adapters(models, object, (uri, header)).await,
             Err(_) => Vec::new(),
         };
-        (Some(header), adapters)
+        Ok((Some(header), adapters))
     };
     let template = async {
         match object.spec["chat"]["template"]["configMapKeyRef"]["name"].as_str() {
@@ -113,7 +117,8 @@ pub async fn dereference(
             load,
         })
     };
-    let ((header, adapters), template, standing) = tokio::join!(header, template, standing);
+    let (model, template, standing) = tokio::join!(header, template, standing);
+    let (header, adapters) = model?;
     Ok(Fetched {
         header,
         adapters,
@@ -121,6 +126,24 @@ pub async fn dereference(
         taken: taken(object, others),
         standing: standing?,
     })
+}
+
+/// What the source of a deployment's model is shown, by the Secret that it names.
+async fn credentials(client: &Client, object: &ModelDeployment) -> Result<Result<Option<Credentials>, Unresolved>, kube::Error> {
+    let Some(name) = object.spec["model"]["credentialsSecretRef"]["name"].as_str() else { return Ok(Ok(None)) };
+    let secret = Api::<Secret>::namespaced(client.clone(), object.namespace()).get_opt(name).await?;
+    let refuse = |why: String| Ok(Err(Unresolved { reason: "Unauthorized", message: format!("Secret {name} {why}") }));
+    let Some(secret) = secret else { return refuse("does not exist".to_owned()) };
+    // Those of Kubernetes itself hold keys of these names for other purposes.
+    match secret.type_.as_deref() {
+        None | Some("" | "Opaque") => {}
+        Some(other) => return refuse(format!("is of type {other}, expected Opaque")),
+    }
+    let data = secret.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0)).collect();
+    match Credentials::from_data(&data) {
+        Ok(credentials) => Ok(Ok(Some(credentials))),
+        Err(error) => refuse(format!("does not let anybody in: {error}")),
+    }
 }
 
 /// Pods of nodes that cannot be reached; nodes are looked at only where pods give a reason.

@@ -33,6 +33,9 @@ const SILENCE: Duration = Duration::from_secs(5);
 /// One that has been silent for this long, and whose stream did not end, is not coming back with what it knew.
 const GONE: Duration = Duration::from_secs(60);
 
+/// So many times a deployment is looked at while its bytes are fetched, whatever else happens.
+const FETCH_PARTS: u64 = 20;
+
 /// All namespaces.
 #[derive(Debug)]
 pub struct Hub {
@@ -84,6 +87,8 @@ struct Inner {
     routers: HashMap<String, Router>,
     /// The routers of the pool, connected or not; `None` until it was looked at, and then nobody is told anything.
     pool: Option<Vec<FleetRouter>>,
+    /// When replicas were first seen to fetch, and how many bytes were there.
+    paces: HashMap<String, (Instant, u64)>,
     /// Routers of the pool to which services lead, by name.
     open: BTreeSet<String>,
     /// Where any of them is reached by those that know none, as http://HOST:PORT.
@@ -112,6 +117,12 @@ pub struct Said {
     pub ready: bool,
     /// What went wrong last.
     pub last_failure: Option<String>,
+    /// Bytes that its workers bring from servers, and how many of them are there.
+    pub fetch: u64,
+    /// Those that are there.
+    pub fetched: u64,
+    /// Seconds until all are, at the present pace.
+    pub fetch_seconds: Option<u64>,
     /// Sequences on it, summed over routers; `None` while one of a replica that drains may not know so.
     pub sequences: Option<u32>,
     /// Its adapters, by numerics id.
@@ -130,7 +141,10 @@ pub struct Presence {
 impl Said {
     /// Whether a deployment is to be looked at because this is said of a replica, and `other` was.
     fn differs(&self, other: &Self) -> bool {
-        (self.ready, &self.last_failure, &self.adapters) != (other.ready, &other.last_failure, &other.adapters)
+        let part = |said: &Self| (said.fetch, (said.fetched * FETCH_PARTS).checked_div(said.fetch));
+        // A failure that is only how far a worker is would have a deployment looked at with every report.
+        let failure = |said: &Self| said.last_failure.clone().filter(|_| said.fetched == said.fetch);
+        (self.ready, failure(self), part(self), &self.adapters) != (other.ready, failure(other), part(other), &other.adapters)
     }
 }
 
@@ -291,6 +305,10 @@ impl Space {
             let known = load.replicas.entry(name.clone()).or_default();
             known.ready |= said.ready;
             known.last_failure = known.last_failure.take().or_else(|| said.last_failure.clone());
+            if said.fetch > 0 {
+                (known.fetch, known.fetched) = (said.fetch, said.fetched);
+                known.fetch_seconds = inner.paces.get(name).and_then(|pace| seconds_left(*pace, said));
+            }
             known.sequences = Some(known.sequences.unwrap_or(0) + said.sequences.unwrap_or(0));
             for (numerics, said) in &said.adapters {
                 let adapter = known.adapters.entry(numerics.clone()).or_default();
@@ -322,7 +340,9 @@ impl Space {
             let adapter =
                 |a: wire::AdapterState| (a.numerics, Presence { ready: a.ready, failure: Some(a.failure).filter(|f| !f.is_empty()) });
             let adapters = r.adapters.into_iter().map(adapter).collect();
-            (r.name, Said { ready: r.ready, last_failure, sequences: Some(r.sequences), adapters })
+            let (fetch, fetched) = (r.fetch_bytes, r.fetched_bytes.min(r.fetch_bytes));
+            let said = Said { ready: r.ready, last_failure, fetch, fetched, fetch_seconds: None, sequences: Some(r.sequences), adapters };
+            (r.name, said)
         };
         let measured = report.loads.iter().map(|load| (load.deployment.clone(), measured(load))).collect();
         let loads = report.loads.into_iter().map(|load| (load.deployment, load.replicas.into_iter().map(said).collect()));
@@ -330,6 +350,7 @@ impl Space {
         let last = inner.routers.get(&report.router).filter(|r| r.stream == stream && r.seen.elapsed() < SILENCE);
         let before = last.map_or(0, |r| r.number);
         let new = Router { stream, seen: Instant::now(), before, number, replicas: loads.collect(), measured };
+        inner.pace(&new);
         let changed = match inner.routers.get(&report.router) {
             Some(old) if old.seen.elapsed() < SILENCE => {
                 let draining = |name: &String| {
@@ -354,6 +375,29 @@ impl Space {
         inner.routers.retain(|_, router| router.stream != stream);
         if inner.routers.len() == before { Vec::new() } else { inner.known.keys().cloned().collect() }
     }
+}
+
+impl Inner {
+    /// Notes since when replicas fetch, of those that a router drives.
+    fn pace(&mut self, router: &Router) {
+        let told = self.known.values().flatten().flat_map(|d| &d.replicas).map(|r| r.name.as_str()).collect::<BTreeSet<_>>();
+        self.paces.retain(|name, _| told.contains(name.as_str()));
+        for (name, said) in router.replicas.values().flatten().filter(|(_, said)| said.fetch > 0) {
+            // One that has less than before has begun anew.
+            if said.fetched == said.fetch || self.paces.get(name).is_some_and(|(_, first)| said.fetched < *first) {
+                self.paces.remove(name);
+            }
+            if said.fetched < said.fetch {
+                self.paces.entry(name.clone()).or_insert((Instant::now(), said.fetched));
+            }
+        }
+    }
+}
+
+/// How long the rest takes a replica that had `first` bytes at `since`.
+fn seconds_left((since, first): (Instant, u64), said: &Said) -> Option<u64> {
+    let (passed, got) = (since.elapsed().as_secs_f64(), said.fetched.saturating_sub(first));
+    (passed >= 1.0 && got > 0).then(|| ((said.fetch - said.fetched) as f64 * passed / got as f64).ceil() as u64)
 }
 
 /// Whether two reports of a deployment's replicas differ in what matters.

@@ -10,7 +10,7 @@ use plan::{
     adapter::{AdapterHeader, AdapterSource},
     model::ModelHeader,
 };
-use source::{PUBLIC_HUB, Source, SourceError, SourceOptions};
+use source::{Credentials, Keep, PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 /// Most headers kept; beyond that all are read again.
 const KEPT: usize = 1024;
@@ -47,11 +47,15 @@ impl Opened {
     }
 }
 
+/// A source, and what it is shown.
+type Key = (String, Option<Credentials>);
+
 /// Reads and keeps headers.
 #[derive(Debug)]
 pub struct Models {
     hub: String,
-    kept: Mutex<HashMap<String, Arc<ModelHeader>>>,
+    /// By source, and by what it was shown: what one may read is not for others.
+    kept: Mutex<HashMap<Key, Arc<ModelHeader>>>,
     /// Of adapters, by their sources and those of their models.
     adapters: Mutex<HashMap<(String, String), Arc<AdapterHeader>>>,
 }
@@ -62,15 +66,17 @@ impl Models {
         Self { hub: hub.unwrap_or_else(|| PUBLIC_HUB.to_owned()), kept: Mutex::default(), adapters: Mutex::default() }
     }
 
-    /// The header of the model at `uri`, which is a remote source; its weights are not read.
+    /// The header of the model at `uri`, which is a remote source and is shown `credentials`; its weights are not read.
     ///
     /// # Errors
     /// When it cannot be fetched, or is not a model's.
-    pub async fn header(&self, uri: &str) -> Result<Arc<ModelHeader>, Unresolved> {
-        if let Some(header) = self.lock().get(uri) {
+    pub async fn header(&self, uri: &str, credentials: Option<Credentials>) -> Result<Arc<ModelHeader>, Unresolved> {
+        let key = (uri.to_owned(), credentials);
+        if let Some(header) = self.lock().get(&key) {
             return Ok(header.clone());
         }
-        let options = SourceOptions { hub: self.hub.clone(), whole: false, retries: RETRIES, ..SourceOptions::default() };
+        let (hub, credentials) = (self.hub.clone(), key.1.clone());
+        let options = SourceOptions { hub, credentials, keep: Keep::Nothing, retries: RETRIES, ..SourceOptions::default() };
         let name = uri.to_owned();
         let read = tokio::task::spawn_blocking(move || Source::open(&name, options)?.header()).await;
         let header = match read {
@@ -82,7 +88,7 @@ impl Models {
         if kept.len() >= KEPT {
             kept.clear();
         }
-        kept.insert(uri.to_owned(), header.clone());
+        kept.insert(key, header.clone());
         Ok(header)
     }
 
@@ -95,7 +101,7 @@ impl Models {
         if let Some(known) = self.lock_adapters().get(&key) {
             return Ok(known.clone());
         }
-        let options = SourceOptions { hub: self.hub.clone(), whole: false, retries: RETRIES, ..SourceOptions::default() };
+        let options = SourceOptions { hub: self.hub.clone(), keep: Keep::Nothing, retries: RETRIES, ..SourceOptions::default() };
         let (name, header) = (uri.to_owned(), header.clone());
         let read = tokio::task::spawn_blocking(move || Source::open_adapter(&name, options)?.adapter_header(&header.config)).await;
         let read = match read {
@@ -121,23 +127,24 @@ impl Models {
         self.lock_adapters().insert((uri.to_owned(), model.to_owned()), header);
     }
 
-    /// Whether the header of the model at `uri` was read.
+    /// Whether the header of the model at `uri` was read, without credentials.
     pub fn knows(&self, uri: &str) -> bool {
-        self.lock().contains_key(uri)
+        self.lock().contains_key(&(uri.to_owned(), None))
     }
 
     /// Knows the header of a model without reading it.
     #[cfg(test)]
     pub(crate) fn know(&self, uri: &str, header: Arc<ModelHeader>) {
-        self.lock().insert(uri.to_owned(), header);
+        self.lock().insert((uri.to_owned(), None), header);
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<String, Arc<ModelHeader>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Key, Arc<ModelHeader>>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn unresolved(error: &SourceError) -> Unresolved {
+/// What keeps a source from being read.
+pub(crate) fn unresolved(error: &SourceError) -> Unresolved {
     Unresolved { reason: error.reason(), message: chain(error) }
 }
 

@@ -155,6 +155,9 @@ pub struct Status {
     /// The first 64 replicas.
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub replica_states: Vec<ReplicaStatus>,
+    /// What workers bring from servers, where they bring anything.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache: Option<CacheStatus>,
     /// What built-in autoscaling decided, in its mode.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub autoscaling: Option<AutoscalingStatus>,
@@ -286,6 +289,19 @@ pub enum AdapterPhase {
     Loading,
     Ready,
     Failed,
+}
+
+/// What the workers of all replicas bring from servers into their caches; what was there before is counted.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CacheStatus {
+    /// Bytes that are there.
+    pub bytes_downloaded: u64,
+    /// All of them.
+    pub bytes_total: u64,
+    /// Seconds until all are there, at the present pace.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eta_seconds: Option<u64>,
 }
 
 /// What built-in autoscaling decided.

@@ -172,8 +172,10 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     status.addresses = addresses.into_iter().map(|(name, url)| Address { name: name.to_owned(), url }).collect();
     // Where as many answer as are wanted, one that is being made beside them stands in nobody's way.
     let missing = replicas::missing(object, view, &replicas);
+    status.cache = replicas::cache(object, view, status.cache);
     set(&mut status, object, SCHEDULED, scheduled(view, &missing));
-    set(&mut status, object, WEIGHTS_READY, weights_ready(&missing));
+    let weights = weights_ready(&missing, status.cache.as_ref());
+    set(&mut status, object, WEIGHTS_READY, weights);
     set(&mut status, object, REPLICAS_READY, replicas_ready((ready, goal.replicas), &missing));
     let routers = match (standing.load.routers, standing.load.open) {
         (0, _) => (false, "Deploying", "no router of the namespace's pool reports yet".to_owned()),

@@ -178,7 +178,12 @@ fn unresolvable(unresolved: &Unresolved) -> Rejection {
     let (condition, reason, next, until) = match unresolved.reason {
         "InvalidSpec" => (ACCEPTED, "InvalidSpec", "correct spec.model.uri", Until::Changed),
         "NotFound" => (MODEL_RESOLVED, "NotFound", "check spec.model.uri; it is looked for again", Until::Source),
-        "Unauthorized" => (MODEL_RESOLVED, "Unauthorized", "make the model public to this cluster; it is tried again", Until::Source),
+        "Unauthorized" => (
+            MODEL_RESOLVED,
+            "Unauthorized",
+            "correct the Secret that spec.model.credentialsSecretRef names, or name one; it is tried again",
+            Until::Source,
+        ),
         "DigestMismatch" => (MODEL_RESOLVED, "DigestMismatch", "correct spec.model.digest", Until::Source),
         "SourceUnreachable" | "DownloadFailed" => (MODEL_RESOLVED, "SourceUnreachable", "it is tried again", Until::Source),
         // What is left are the reasons of headers: there are bytes, and they are no model that can be run.

@@ -132,6 +132,18 @@ impl TensorSlice {
         }
     }
 
+    /// The byte ranges of the file that are read: one, or of a tensor stored by columns one for each column.
+    pub fn ranges(&self) -> impl Iterator<Item = Range<u64>> + use<> {
+        let columns = self.tensor.shape.last().copied().unwrap_or(0) as u64;
+        let (stride, count) = match self.tensor.column_stride {
+            _ if self.is_empty() => (0, 0),
+            Some(stride) => (stride, columns),
+            None => (0, 1),
+        };
+        let (start, len) = (self.bytes.start, self.len() / count.max(1));
+        (0..count).map(move |column| start + column * stride..start + column * stride + len)
+    }
+
     /// Whether nothing is read.
     pub fn is_empty(&self) -> bool {
         self.rows.is_empty()
@@ -166,6 +178,11 @@ impl Shard {
     /// Bytes of weight files to read: other than [`Shard::weight_bytes`] where tensors are converted as they are loaded.
     pub fn bytes_to_load(&self) -> u64 {
         self.slices.iter().map(TensorSlice::len).sum()
+    }
+
+    /// The byte ranges of weight files, by number of file, that are read.
+    pub fn ranges(&self) -> impl Iterator<Item = (usize, Range<u64>)> {
+        self.slices.iter().flat_map(|slice| slice.ranges().map(|range| (slice.tensor.file, range)))
     }
 
     /// Whether this stage turns ids into hidden states.

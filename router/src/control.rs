@@ -184,6 +184,8 @@ fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
         drives: r.drives,
         sequences: r.sequences as u32,
         adapters: r.adapters.iter().map(adapter).collect(),
+        fetched_bytes: r.fetching.done,
+        fetch_bytes: r.fetching.total,
     };
     wire::DeploymentLoad {
         deployment: load.deployment.clone(),

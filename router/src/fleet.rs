@@ -23,7 +23,7 @@ pub(crate) use self::{
 };
 use crate::{
     edge::{SubmitError, stats::Stats},
-    replica::Replica,
+    replica::{Fetching, Replica},
     scheduler::BlockHash,
 };
 
@@ -117,6 +117,11 @@ impl Member {
     /// How each adapter of its deployment is doing on it, by numerics id.
     pub(crate) fn adapters(&self, deployment: &FleetDeployment) -> Vec<(String, Presence)> {
         deployment.adapters.iter().map(|a| (a.source.numerics.clone(), self.driver.adapter(&a.source.numerics))).collect()
+    }
+
+    /// What its workers bring from servers, if it is driven here.
+    pub(crate) fn fetching(&self) -> Fetching {
+        if self.driver.is_here() { self.replica.fetching() } else { Fetching::default() }
     }
 
     fn load(&self) -> f64 {

@@ -34,8 +34,22 @@ pub trait Replica: Send + Sync + 'static {
     /// At most one session is open at a time; the caller drops the last one before it asks for another.
     fn open(&self) -> BoxFuture<'_, Result<Session, ReplicaError>>;
 
+    /// What its workers bring from servers, as far as they said when a session was last asked for.
+    fn fetching(&self) -> Fetching {
+        Fetching::default()
+    }
+
     /// The files the router needs to tokenize for the model.
     fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>>;
+}
+
+/// Bytes that the workers of a replica bring from servers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Fetching {
+    /// Those that are there.
+    pub done: u64,
+    /// All of them; 0 where every file was there before.
+    pub total: u64,
 }
 
 /// A live session. Dropping it ends the session; the implementation stops when `steps` closes.

@@ -16,7 +16,13 @@ use std::{
 use sha2::{Digest as _, Sha256};
 use tracing::{debug, info, warn};
 
-use crate::{Progress, SourceError, SourceOptions, digest::Digest, digest::hash_file, http::Remote};
+use crate::{
+    Progress, SourceError, SourceOptions,
+    digest::Digest,
+    digest::hash_file,
+    http::{Locator, Remote},
+    parts::Parts,
+};
 
 /// Bytes between two reports of progress.
 const PIECE: usize = 1 << 20;
@@ -87,6 +93,23 @@ impl Cache {
         }
         info!(file = remote.name(), digest = %got, "downloaded");
         Ok(blob)
+    }
+
+    /// The part that is kept of the file with this digest, if any.
+    pub(crate) fn part(&self, digest: &Digest, locator: Locator) -> Result<Option<Parts>, SourceError> {
+        Parts::find(&self.root.join("parts"), self.root.join("locks").join(digest.hex()), digest.hex(), locator)
+    }
+
+    /// A file of which only what is read is fetched; `digest` is what its source says it has.
+    pub(crate) fn parts(&self, remote: &Remote, bytes: u64, digest: Option<&Digest>) -> Result<Parts, SourceError> {
+        let identity = || Digest::of_text(&remote.identity()).hex().to_owned();
+        let folder = self.folder("parts")?;
+        if digest.is_none() && !remote.is_marked() {
+            // What such a server sends tomorrow may be of another file: nothing is to be found again.
+            return Parts::once(&folder, &format!("{}-{}", identity(), unique("once")), bytes, remote.clone());
+        }
+        let key = digest.map_or_else(identity, |digest| digest.hex().to_owned());
+        Parts::of(&folder, self.folder("locks")?.join(&key), &key, bytes, remote.clone())
     }
 
     /// Whether the file at `path` was found to have `digest` before and has not changed since.
@@ -177,7 +200,7 @@ impl Cache {
 }
 
 /// A name that no other thread or process uses.
-fn unique(kind: &str) -> String {
+pub(crate) fn unique(kind: &str) -> String {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     format!("{}-{}.{kind}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed))
 }

@@ -12,7 +12,7 @@ pub enum SourceError {
     Uri { uri: String, problem: String },
     #[error("{place} does not exist")]
     NotFound { place: String },
-    #[error("access to {place} was refused with status {status}; a token may be missing or lack the right")]
+    #[error("access to {place} was refused with status {status}; credentials may be missing, wrong, or lack the right")]
     Unauthorized { place: String, status: u16 },
     #[error("{place} answered with status {status}")]
     Status { place: String, status: u16 },
@@ -34,6 +34,10 @@ pub enum SourceError {
     Digest { got: String },
     #[error("{place} needs a cache to be downloaded to, and none is set")]
     NoCache { place: String },
+    #[error("the credentials cannot be used: {problem}")]
+    Credentials { problem: String },
+    #[error("fetching from {place} was stopped")]
+    Stopped { place: String },
     #[error("bytes {begin}..{end} of {name} were asked for, the file has {bytes}")]
     Range { name: String, begin: u64, end: u64, bytes: u64 },
     #[error("weight file {index} was asked for, the source has {files}")]
@@ -50,11 +54,12 @@ impl SourceError {
         match self {
             Self::Uri { .. } | Self::Digest { .. } => "InvalidSpec",
             Self::NotFound { .. } | Self::NoModel { .. } => "NotFound",
-            Self::Unauthorized { .. } => "Unauthorized",
+            Self::Unauthorized { .. } | Self::Credentials { .. } => "Unauthorized",
             Self::Unreachable { .. } | Self::Status { .. } => "SourceUnreachable",
             Self::Protocol { .. }
             | Self::Changed { .. }
             | Self::File { .. }
+            | Self::Stopped { .. }
             | Self::Range { .. }
             | Self::FileIndex { .. }
             | Self::NoCache { .. } => "DownloadFailed",

@@ -1,25 +1,31 @@
 //! HTTP with ranges, redirects, time limits and bounded retries.
 
 use std::{
+    fmt,
     io::{self, Read},
     ops::Range,
     sync::Arc,
     time::Duration,
 };
 
-use tracing::debug;
+use tracing::{debug, warn};
 use ureq::{
     Agent, Body,
     config::RedirectAuthHeaders,
     http::{Response, StatusCode, header},
 };
 
-use crate::{SourceError, SourceOptions};
+use crate::{Credentials, SourceError, SourceOptions, digest::Digest};
 
 /// Most redirects that are followed.
 const REDIRECTS: u32 = 10;
 /// Largest small file (config, tokenizer, listing) that is read into memory.
 const MAX_SMALL: u64 = 256 << 20;
+/// Bytes of a range that are handed on at a time.
+const POURED: usize = 256 << 10;
+
+/// Takes bytes of a range, and their place.
+pub(crate) type Sink<'a> = dyn FnMut(u64, &[u8]) -> Result<(), SourceError> + 'a;
 
 /// A client that tries again.
 #[derive(Clone, Debug)]
@@ -63,13 +69,13 @@ impl Client {
     }
 
     /// One GET; the status is one of success.
-    fn get(&self, url: &str, token: Option<&str>, range: Option<&str>) -> Result<Response<Body>, Failure> {
+    fn get(&self, url: &str, shown: Option<&Credentials>, range: Option<&str>) -> Result<Response<Body>, Failure> {
         let mut request = self.agent.get(url);
         if let Some(range) = range {
             request = request.header(header::RANGE, range);
         }
-        if let Some(token) = token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
+        if let Some(shown) = shown {
+            request = request.header(header::AUTHORIZATION, shown.value());
         }
         let response = request.call().map_err(|e| failure(url, e))?;
         let (place, status) = (url.to_owned(), response.status());
@@ -86,9 +92,9 @@ impl Client {
     }
 
     /// The whole of a small file, and the next page's URL when the server pages its answer.
-    pub(crate) fn small(&self, url: &str, token: Option<&str>) -> Result<(Vec<u8>, Option<String>), SourceError> {
+    pub(crate) fn small(&self, url: &str, shown: Option<&Credentials>) -> Result<(Vec<u8>, Option<String>), SourceError> {
         self.retry(url, || {
-            let response = self.get(url, token, None)?;
+            let response = self.get(url, shown, None)?;
             let next = text(&response, header::LINK).and_then(next_link);
             let mut bytes = Vec::new();
             response.into_body().into_reader().take(MAX_SMALL + 1).read_to_end(&mut bytes).map_err(Failure::Passing)?;
@@ -100,10 +106,31 @@ impl Client {
         })
     }
 
-    /// Finds out a file's length and whether the server sends ranges.
-    pub(crate) fn probe(&self, name: &str, url: &str, token: Option<&str>) -> Result<Remote, SourceError> {
-        self.retry(url, || {
-            let response = self.get(url, token, Some("bytes=0-0"))?;
+    /// A file that is looked for when it is needed.
+    pub(crate) fn locator(&self, name: &str, url: &str, shown: Option<&Credentials>) -> Locator {
+        Locator { client: Arc::new(self.clone()), name: name.to_owned(), url: url.to_owned(), shown: shown.cloned() }
+    }
+}
+
+/// Where a file is.
+#[derive(Clone)]
+pub(crate) struct Locator {
+    client: Arc<Client>,
+    name: String,
+    url: String,
+    shown: Option<Credentials>,
+}
+
+impl Locator {
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// Finds out the file's length and whether the server sends ranges.
+    pub(crate) fn probe(&self) -> Result<Remote, SourceError> {
+        let url = self.url.as_str();
+        self.client.retry(url, || {
+            let response = self.client.get(url, self.shown.as_ref(), Some("bytes=0-0"))?;
             let ranges = response.status() == StatusCode::PARTIAL_CONTENT;
             let bytes = if ranges {
                 content_range(&response)
@@ -113,26 +140,21 @@ impl Client {
                 None
             };
             let length = || text(&response, header::CONTENT_LENGTH).and_then(|l| l.parse().ok());
-            Ok(Remote {
-                client: Arc::new(self.clone()),
-                name: name.to_owned(),
-                url: url.to_owned(),
-                token: token.map(str::to_owned),
-                bytes: if ranges { bytes } else { length() },
-                mark: Mark::of(&response),
-                ranges,
-            })
+            Ok(Remote { locator: self.clone(), bytes: if ranges { bytes } else { length() }, mark: Mark::of(&response), ranges })
         })
+    }
+}
+
+impl fmt::Debug for Locator {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Locator").field("url", &self.url).finish_non_exhaustive()
     }
 }
 
 /// A file on a server.
 #[derive(Clone, Debug)]
 pub(crate) struct Remote {
-    client: Arc<Client>,
-    name: String,
-    url: String,
-    token: Option<String>,
+    locator: Locator,
     bytes: Option<u64>,
     mark: Mark,
     ranges: bool,
@@ -140,11 +162,25 @@ pub(crate) struct Remote {
 
 impl Remote {
     pub(crate) fn name(&self) -> &str {
-        &self.name
+        &self.locator.name
     }
 
     pub(crate) fn place(&self) -> String {
-        self.url.clone()
+        self.locator.url.clone()
+    }
+
+    pub(crate) fn locator(&self) -> &Locator {
+        &self.locator
+    }
+
+    /// Whether the server calls this version of the file something, so that another one is told apart.
+    pub(crate) fn is_marked(&self) -> bool {
+        self.mark.etag.is_some() || self.mark.modified.is_some()
+    }
+
+    /// Whether the server's tag of the file is this digest, as hubs and stores of large files have it.
+    pub(crate) fn vouches(&self, digest: &Digest) -> bool {
+        self.mark.etag.as_deref().is_some_and(|tag| tag.trim_matches('"').trim_start_matches("sha256:") == digest.hex())
     }
 
     pub(crate) fn bytes(&self) -> Option<u64> {
@@ -158,14 +194,14 @@ impl Remote {
 
     /// What stands for this version of the file.
     pub(crate) fn identity(&self) -> String {
-        format!("url {} {:?} {:?} {:?}", self.url, self.mark.etag, self.mark.modified, self.bytes)
+        format!("url {} {:?} {:?} {:?}", self.locator.url, self.mark.etag, self.mark.modified, self.bytes)
     }
 
     /// Opens the file from byte `from`; returns where the body really begins: `from`, or 0 when the server sends no ranges.
     pub(crate) fn open(&self, from: u64) -> Result<(u64, Box<dyn Read + Send>), SourceError> {
-        self.client.retry(&self.url, || {
+        self.locator.client.retry(&self.locator.url, || {
             let range = (from > 0 && self.ranges).then(|| format!("bytes={from}-"));
-            let response = self.client.get(&self.url, self.token.as_deref(), range.as_deref())?;
+            let response = self.locator.client.get(&self.locator.url, self.locator.shown.as_ref(), range.as_deref())?;
             self.unchanged(&response)?;
             let begin = if response.status() == StatusCode::PARTIAL_CONTENT { self.checked(&response, from)? } else { 0 };
             Ok((begin, Box::new(response.into_body().into_reader()) as Box<dyn Read + Send>))
@@ -177,16 +213,50 @@ impl Remote {
         if into.is_empty() {
             return Ok(());
         }
-        self.client.retry(&self.url, || {
-            let asked = format!("bytes={}-{}", range.start, range.end - 1);
-            let response = self.client.get(&self.url, self.token.as_deref(), Some(&asked))?;
-            if response.status() != StatusCode::PARTIAL_CONTENT {
-                return Err(Failure::Final(no_range(&self.url, &response, &asked)));
+        self.locator.client.retry(&self.locator.url, || self.body(range)?.read_exact(into).map_err(Failure::Passing))
+    }
+
+    /// Hands `sink` the bytes of a range as they come, with the place of each piece. What came is not asked for again.
+    pub(crate) fn pour(&self, range: &Range<u64>, sink: &mut Sink<'_>) -> Result<(), SourceError> {
+        let client = &self.locator.client;
+        let mut piece = vec![0; POURED];
+        let (mut at, mut attempt) = (range.start, 0);
+        while at < range.end {
+            let before = at;
+            let mut body = client.retry(&self.locator.url, || self.body(&(at..range.end)))?;
+            let lost = loop {
+                match body.read(&mut piece) {
+                    Ok(0) if at < range.end => break io::Error::new(io::ErrorKind::UnexpectedEof, "the connection closed early"),
+                    Ok(0) => return Ok(()),
+                    Ok(n) => {
+                        sink(at, &piece[..n])?;
+                        at += n as u64;
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                    Err(error) => break error,
+                }
+            };
+            // Bytes that arrived pay for the attempt: only a server that sends nothing uses up the retries.
+            attempt = if at > before { 0 } else { attempt + 1 };
+            if at < range.end && attempt > client.retries {
+                return Err(SourceError::Unreachable { place: self.place(), attempts: attempt, source: lost });
             }
-            self.unchanged(&response)?;
-            self.checked(&response, range.start)?;
-            response.into_body().into_reader().read_exact(into).map_err(Failure::Passing)
-        })
+            warn!(file = self.name(), at, error = %lost, "connection lost, going on from there");
+            std::thread::sleep(client.backoff * 2u32.saturating_pow(attempt));
+        }
+        Ok(())
+    }
+
+    /// The body of one answer to a range, and no byte more.
+    fn body(&self, range: &Range<u64>) -> Result<impl Read + use<>, Failure> {
+        let (locator, asked) = (&self.locator, format!("bytes={}-{}", range.start, range.end - 1));
+        let response = locator.client.get(&locator.url, locator.shown.as_ref(), Some(&asked))?;
+        if response.status() != StatusCode::PARTIAL_CONTENT {
+            return Err(Failure::Final(no_range(&locator.url, &response, &asked)));
+        }
+        self.unchanged(&response)?;
+        self.checked(&response, range.start)?;
+        Ok(response.into_body().into_reader().take(range.end - range.start))
     }
 
     /// Checks that an answer is of the version of the file that was found first.
@@ -205,7 +275,7 @@ impl Remote {
         let expected = format!("bytes {from}-…/{}", self.bytes.map_or_else(|| "*".to_owned(), |b| b.to_string()));
         match content_range(response) {
             Some((begin, total)) if begin == from && (total.is_none() || self.bytes.is_none() || total == self.bytes) => Ok(begin),
-            _ => Err(Failure::Final(no_range(&self.url, response, &expected))),
+            _ => Err(Failure::Final(no_range(&self.locator.url, response, &expected))),
         }
     }
 }

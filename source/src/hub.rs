@@ -1,8 +1,10 @@
 //! Repositories of a Hugging Face hub: their files by its API, and where each is downloaded.
 
+use std::fmt;
+
 use serde::Deserialize;
 
-use crate::{SourceError, SourceOptions, digest::Digest, http::Client};
+use crate::{Credentials, SourceError, digest::Digest, http::Client};
 
 /// Most pages of a listing that are read.
 const MAX_PAGES: usize = 50;
@@ -17,11 +19,19 @@ pub(crate) struct HubFile {
 }
 
 /// A repository at a revision.
-pub(crate) struct Repository<'a> {
-    pub(crate) client: &'a Client,
-    pub(crate) options: &'a SourceOptions,
-    pub(crate) repo: &'a str,
-    pub(crate) revision: &'a str,
+#[derive(Clone)]
+pub(crate) struct Repository {
+    /// Base URL of the hub, without a slash at its end.
+    pub(crate) hub: String,
+    pub(crate) shown: Option<Credentials>,
+    pub(crate) repo: String,
+    pub(crate) revision: String,
+}
+
+impl fmt::Debug for Repository {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}@{}", self.hub, self.repo, self.revision)
+    }
 }
 
 #[derive(Deserialize)]
@@ -37,21 +47,21 @@ struct Lfs {
     oid: String,
 }
 
-impl Repository<'_> {
+impl Repository {
     /// URL of a file's bytes.
     pub(crate) fn url(&self, path: &str) -> String {
         let path: Vec<String> = path.split('/').map(encode).collect();
-        format!("{}/{}/resolve/{}/{}", self.options.hub.trim_end_matches('/'), self.repo, self.revision, path.join("/"))
+        format!("{}/{}/resolve/{}/{}", self.hub, self.repo, self.revision, path.join("/"))
     }
 
     /// The files in `folder` (empty: the top), without those of its subfolders.
-    pub(crate) fn list(&self, folder: &str) -> Result<Vec<HubFile>, SourceError> {
-        let base = format!("{}/api/models/{}/tree/{}", self.options.hub.trim_end_matches('/'), self.repo, self.revision);
+    pub(crate) fn list(&self, client: &Client, folder: &str) -> Result<Vec<HubFile>, SourceError> {
+        let base = format!("{}/api/models/{}/tree/{}", self.hub, self.repo, self.revision);
         let mut url =
             if folder.is_empty() { base } else { format!("{base}/{}", folder.split('/').map(encode).collect::<Vec<_>>().join("/")) };
         let mut files = Vec::new();
         for _ in 0..MAX_PAGES {
-            let (bytes, next) = self.client.small(&url, self.options.token.as_deref())?;
+            let (bytes, next) = client.small(&url, self.shown.as_ref())?;
             let entries: Vec<Entry> = serde_json::from_slice(&bytes).map_err(|e| SourceError::Protocol {
                 place: url.clone(),
                 expected: "a JSON list of files".to_owned(),
@@ -61,8 +71,8 @@ impl Repository<'_> {
                 let digest = entry.lfs.and_then(|l| format!("sha256:{}", l.oid.trim_start_matches("sha256:")).parse().ok());
                 files.push(HubFile { path: entry.path, digest });
             }
-            // The token must not follow a link to another host.
-            let own = format!("{}/", self.options.hub.trim_end_matches('/'));
+            // Credentials must not follow a link to another host.
+            let own = format!("{}/", self.hub);
             match next {
                 None => return Ok(files),
                 Some(next) if next.starts_with(&own) => url = next,

@@ -2,7 +2,9 @@
 //!
 //! Everything here blocks; asynchronous callers use a thread of their own.
 
+mod beside;
 mod cache;
+mod credentials;
 mod digest;
 mod error;
 mod http;
@@ -10,12 +12,16 @@ mod hub;
 mod layout;
 mod locate;
 mod model;
+mod open;
+mod parts;
 mod place;
+mod ranges;
 mod split;
 #[cfg(test)]
 mod tests;
 
 pub use cache::{Cache, default_cache_root};
+pub use credentials::Credentials;
 pub use digest::Digest;
 pub use error::SourceError;
 pub use model::{RawHeader, Source};
@@ -34,10 +40,12 @@ pub struct SourceOptions {
     pub digest: Option<String>,
     /// Base URL of the hub that `hf://` names.
     pub hub: String,
-    /// Bearer token for the hub.
+    /// Bearer token for the hub, where `credentials` are not given.
     pub token: Option<String>,
-    /// Download remote weight files whose digest is known into the cache; otherwise read only the ranges asked for.
-    pub whole: bool,
+    /// What the source is shown, be it a hub or another server.
+    pub credentials: Option<Credentials>,
+    /// What is kept of remote weight files.
+    pub keep: Keep,
     /// Longest silence of a server.
     pub timeout: Duration,
     /// How often a request is tried again after a server error or a lost connection.
@@ -46,6 +54,17 @@ pub struct SourceOptions {
     pub backoff: Duration,
     /// Told of a download's progress.
     pub progress: Option<Arc<ProgressFn>>,
+}
+
+/// What the cache keeps of weight files on servers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Files whose digest is known, whole: the digest is checked. Of others, only what is asked for is read, and not kept.
+    Whole,
+    /// What is asked for. Whole, all the same, where the server sends no ranges, or does not say that a file has the digest that is pinned.
+    Parts,
+    /// Nothing, unless the server sends no ranges or a digest is pinned.
+    Nothing,
 }
 
 /// Called with a download's progress, about once per megabyte.
@@ -69,7 +88,8 @@ impl Default for SourceOptions {
             digest: None,
             hub: PUBLIC_HUB.to_owned(),
             token: None,
-            whole: true,
+            credentials: None,
+            keep: Keep::Whole,
             timeout: Duration::from_secs(30),
             retries: 4,
             backoff: Duration::from_millis(250),
@@ -85,7 +105,8 @@ impl fmt::Debug for SourceOptions {
             .field("digest", &self.digest)
             .field("hub", &self.hub)
             .field("token", &self.token.as_ref().map(|_| "…"))
-            .field("whole", &self.whole)
+            .field("credentials", &self.credentials)
+            .field("keep", &self.keep)
             .finish_non_exhaustive()
     }
 }

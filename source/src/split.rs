@@ -106,6 +106,12 @@ impl Rearranged {
         Ok(())
     }
 
+    /// The ranges of the file that there is which hold bytes `range`.
+    pub(crate) fn covering(&self, range: &Range<u64>) -> impl Iterator<Item = Range<u64>> {
+        let touched = self.tensors.iter().filter(|(begin, t)| *begin < range.end && range.start < begin + t.elements() * t.element);
+        touched.map(|(_, tensor)| tensor.offset..tensor.offset + tensor.span() * tensor.element)
+    }
+
     /// The bytes from a tensor's first element to its last.
     fn covered(&self, base: &Place, index: usize, tensor: &pytorch::Tensor) -> Result<Arc<Vec<u8>>, SourceError> {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);

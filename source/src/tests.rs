@@ -2,6 +2,8 @@
 
 mod adapters;
 mod hostile;
+#[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are meant")]
+mod parts;
 
 use std::{
     collections::HashMap,
@@ -16,7 +18,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Cache, Digest, Source, SourceError, SourceOptions};
+use crate::{Cache, Digest, Keep, Source, SourceError, SourceOptions};
 use plan::{
     dtype::DType,
     gguf::{Kind, Value, Writer},
@@ -33,6 +35,8 @@ struct Behaviour {
     busy: usize,
     /// Required bearer token.
     token: Option<String>,
+    /// Required value of the header `Authorization`.
+    authorization: Option<String>,
     /// Redirect every path that does not begin with it to this prefix.
     redirect: Option<String>,
     /// Another ETag in every answer.
@@ -45,6 +49,10 @@ struct Behaviour {
     next: Option<String>,
     /// No length in answers.
     unknown_length: bool,
+    /// No ETag in answers.
+    unmarked: bool,
+    /// The ETag, in place of a number.
+    tag: String,
 }
 
 struct Server {
@@ -105,6 +113,9 @@ fn answer(
     if b.token.as_ref().is_some_and(|t| token != Some(format!("Bearer {t}"))) {
         return refuse(stream, "401 Unauthorized");
     }
+    if b.authorization.is_some() && b.authorization != token {
+        return refuse(stream, "403 Forbidden");
+    }
     if let Some(prefix) = b.redirect.as_ref().filter(|p| !path.starts_with(p.as_str())) {
         return write!(stream, "HTTP/1.1 302 Found\r\nlocation: {prefix}{path}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
     }
@@ -124,12 +135,17 @@ fn answer(
         }
         None => ("200 OK", bytes.as_slice(), String::new()),
     };
-    let etag = if b.changing { n } else { 1 };
+    let etag = match (b.changing, b.tag.as_str()) {
+        (true, _) => n.to_string(),
+        (false, "") => "1".to_owned(),
+        (false, tag) => tag.to_owned(),
+    };
+    let etag = if b.unmarked { String::new() } else { format!("etag: \"{etag}\"\r\n") };
     let length = if b.unknown_length { String::new() } else { format!("content-length: {}\r\n", body.len() + b.surplus) };
     let own = format!("http://{}", stream.local_addr()?);
     let next = b.next.as_ref().map(|next| next.replace("SERVER", &own));
     let link = next.map(|next| format!("link: <{next}>; rel=\"next\"\r\n")).unwrap_or_default();
-    write!(stream, "HTTP/1.1 {status}\r\n{extra}{length}{link}etag: \"{etag}\"\r\nconnection: close\r\n\r\n")?;
+    write!(stream, "HTTP/1.1 {status}\r\n{extra}{length}{link}{etag}connection: close\r\n\r\n")?;
     let end = match b.cut {
         Some((at, times)) if n < times => at.min(body.len()),
         _ => body.len(),
@@ -470,7 +486,7 @@ fn hub_repository_by_file_and_by_folder() {
     let with = |token: Option<&str>| SourceOptions { hub: server.url.clone(), token: token.map(str::to_owned), ..options(dir.path()) };
     let error = Source::open("hf://o/r", with(None)).unwrap_err();
     assert_eq!(error.reason(), "Unauthorized");
-    let ranges_only = SourceOptions { whole: false, ..with(Some("secret")) };
+    let ranges_only = SourceOptions { keep: Keep::Nothing, ..with(Some("secret")) };
     assert!(Source::open("hf://o/r", ranges_only).unwrap().local_path(0).is_none());
     for uri in ["hf://o/r", "hf://o/r@main/m.gguf"] {
         let source = Source::open(uri, with(Some("secret"))).unwrap();

@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod files;
+pub mod mirror;
 pub mod models;
 pub mod process;
 pub mod program;

@@ -64,7 +64,8 @@ impl WeightReader for Reader<'_> {
 /// When it cannot be opened, is another one than `adapter` says, or does not fit.
 pub fn load_adapter(config: &ModelConfig, shard: &Shard, adapter: &AdapterSource, options: SourceOptions) -> Result<Adapter, AdapterError> {
     let uri = || adapter.uri.clone();
-    let options = SourceOptions { digest: adapter.digest.clone(), ..options };
+    // What lets this worker in at the model's source is not for others.
+    let options = SourceOptions { digest: adapter.digest.clone(), credentials: None, ..options };
     let opened =
         Source::open_adapter(&adapter.uri, options).and_then(|source| source.adapter_header(config).map(|header| (source, header)));
     let (source, header) = opened.map_err(|source| AdapterError::Source { uri: uri(), source })?;

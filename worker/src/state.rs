@@ -52,7 +52,11 @@ pub(crate) struct Worker {
 
 /// How far the weights are.
 pub(crate) struct Loading {
+    /// Read from files that are here.
     bytes: AtomicU64,
+    /// Brought here from a server, and what there is to bring.
+    fetched: AtomicU64,
+    to_fetch: AtomicU64,
     /// The engine's counters, once it is loaded.
     progress: OnceLock<Arc<Progress>>,
     /// The model's files, once they are open.
@@ -61,13 +65,34 @@ pub(crate) struct Loading {
 
 impl Default for Loading {
     fn default() -> Self {
-        Self { bytes: AtomicU64::new(0), progress: OnceLock::new(), source: watch::Sender::new(None) }
+        Self {
+            bytes: AtomicU64::default(),
+            fetched: AtomicU64::default(),
+            to_fetch: AtomicU64::default(),
+            progress: OnceLock::new(),
+            source: watch::Sender::new(None),
+        }
     }
 }
 
 impl Loading {
     pub(crate) fn read(&self, bytes: u64) {
         self.bytes.store(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn fetched(&self, bytes: u64, of: u64) {
+        self.fetched.store(bytes, Ordering::Relaxed);
+        self.to_fetch.store(of, Ordering::Relaxed);
+    }
+
+    fn fetching(&self) -> (u64, u64) {
+        (self.fetched.load(Ordering::Relaxed), self.to_fetch.load(Ordering::Relaxed))
+    }
+
+    /// The part that is done, of bringing and reading, of a worker that has `all` bytes to read.
+    fn fraction(&self, all: u64) -> f64 {
+        let (read, (fetched, to_fetch)) = (self.bytes.load(Ordering::Relaxed), self.fetching());
+        ((read + fetched) as f64 / (all + to_fetch).max(1) as f64).min(1.0)
     }
 
     pub(crate) fn loaded(&self, progress: Arc<Progress>) {
@@ -106,13 +131,15 @@ impl Worker {
     /// The answer to a probe.
     pub(crate) fn probed(&self) -> wire::ProbeReply {
         let loaded = self.loading.progress().is_some();
-        let (read, all) = (self.loading.bytes.load(Ordering::Relaxed), self.spec.shard.bytes_to_load().max(1));
+        let (fetched_bytes, fetch_bytes) = self.loading.fetching();
         wire::ProbeReply {
             identity: Some(self.identity()),
             highest: Some(proto::convert::encode_epoch(self.gate.highest())),
             loaded,
-            progress: if loaded { 1.0 } else { (read as f64 / all as f64).min(1.0) as f32 },
+            progress: if loaded { 1.0 } else { self.loading.fraction(self.spec.shard.bytes_to_load()) as f32 },
             collective_address: self.collective_address.to_string(),
+            fetched_bytes,
+            fetch_bytes,
         }
     }
 

@@ -70,7 +70,8 @@ impl Worker for Part {
     async fn probe(&self, _request: Request<ProbeRequest>) -> Result<Response<ProbeReply>, Status> {
         let identity = WorkerIdentity { replica: "played".into(), stage: 0, rank: 0, incarnation: 1 };
         let (loaded, progress) = (!matches!(self, Self::Loading), 0.42);
-        Ok(Response::new(ProbeReply { identity: Some(identity), loaded, progress, ..ProbeReply::default() }))
+        let (fetched_bytes, fetch_bytes) = (30, 70);
+        Ok(Response::new(ProbeReply { identity: Some(identity), loaded, progress, fetched_bytes, fetch_bytes, ..ProbeReply::default() }))
     }
 
     async fn acquire(&self, request: Request<AcquireRequest>) -> Result<Response<AcquireReply>, Status> {

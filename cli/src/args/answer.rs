@@ -141,6 +141,9 @@ pub(crate) struct WorkerArgs {
     /// Router, or service that leads to any, to say where this worker is while it has no session, as http://host:port; may be repeated.
     #[arg(long, value_name = "URL", action = ArgAction::Append)]
     pub(crate) announce: Vec<String>,
+    /// Folder into which a Secret with credentials for the model's source is mounted.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) credentials: Option<PathBuf>,
     /// Token that every call must carry.
     #[arg(long, env = "SKEIN_WORKER_TOKEN", hide_env_values = true, value_name = "TOKEN")]
     pub(crate) token: Option<String>,

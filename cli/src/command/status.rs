@@ -102,6 +102,12 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
             text(condition, "/message")
         );
     }
+    let (fetched, all) = (number(status, "/cache/bytesDownloaded"), number(status, "/cache/bytesTotal"));
+    if fetched < all {
+        let left = status.pointer("/cache/etaSeconds").and_then(Value::as_u64).map(|s| format!(", about {s} s left")).unwrap_or_default();
+        let percent = u128::from(fetched) * 100 / u128::from(all);
+        line!(out, "│  weights: {} of {} fetched ({percent} %){left}", output::bytes(fetched), output::bytes(all));
+    }
     let stages = || status.pointer("/plan/stages").and_then(Value::as_array).into_iter().flatten();
     let replicas = status["replicaStates"].as_array().map_or(&[][..], Vec::as_slice);
     branches(out, "", replicas, |out, indent, replica| {
@@ -215,6 +221,7 @@ mod tests {
             "spec": {"model": {"uri": "hf://a/b"}},
             "status": {
                 "observedGeneration": 2, "readyReplicas": 1, "desiredReplicas": 2, "currentRevision": "cafe",
+                "cache": {"bytesDownloaded": 10 << 20, "bytesTotal": 40 << 20, "etaSeconds": 9},
                 "plan": {"stages": [{"index": 0, "firstLayer": 0, "lastLayer": 8}]},
                 "conditions": [
                     {"type": "Scheduled", "status": "True", "reason": "AllReplicasScheduled", "message": "x"},
@@ -243,6 +250,7 @@ mod tests {
         let expected = "\
 m  not Ready: CrashLooping  1 of 2 replicas  hf://a/b
 │  ReplicasReady is False: CrashLooping: 1 of 2 replicas answer
+│  weights: 10.0 MiB of 40.0 MiB fetched (25 %), about 9 s left
 ├─ m-1-r0  Ready  2 of 2 workers run  revision cafe
 │  └─ stage 0  layers 0 to 8
 │     ├─ rank 0  Ready  n0  10.0.0.1

@@ -17,6 +17,7 @@ use anyhow::Context;
 use identity::Identity;
 use kernels::Isa;
 use plan::worker::WorkerSpec;
+use source::Credentials;
 use tokio_util::sync::CancellationToken;
 use tracing::{error, info};
 use worker::{WorkerError, WorkerOptions};
@@ -48,7 +49,11 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
         Some(WorkerThreads::Fixed(threads)) => spec.threads = threads.get(),
     }
     let isa = Isa::named(args.isa.name()).bad_input()?;
-    let source = model::source_options(global);
+    let mut source = model::source_options(global)?;
+    if let Some(folder) = &args.credentials {
+        let shown = Credentials::from_folder(folder).with_context(|| format!("the Secret at {} cannot be used", folder.display()));
+        source.credentials = Some(shown.bad_input()?);
+    }
     let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
     let mut options = WorkerOptions::new(spec, args.listen, args.token, isa, source);
     options.identity = identity;

@@ -5,10 +5,12 @@ use std::{fs, io, num::NonZeroUsize, path::Path};
 use anyhow::Context;
 use plan::{
     fleet::{RoutingPolicy, ServingSettings},
-    manifest::{AutoscalingMode, Manifest},
+    manifest::{AutoscalingMode, Manifest, ModelSpec},
     planner,
     shard::ExecutionPlan,
 };
+
+use source::Credentials;
 
 use super::{loaded, memory};
 use crate::{
@@ -75,7 +77,8 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
     let workers = parsed.iter().map(size).sum::<Outcome<usize>>()?;
     let mut planned = Vec::with_capacity(parsed.len());
     for manifest in parsed {
-        let model = Model::pinned(global, &manifest.spec().model.uri, manifest.spec().model.digest.as_deref()).await?;
+        let ModelSpec { uri, digest, .. } = &manifest.spec().model;
+        let model = Model::pinned(global, uri, digest.as_deref(), credentials(global, file, &manifest)?).await?;
         let model = model.loaded_as(placement.load_in().or(manifest.spec().engine.quantization.dtype()));
         manifest.check_format(&model.header).bad_input()?;
         let mut adapters = Vec::with_capacity(manifest.spec().adapters.len());
@@ -101,6 +104,21 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         });
     }
     Ok(planned)
+}
+
+/// What the manifest's source is shown: by the Secret that it names, which stands in the same file, or, a hub, by the token in the environment.
+fn credentials(global: &Global, file: &Path, manifest: &Manifest) -> Outcome<Option<Credentials>> {
+    let Some(secret) = &manifest.spec().model.credentials_secret_ref else { return Ok(None) };
+    let place = || format!("{}: deployment {}: spec.model.credentialsSecretRef", file.display(), manifest.name());
+    match &manifest.credentials {
+        Some(data) => Credentials::from_data(&data.0).with_context(|| format!("{}: Secret {}", place(), secret.name)).bad_input().map(Some),
+        None if global.cache.hf_token.is_some() && manifest.spec().model.uri.starts_with("hf://") => Ok(None),
+        None => Err(bad_input!(
+            "{}: Secret {} is not in the file; expected it there, or for hf:// HF_TOKEN in the environment",
+            place(),
+            secret.name
+        )),
+    }
 }
 
 /// The deployments of a manifest; `-` is standard input.

@@ -190,7 +190,7 @@ pub(crate) async fn in_process(global: &Global, model: Model, plan: ExecutionPla
 
 /// Loads adapters for the only shard of a plan of one worker.
 fn adapter_loader(global: &Global, plan: &ExecutionPlan) -> Outcome<AdapterLoader> {
-    let (config, shard, options) = (plan.config.clone(), only_shard(plan)?.clone(), source_options(global));
+    let (config, shard, options) = (plan.config.clone(), only_shard(plan)?.clone(), source_options(global)?);
     Ok(Box::new(move |adapter: &AdapterSource| {
         let loaded = worker::load_adapter(&config, &shard, adapter, options.clone());
         loaded.map_err(|error| format!("{:#}", anyhow::Error::new(error)))

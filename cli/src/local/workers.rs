@@ -100,7 +100,11 @@ impl Workers {
             let spec = serde_json::to_string(&spec).context("failed to write a worker's specification")?;
             let name = format!("worker of {}, stage {} rank {}", planned[seat.deployment].name, seat.stage, seat.rank);
             // Started here and not in its task, so that process ids ascend in the order of the plan.
-            let keeper = Keeper { shared: shared.clone(), name, seat, spec };
+            let mut program = shared.program.clone();
+            // In the environment, since everybody may read a command line.
+            let shown = planned[seat.deployment].model.credentials.as_ref();
+            program.env.extend(shown.map(|shown| ("SKEIN_AUTHORIZATION", shown.value().into())));
+            let keeper = Keeper { shared: shared.clone(), program, name, seat, spec };
             let process = keeper.start()?;
             keepers.spawn(keeper.run(process));
         }
@@ -144,6 +148,7 @@ impl Workers {
 /// What keeps one worker running.
 struct Keeper {
     shared: Arc<Shared>,
+    program: Program,
     name: String,
     seat: Seat,
     /// One line.
@@ -152,7 +157,7 @@ struct Keeper {
 
 impl Keeper {
     fn start(&self) -> anyhow::Result<WorkerProcess> {
-        let (program, at) = (&self.shared.program, self.seat);
+        let (program, at) = (&self.program, self.seat);
         let process = WorkerProcess::start(program, &format!("{}.{}.{}.{}", at.deployment, at.replica, at.stage, at.rank));
         process.with_context(|| format!("failed to start the {} as {}", self.name, program.path.display()))
     }
@@ -341,7 +346,7 @@ mod tests {
             patience,
         });
         let seat = Seat { deployment: 0, replica: 0, stage: 0, rank: 0 };
-        let keeper = Keeper { shared: shared.clone(), name: "worker".into(), seat, spec: "{}".into() };
+        let keeper = Keeper { shared: shared.clone(), program: shared.program.clone(), name: "worker".into(), seat, spec: "{}".into() };
         let process = keeper.start().unwrap();
         let mut keepers = JoinSet::new();
         keepers.spawn(keeper.run(process));

@@ -11,10 +11,13 @@ pub(super) const SPEC: &str = "/etc/skein/spec";
 /// Folder of fetched weights.
 pub(super) const CACHE: &str = "/var/cache/skein";
 
+/// Folder of what a source is shown.
+pub(super) const CREDENTIALS: &str = "/etc/skein/credentials";
+
 /// Folder of a process's certificate.
 const IDENTITY: &str = "/etc/skein/identity";
-/// Mode of its files: for the group of the pod alone.
-const IDENTITY_MODE: u32 = 0o440;
+/// Mode of secret files: for the group of the pod alone.
+const SECRET_MODE: u32 = 0o440;
 
 /// A pod of one container.
 pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> Value {
@@ -41,15 +44,21 @@ pub(super) fn with_args(container: &mut Value, more: [&str; 2]) {
     }
 }
 
-/// Has the pod prove its name by what is in `secret`. The Secret is mounted whole, since a part of it would stay as it is when it changes.
+/// Has the pod prove its name by what is in `secret`.
 pub(super) fn with_identity(pod: &mut Value, secret: &str) {
+    with_secret(pod, ("identity", IDENTITY), secret);
+}
+
+/// Gives the pod's program the folder of a Secret, by the flag of the volume's name. The Secret is mounted whole, since a part of it would
+/// stay as it is when it changes.
+pub(super) fn with_secret(pod: &mut Value, (name, folder): (&str, &str), secret: &str) {
     let container = &mut pod["containers"][0];
-    with_args(container, ["--identity", IDENTITY]);
+    with_args(container, [&format!("--{name}"), folder]);
     if let Some(mounts) = container["volumeMounts"].as_array_mut() {
-        mounts.push(volume_mount("identity", IDENTITY, true));
+        mounts.push(volume_mount(name, folder, true));
     }
     if let Some(volumes) = pod["volumes"].as_array_mut() {
-        volumes.push(json!({ "name": "identity", "secret": { "secretName": secret, "defaultMode": IDENTITY_MODE } }));
+        volumes.push(json!({ "name": name, "secret": { "secretName": secret, "defaultMode": SECRET_MODE } }));
     }
 }
 

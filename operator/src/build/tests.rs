@@ -167,6 +167,30 @@ fn pods_pass_restricted_and_hold_no_credentials() {
 }
 
 #[test]
+fn caches_and_credentials_are_mounted_as_the_spec_says() {
+    let pod = |change: &dyn Fn(&mut Value)| {
+        let mut spec = spec();
+        change(&mut spec);
+        let set = built(spec).stateful_sets.remove(0);
+        keeps::<StatefulSet>(&set);
+        set.body["spec"]["template"]["spec"].clone()
+    };
+    let volume = |pod: &Value, name: &str| {
+        pod["volumes"].as_array().into_iter().flatten().find(|v| v["name"] == name).cloned().unwrap_or(Value::Null)
+    };
+    assert_eq!(volume(&pod(&|_| ()), "cache"), json!({ "name": "cache", "emptyDir": {} }));
+    let limited = pod(&|spec| spec["cache"] = json!({ "sizeLimit": "1Gi" }));
+    assert_eq!(volume(&limited, "cache")["emptyDir"]["sizeLimit"], (1_u64 << 30).to_string());
+    let claimed = pod(&|spec| spec["cache"] = json!({ "policy": "PVC", "pvcName": "weights" }));
+    assert_eq!(volume(&claimed, "cache"), json!({ "name": "cache", "persistentVolumeClaim": { "claimName": "weights" } }));
+    let shown = pod(&|spec| spec["model"]["credentialsSecretRef"] = json!({ "name": "hub" }));
+    assert_eq!(volume(&shown, "credentials")["secret"], json!({ "secretName": "hub", "defaultMode": 0o440 }));
+    let args: Vec<_> = shown["containers"][0]["args"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    assert!(args.windows(2).any(|pair| pair == ["--credentials", CREDENTIALS]), "{args:?}");
+    assert_eq!(volume(&pod(&|_| ()), "credentials"), Value::Null);
+}
+
+#[test]
 fn many_ranks_are_spread_over_several_config_maps() {
     let valid = valid(spec());
     let specs = valid.worker_specs();

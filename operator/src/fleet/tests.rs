@@ -109,6 +109,36 @@ fn only_news_has_a_new_number() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn what_is_fetched_has_a_pace_and_wakes_now_and_then() {
+    let (hub, _woken) = hub();
+    let space = space(&hub);
+    space.settle("llama", Some(entry()), &names(&["llama"]));
+    let says = |fetched: u64| {
+        let mut report = report("a", false);
+        let replica = &mut report.loads[0].replicas[0];
+        (replica.fetched_bytes, replica.fetch_bytes) = (fetched, 1000);
+        replica.last_failure = format!("a worker has {fetched}");
+        space.report(1, report)
+    };
+    let left = || {
+        let said = &space.load("llama").replicas["r"];
+        (said.fetched, said.fetch, said.fetch_seconds)
+    };
+    assert_eq!(says(0), ["llama"]);
+    assert_eq!(left(), (0, 1000, None));
+    tokio::time::advance(Duration::from_secs(2)).await;
+    assert!(says(40).is_empty(), "not a twentieth");
+    assert_eq!(left(), (40, 1000, Some(48)));
+    assert_eq!(says(60), ["llama"]);
+    tokio::time::advance(Duration::from_secs(2)).await;
+    // It was restarted, and its volume is gone.
+    says(10);
+    assert_eq!(left(), (10, 1000, Some(396)));
+    assert_eq!(says(1000), ["llama"]);
+    assert_eq!(left(), (1000, 1000, None));
+}
+
+#[tokio::test(start_paused = true)]
 async fn reports_wake_what_they_change() {
     let (hub, mut woken) = hub();
     let space = space(&hub);

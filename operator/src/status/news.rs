@@ -2,8 +2,8 @@
 
 use kube::runtime::events::{Event, EventType};
 
-use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY};
-use crate::resource::{AdapterPhase, Condition, ReplicaPhase, ReplicaStatus, Status};
+use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY, replicas::fetched};
+use crate::resource::{AdapterPhase, CacheStatus, Condition, ReplicaPhase, ReplicaStatus, Status};
 
 /// Longest note that the API server takes.
 const NOTE: usize = 1000;
@@ -22,6 +22,7 @@ pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
             events.extend(of_condition(before, condition).map(|(type_, reason)| event(type_, reason, &condition.message)));
         }
     }
+    events.extend(of_cache(old.and_then(|o| o.cache.as_ref()), new.cache.as_ref()));
     let moved = |revision: &Option<String>| revision.is_some() && *revision != new.update_revision;
     if let Some(plan) = &new.plan
         && old.is_none_or(|o| o.update_revision != new.update_revision)
@@ -75,6 +76,17 @@ fn of_condition(before: Option<&Condition>, condition: &Condition) -> Option<(Ev
         (DEGRADED, "True", "ReplicaUnavailable") => warning("ReplicaRestarted"),
         _ => None,
     }
+}
+
+/// That fetching begins, or is done.
+fn of_cache(before: Option<&CacheStatus>, now: Option<&CacheStatus>) -> Option<Event> {
+    let is_done = |cache: &CacheStatus| cache.bytes_downloaded == cache.bytes_total;
+    let reason = match (before.map(is_done), now.map(is_done)?) {
+        (None | Some(true), false) => "DownloadStarted",
+        (None | Some(false), true) => "DownloadCompleted",
+        (Some(false), false) | (Some(true), true) => return None,
+    };
+    Some(event(EventType::Normal, reason, &now.map(fetched).unwrap_or_default()))
 }
 
 fn of_replica(before: Option<&ReplicaStatus>, replica: &ReplicaStatus) -> Vec<Event> {

@@ -5,7 +5,7 @@ use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 use super::{Value, View};
 use crate::{
     names, observe,
-    resource::{ModelDeployment, ReplicaPhase, ReplicaStatus},
+    resource::{CacheStatus, ModelDeployment, ReplicaPhase, ReplicaStatus},
     revision::replica_name,
     rollout::{Placement, Progress, Slot},
 };
@@ -97,8 +97,23 @@ pub(super) fn scheduled(view: &View<'_>, missing: &[Missing<'_>]) -> Value {
     }
 }
 
+/// What is brought from servers for all replicas that are to stay; what was known `before` where no router says anything of it now.
+pub(super) fn cache(object: &ModelDeployment, view: &View<'_>, before: Option<CacheStatus>) -> Option<CacheStatus> {
+    let slots = || view.plan.exist.iter().filter(|slot| slot.draining.is_none());
+    let said = slots().filter_map(|slot| view.standing.load.replicas.get(&replica_name(object, &slot.id)));
+    let said: Vec<_> = said.filter(|said| said.fetch > 0).collect();
+    if said.is_empty() {
+        return before.filter(|_| slots().next().is_some());
+    }
+    Some(CacheStatus {
+        bytes_downloaded: said.iter().map(|s| s.fetched).sum(),
+        bytes_total: said.iter().map(|s| s.fetch).sum(),
+        eta_seconds: said.iter().filter_map(|s| s.fetch_seconds).max(),
+    })
+}
+
 /// Whether the weights are there; why not, where a worker ended over them.
-pub(super) fn weights_ready(missing: &[Missing<'_>]) -> Value {
+pub(super) fn weights_ready(missing: &[Missing<'_>], cache: Option<&CacheStatus>) -> Value {
     if missing.is_empty() {
         return (true, "Ready", "the workers have their weights".to_owned());
     }
@@ -114,9 +129,20 @@ pub(super) fn weights_ready(missing: &[Missing<'_>]) -> Value {
     });
     let downloading = || {
         let said = missing.iter().find_map(|m| m.state.last_failure.as_ref().map(|f| format!("{}: {f}", m.state.name)));
+        if let Some(cache) = cache.filter(|c| c.bytes_downloaded < c.bytes_total) {
+            let left = cache.eta_seconds.map(|seconds| format!(", about {seconds} s left")).unwrap_or_default();
+            return (false, "Downloading", format!("{}{left}", fetched(cache)));
+        }
         (false, "Downloading", said.unwrap_or_else(|| format!("{} of the replicas load their weights", missing.len())))
     };
     failed.into_iter().next().unwrap_or_else(downloading)
+}
+
+/// How far the workers are, in words.
+pub(super) fn fetched(cache: &CacheStatus) -> String {
+    let CacheStatus { bytes_downloaded, bytes_total, .. } = cache;
+    let percent = (u128::from(*bytes_downloaded) * 100).checked_div(u128::from(*bytes_total)).unwrap_or(100);
+    format!("{bytes_downloaded} of {bytes_total} bytes are fetched ({percent} %)")
 }
 
 /// Whether as many replicas answer as are wanted; what stands in the way where not. `counts`: those that answer, and those that are wanted.

@@ -98,13 +98,17 @@ impl Case {
     /// Has routers say of each replica whether it is ready.
     fn ready(mut self, ready: &[bool]) -> Self {
         for (slot, ready) in self.plan.exist.iter().zip(ready) {
-            let said = Said {
-                ready: *ready,
-                last_failure: (!ready).then(|| "a worker loads".to_owned()),
-                sequences: Some(0),
-                adapters: Default::default(),
-            };
+            let last_failure = (!ready).then(|| "a worker loads".to_owned());
+            let said = Said { ready: *ready, last_failure, sequences: Some(0), ..Said::default() };
             self.standing.load.replicas.insert(self.name(slot), said);
+        }
+        self
+    }
+
+    /// Has routers say how many of `fetch` bytes each replica has, and how long the rest takes.
+    fn fetching(mut self, fetched: u64, fetch: u64, seconds: Option<u64>) -> Self {
+        for said in self.standing.load.replicas.values_mut() {
+            (said.fetched, said.fetch, said.fetch_seconds) = (fetched, fetch, seconds);
         }
         self
     }
@@ -339,10 +343,7 @@ fn what_is_missing_is_said() {
 /// A replica of another revision, of which routers say that it is ready.
 fn beside(mut case: Case, number: u32) -> Case {
     let slot = Slot { id: Id { revision: "before".into(), number }, draining: None };
-    case.standing
-        .load
-        .replicas
-        .insert(case.name(&slot), Said { ready: true, last_failure: None, sequences: Some(1), adapters: Default::default() });
+    case.standing.load.replicas.insert(case.name(&slot), Said { ready: true, sequences: Some(1), ..Said::default() });
     case.plan.exist.push(slot);
     case
 }
@@ -458,6 +459,26 @@ fn events_tell_news_once() {
     assert_eq!(reasons(Some(&rolling), &ready), ["RolloutCompleted", "ReplicaReady"]);
     let rejection = Rejection { condition: ACCEPTED, reason: "PlanInfeasible", message: "why".into(), until: Until::Changed };
     assert_eq!(reasons(Some(&first), &rejected(&object(spec()), &rejection)), ["PlanInfeasible"]);
+}
+
+#[test]
+fn what_is_fetched_is_in_status_conditions_and_events() {
+    let starting = || two().pods(true, &running()).ready(&[false, false]);
+    let begun = starting().fetching(0, 1000, None).status();
+    let cache = |status: &Status| status.cache.as_ref().map(|c| (c.bytes_downloaded, c.bytes_total, c.eta_seconds));
+    assert_eq!(cache(&begun), Some((0, 2000, None)), "of both replicas");
+    assert_eq!(reasons(Some(&starting().status()), &begun), ["DownloadStarted"]);
+    let half = starting().fetching(500, 1000, Some(7)).before(&begun).status();
+    is(&half, WEIGHTS_READY, "False", "Downloading");
+    assert_eq!(message(&half, WEIGHTS_READY), "1000 of 2000 bytes are fetched (50 %), about 7 s left");
+    assert_eq!((cache(&half), reasons(Some(&begun), &half)), (Some((1000, 2000, Some(7))), vec![]));
+    let failed = starting().pods(true, &ended("SourceUnreachable")).fetching(500, 1000, None).before(&half).status();
+    assert!(reasons(Some(&half), &failed).contains(&"DownloadFailed".to_owned()));
+    let done = starting().fetching(1000, 1000, None).before(&half).status();
+    assert_eq!((cache(&done), reasons(Some(&half), &done)), (Some((2000, 2000, None)), vec!["DownloadCompleted".to_owned()]));
+    // A router that has just taken the replicas over knows nothing of it.
+    assert_eq!(cache(&starting().before(&done).status()), Some((2000, 2000, None)));
+    assert_eq!(reasons(None, &starting().fetching(5, 5, None).status()).iter().filter(|r| r.starts_with("Download")).count(), 1);
 }
 
 #[test]

@@ -17,13 +17,14 @@ pub use placement::{TaintEffect, TolerationOperator, TolerationSpec};
 pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
-    AdapterSpec, BuiltinTemplate, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice, KeyRef, KvCacheSpec,
-    KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, ParallelismSpec, QuantizationChoice, QueueSpec, ResourcesSpec,
-    RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
+    AdapterSpec, BuiltinTemplate, CachePolicy, CacheSpec, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice,
+    KeyRef, KvCacheSpec, KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, NameRef, ParallelismSpec, QuantizationChoice,
+    QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
 };
 
 use std::{collections::BTreeMap, sync::Arc};
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::Deserialize;
 
 use crate::{
@@ -69,6 +70,37 @@ pub struct Manifest {
     pub deployment: ModelDeployment,
     /// The chat template it names, read from its `ConfigMap` where it is a reference.
     pub chat_template: Option<ChatTemplate>,
+    /// The data of the Secret with its credentials, where that is in the file.
+    pub credentials: Option<SecretData>,
+}
+
+/// The data of a `Secret`, which is not printed.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct SecretData(pub BTreeMap<String, Vec<u8>>);
+
+impl std::fmt::Debug for SecretData {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+/// A `Secret` document.
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+struct Secret {
+    #[serde(rename = "apiVersion")]
+    _api_version: String,
+    #[serde(rename = "kind")]
+    _kind: String,
+    #[serde(default, rename = "type")]
+    _type: Option<String>,
+    #[serde(default, rename = "immutable")]
+    _immutable: bool,
+    metadata: Metadata,
+    #[serde(default)]
+    data: BTreeMap<String, String>,
+    #[serde(default)]
+    string_data: BTreeMap<String, String>,
 }
 
 /// A `ConfigMap` document: its data is what matters here.
@@ -97,14 +129,14 @@ impl Manifest {
     pub fn parse_all(file: &str, yaml: &str) -> Result<Vec<Self>, ManifestError> {
         let documents = tree::parse(yaml).map_err(|e| e.in_file(file))?;
         let mut maps: Vec<(ConfigMap, &tree::Item)> = Vec::new();
-        let mut deployments = Vec::new();
+        let (mut deployments, mut secrets) = (Vec::new(), Vec::new());
         for document in &documents {
             let version = document.text_of("apiVersion").map_err(|e| e.in_file(file))?;
             let kind = document.text_of("kind").map_err(|e| e.in_file(file))?;
             match (version, kind) {
                 (API_VERSION, KIND) => deployments.push(document),
                 ("v1", "ConfigMap") => maps.push((document.read().map_err(|e| e.in_file(file))?, document)),
-                ("v1", "Secret") => {}
+                ("v1", "Secret") => secrets.push(document),
                 (_, KIND) => return Err(document.fail("apiVersion", format!("expected {API_VERSION}, got {version}")).in_file(file)),
                 _ => {
                     let message = format!("expected {KIND} ({API_VERSION}), ConfigMap or Secret (v1), got {kind} ({version})");
@@ -127,7 +159,8 @@ impl Manifest {
             let deployment: ModelDeployment = document.read()?;
             validate::check(&deployment).map_err(|p| document.fail(&p.path, p.message))?;
             let chat_template = chat_template(&deployment, &maps).map_err(|p| document.fail(&p.path, p.message))?;
-            Ok(Self { deployment, chat_template })
+            let credentials = credentials(&deployment, &secrets)?;
+            Ok(Self { deployment, chat_template, credentials })
         };
         let all: Vec<Self> = deployments.iter().map(|d| one(d)).collect::<Result<_, tree::Problem>>().map_err(|e| e.in_file(file))?;
         for (i, (manifest, document)) in all.iter().zip(&deployments).enumerate() {
@@ -266,6 +299,28 @@ impl Manifest {
             hold: autoscaling.hold(),
         }
     }
+}
+
+/// The data of the Secret that a deployment names, where it is in the file.
+fn credentials(deployment: &ModelDeployment, secrets: &[&tree::Item]) -> Result<Option<SecretData>, tree::Problem> {
+    let Some(wanted) = &deployment.spec.model.credentials_secret_ref else { return Ok(None) };
+    let own = &deployment.metadata.namespace;
+    for document in secrets {
+        let secret: Secret = document.read()?;
+        let namespace = &secret.metadata.namespace;
+        if secret.metadata.name != wanted.name || !(namespace == own || namespace.is_none() || own.is_none()) {
+            continue;
+        }
+        let mut data = BTreeMap::new();
+        for (key, text) in &secret.data {
+            // What was written is not said again: it is secret.
+            let decoded = BASE64_STANDARD.decode(text.trim()).map_err(|_| document.fail("data", format!("{key} is not base64")))?;
+            data.insert(key.clone(), decoded);
+        }
+        data.extend(secret.string_data.into_iter().map(|(key, text)| (key, text.into_bytes())));
+        return Ok(Some(SecretData(data)));
+    }
+    Ok(None)
 }
 
 /// The chat template a deployment names.

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{Manifest, Memory, RolloutStrategy, TaintEffect, TolerationOperator};
+use super::{CachePolicy, Manifest, Memory, RolloutStrategy, SecretData, TaintEffect, TolerationOperator};
 use crate::{
     fleet::{ChatTemplate, RoutingPolicy},
     planner::KvMemory,
@@ -226,13 +226,48 @@ fn two_config_maps_of_one_name_are_refused() {
     assert!(Manifest::parse("m.yaml", &format!("{LEAST}{map}{apart}")).is_ok());
 }
 
+#[test]
+fn a_secret_of_the_file_gives_the_credentials() {
+    let manifest = format!("{LEAST}    credentialsSecretRef: {{name: hub}}\n");
+    let secret = |data: &str| format!("---\napiVersion: v1\nkind: Secret\ntype: Opaque\nmetadata: {{name: hub}}\n{data}\n");
+    let other = "---\napiVersion: v1\nkind: Secret\nmetadata: {name: other}\nstringData: {token: no}\n";
+    let read = |data: &str| Manifest::parse("m.yaml", &format!("{manifest}{other}{}", secret(data))).expect("valid").credentials;
+    let token = |text: &str| Some(SecretData([("token".to_owned(), text.as_bytes().to_vec())].into()));
+    assert_eq!(read("data: {token: aGZfYWJj}"), token("hf_abc"));
+    assert_eq!(read("data: {token: aGZfYWJj}\nstringData: {token: wins}"), token("wins"));
+    assert_eq!(format!("{:?}", read("stringData: {token: hidden}")), "Some({\"token\"})");
+    // Where it is not in the file, it may be elsewhere; one that is named nowhere is not read.
+    assert_eq!(Manifest::parse("m.yaml", &format!("{manifest}{other}")).expect("valid").credentials, None);
+    assert_eq!(Manifest::parse("m.yaml", &format!("{LEAST}{other}")).expect("valid").credentials, None);
+    let got = error(&format!("{manifest}{}", secret("data: {token: '%secret%'}")));
+    assert!(got.contains("token is not base64") && !got.contains("%secret%"), "{got}");
+    let got = error(&format!("{LEAST}    credentialsSecretRef: {{name: A_b}}\n"));
+    assert!(got.contains("spec.model.credentialsSecretRef.name: expected lower-case letters"), "{got}");
+}
+
+#[test]
+fn a_cache_is_a_folder_or_a_claim() {
+    let cache = |text: &str| Manifest::parse("m.yaml", &format!("{LEAST}  cache: {text}\n")).map(|m| m.spec().cache.clone());
+    let claim = cache("{policy: PVC, pvcName: weights}").expect("valid");
+    assert_eq!((claim.policy, claim.pvc_name.as_deref()), (CachePolicy::PVC, Some("weights")));
+    assert_eq!(cache("{sizeLimit: 10Gi}").expect("valid").size_limit.map(|b| b.0), Some(10 << 30));
+    for (text, said) in [
+        ("{policy: PVC}", "spec.cache: expected pvcName beside policy PVC"),
+        ("{pvcName: weights}", "spec.cache.pvcName: expected policy PVC beside it"),
+        ("{policy: PVC, pvcName: a, sizeLimit: 1Gi}", "spec.cache.sizeLimit: expected policy EmptyDir beside it"),
+        ("{policy: PVC, pvcName: A/b}", "spec.cache.pvcName: expected lower-case letters"),
+    ] {
+        let got = cache(text).expect_err("refused").to_string();
+        assert!(got.contains(said), "{got}");
+    }
+}
+
 /// Every field of the resource's design is there or refused by name: none is accepted and ignored, none is a mystery.
 #[test]
 fn fields_that_are_not_there_yet_say_so() {
     let fields = [
         "model.revision",
         "model.files",
-        "model.credentialsSecretRef",
         "model.caBundleRef",
         "model.tokenizerURI",
         "chat.defaults",
@@ -246,7 +281,7 @@ fn fields_that_are_not_there_yet_say_so() {
         "scheduling.priorityClassName",
         "scheduling.queueName",
         "scheduling.topology",
-        "cache",
+        "cache.claimTemplate",
         "access",
         "security",
         "observability",
@@ -275,8 +310,12 @@ fn fields_that_are_not_there_yet_say_so() {
         let got = error(&format!("{LEAST}{lines}"));
         assert!(got.contains(&format!("spec.{field}: is not supported yet")), "{got}");
     }
-    for (field, value) in [("engine: {dtype: BF16}", "BF16"), ("engine: {device: CUDA}", "CUDA"), ("engine: {kvCache: {dtype: Q8}}", "Q8")]
-    {
+    for (field, value) in [
+        ("engine: {dtype: BF16}", "BF16"),
+        ("engine: {device: CUDA}", "CUDA"),
+        ("engine: {kvCache: {dtype: Q8}}", "Q8"),
+        ("cache: {policy: NodeLocal}", "NodeLocal"),
+    ] {
         let got = error(&format!("{LEAST}  {field}\n"));
         assert!(got.contains(&format!("{value} is not supported yet")), "{got}");
     }

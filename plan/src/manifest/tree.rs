@@ -22,10 +22,9 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 38] = [
+const LATER: [&str; 37] = [
     "spec.model.revision",
     "spec.model.files",
-    "spec.model.credentialsSecretRef",
     "spec.model.caBundleRef",
     "spec.model.tokenizerURI",
     "spec.chat.defaults",
@@ -48,7 +47,7 @@ const LATER: [&str; 38] = [
     "spec.workers.env",
     "spec.workers.serviceAccountName",
     "spec.workers.podTemplateOverlay",
-    "spec.cache",
+    "spec.cache.claimTemplate",
     "spec.router.dedicated",
     "spec.router.replicas",
     "spec.router.apis",
@@ -63,11 +62,12 @@ const LATER: [&str; 38] = [
     "metadata.finalizers",
 ];
 /// Values that some enumerations will have.
-const LATER_VALUES: [(&str, &[&str]); 4] = [
+const LATER_VALUES: [(&str, &[&str]); 5] = [
     ("spec.model.format", &["PyTorch"]),
     ("spec.engine.dtype", &["F32", "F16", "BF16"]),
     ("spec.engine.device", &["CUDA"]),
     ("spec.engine.kvCache.dtype", &["Q8"]),
+    ("spec.cache.policy", &["NodeLocal"]),
 ];
 
 /// A value and where it stands.

@@ -79,6 +79,9 @@ pub struct DeploymentSpec {
     /// What its workers may use, and where they may run.
     #[serde(default)]
     pub workers: WorkersSpec,
+    /// Where workers keep what they fetch; of meaning on a cluster.
+    #[serde(default)]
+    pub cache: CacheSpec,
     /// How requests reach it.
     #[serde(default)]
     pub router: RouterSpec,
@@ -119,6 +122,45 @@ pub struct ModelSpec {
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
     pub format: FormatChoice,
+    /// Secret that lets this deployment in at the source: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub credentials_secret_ref: Option<NameRef>,
+}
+
+/// An object of the same namespace, by name.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(deny_unknown_fields)]
+pub struct NameRef {
+    /// Its name.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
+    pub name: String,
+}
+
+/// Where workers keep what they fetch.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct CacheSpec {
+    /// `EmptyDir`: each worker for itself, for as long as its pod lives. `PVC`: all of them on the claim `pvcName`, which stays.
+    pub policy: CachePolicy,
+    /// Name of the claim; it must let every node write that workers run on.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 253)))]
+    pub pvc_name: Option<String>,
+    /// Most bytes that a worker keeps (a quantity), with `EmptyDir`; Kubernetes ends a pod that has more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size_limit: Option<Bytes>,
+}
+
+/// Kind of a cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[expect(missing_docs, clippy::upper_case_acronyms, reason = "CacheSpec says it; named as manifests write them")]
+pub enum CachePolicy {
+    #[default]
+    EmptyDir,
+    PVC,
 }
 
 /// A low-rank adapter.

@@ -1,6 +1,10 @@
 //! Ranges and rules of the resource's fields.
 
-use super::{placement, rollout::RolloutStrategy, types::ModelDeployment};
+use super::{
+    placement,
+    rollout::RolloutStrategy,
+    types::{CachePolicy, ModelDeployment},
+};
 use crate::shard::BLOCK_TOKENS;
 
 /// A field and what is wrong with it; the field's position is found by whoever has the document.
@@ -73,6 +77,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
             return Err(Problem::new(path, format!("expected {low} to {high}, got {value}")));
         }
     }
+    cache(deployment)?;
     spec.autoscaling.check()?;
     placement::check(&spec.workers)?;
     rollout(deployment)?;
@@ -113,6 +118,10 @@ fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
         if alias == own || model.aliases[..i].contains(alias) {
             return Err(Problem::new(&path, format!("expected a name that is not taken, got {alias} again")));
         }
+    }
+    if let Some(secret) = model.credentials_secret_ref.as_ref().filter(|secret| !self::is_name(&secret.name)) {
+        let expected = format!("expected lower-case letters, digits, '-' and '.', at most 253, got {:?}", secret.name);
+        return Err(Problem::new("spec.model.credentialsSecretRef.name", expected));
     }
     check_digest("spec.model.digest", model.digest.as_deref())
 }
@@ -165,6 +174,24 @@ fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
     Ok(())
 }
 
+/// A claim has a name, and a limit of its own.
+fn cache(deployment: &ModelDeployment) -> Result<(), Problem> {
+    let cache = &deployment.spec.cache;
+    match (cache.policy, &cache.pvc_name) {
+        (CachePolicy::PVC, None) => Err(Problem::new("spec.cache", "expected pvcName beside policy PVC, got none".to_owned())),
+        (CachePolicy::EmptyDir, Some(_)) => {
+            Err(Problem::new("spec.cache.pvcName", "expected policy PVC beside it, got EmptyDir".to_owned()))
+        }
+        (CachePolicy::PVC, Some(_)) if cache.size_limit.is_some() => {
+            Err(Problem::new("spec.cache.sizeLimit", "expected policy EmptyDir beside it, got PVC, whose claim has a size".to_owned()))
+        }
+        (_, Some(name)) if !is_name(name) => {
+            Err(Problem::new("spec.cache.pvcName", format!("expected lower-case letters, digits, '-' and '.', at most 253, got {name:?}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Bounds are those of `RollingUpdate`, and let something move.
 fn rollout(deployment: &ModelDeployment) -> Result<(), Problem> {
     let rollout = &deployment.spec.rollout;
@@ -189,6 +216,11 @@ fn chat(deployment: &ModelDeployment) -> Result<(), Problem> {
         1 => Ok(()),
         n => Err(Problem::new("spec.chat.template", format!("expected exactly one of builtin, inline and configMapKeyRef, got {n}"))),
     }
+}
+
+/// Whether `text` is a name that objects can have.
+fn is_name(text: &str) -> bool {
+    text.len() <= 253 && text.split('.').all(|label| is_label(label, 253))
 }
 
 /// Whether `text` is a DNS label of at most `limit` characters.

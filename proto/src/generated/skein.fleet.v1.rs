@@ -182,6 +182,11 @@ pub struct ReplicaState {
     pub sequences: u32,
     #[prost(message, repeated, tag = "6")]
     pub adapters: ::prost::alloc::vec::Vec<AdapterState>,
+    /// Bytes that its workers bring from servers, and how many of them are there, as the router that drives it was told.
+    #[prost(uint64, tag = "7")]
+    pub fetched_bytes: u64,
+    #[prost(uint64, tag = "8")]
+    pub fetch_bytes: u64,
 }
 /// An adapter on a replica.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -30,12 +30,17 @@ pub struct ProbeReply {
     /// Weights are loaded.
     #[prost(bool, tag = "3")]
     pub loaded: bool,
-    /// Fraction of the shard's bytes read, 0 to 1.
+    /// Fraction of the shard's bytes brought here and read, 0 to 1.
     #[prost(float, tag = "4")]
     pub progress: f32,
     /// Where the ranks of its stage reach it: tcp:HOST:PORT, unix:PATH or unix-abstract:NAME; empty for shared memory.
     #[prost(string, tag = "5")]
     pub collective_address: ::prost::alloc::string::String,
+    /// Bytes that are to be brought here from a server, and how many of them are here; 0 where the files were here already.
+    #[prost(uint64, tag = "6")]
+    pub fetched_bytes: u64,
+    #[prost(uint64, tag = "7")]
+    pub fetch_bytes: u64,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct WorkerAddress {

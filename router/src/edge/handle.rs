@@ -230,6 +230,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
                 kv_used: condition.kv_used,
                 steps_total,
                 failures_total,
+                fetching: m.fetching(),
                 last_failure: condition.last_failure,
                 adapters: adapters(deployment, m),
             }

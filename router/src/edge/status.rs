@@ -2,7 +2,7 @@
 
 use plan::fleet::{ReplicaLimits, ServingSettings};
 
-use crate::scheduler::StepSizes;
+use crate::{replica::Fetching, scheduler::StepSizes};
 
 /// One model that requests can name.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,6 +89,8 @@ pub struct ReplicaLoad {
     pub steps_total: u64,
     /// Sessions that ended in a failure.
     pub failures_total: u64,
+    /// What its workers bring from servers, if this router drives it.
+    pub fetching: Fetching,
     /// Why the last session ended, or could not be opened.
     pub last_failure: Option<String>,
     /// The deployment's adapters, in its order.

@@ -22,7 +22,7 @@ use proto::{bearer::Bearer, worker::WorkerAddress};
 use tokio::{task::JoinHandle, time::timeout};
 
 use self::dial::Remote;
-use super::{BoxFuture, Connector, Replica, ReplicaError, Session};
+use super::{BoxFuture, Connector, Fetching, Replica, ReplicaError, Session};
 
 /// How long the driver of the last session may take to say goodbye before the next session is opened regardless.
 const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -67,6 +67,8 @@ struct Workers {
     layers: usize,
     /// By stage, then rank.
     workers: Vec<Arc<Remote>>,
+    /// What the workers said last of what they bring from servers.
+    fetching: Mutex<Fetching>,
     /// The driver of the last session.
     driver: Mutex<Option<JoinHandle<()>>>,
 }
@@ -83,6 +85,7 @@ impl Workers {
             stages: replica.workers.len(),
             layers,
             workers: replica.workers.iter().enumerate().flat_map(ranks).collect(),
+            fetching: Mutex::default(),
             driver: Mutex::new(None),
         }
     }
@@ -117,6 +120,10 @@ impl Replica for Workers {
             *self.driver.lock().unwrap_or_else(PoisonError::into_inner) = Some(driver);
             Ok(session)
         })
+    }
+
+    fn fetching(&self) -> Fetching {
+        *self.fetching.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>> {

@@ -136,7 +136,7 @@ fn a_cache_that_cannot_be_written_is_named() {
 }
 
 /// One safetensors file of the tiny llama's first shard, under names of its own.
-fn safetensors() -> Vec<(&'static str, Vec<u8>)> {
+pub(super) fn safetensors() -> Vec<(&'static str, Vec<u8>)> {
     let read = |name: &str| fs::read(fixture("llama").join(name)).unwrap();
     vec![
         ("/model.safetensors", read("model-00001-of-00005.safetensors")),

@@ -7,6 +7,7 @@ mod clients;
 mod convert;
 mod exact;
 mod families;
+mod fetch;
 mod input;
 mod instructions;
 mod pool;

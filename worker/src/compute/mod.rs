@@ -98,7 +98,7 @@ pub(crate) fn start(
     Ok(ended)
 }
 
-fn run(worker: &Worker, source: SourceOptions, isa: Isa) -> Result<(), WorkerError> {
+fn run(worker: &Arc<Worker>, source: SourceOptions, isa: Isa) -> Result<(), WorkerError> {
     let Some(mut engine) = load::load(worker, source, isa)? else { return Ok(()) };
     worker.loading.loaded(engine.progress());
     while let Some(Job { live, collective, links, ready }) = worker.jobs.next() {

@@ -1,6 +1,6 @@
 //! Opens a session on every worker of a replica.
 
-use std::time::Duration;
+use std::{sync::PoisonError, time::Duration};
 
 use futures_util::future::{join_all, try_join_all};
 use plan::worker::Epoch;
@@ -15,7 +15,7 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Streaming};
 
-use super::{ReplicaError, Workers, dial::Remote};
+use super::{Fetching, ReplicaError, Workers, dial::Remote};
 
 /// Protocol versions spoken here.
 const VERSIONS: (u32, u32) = (1, 2);
@@ -47,8 +47,11 @@ pub(super) async fn open(replica: &Workers) -> Result<Opened, ReplicaError> {
     let arbiter = replica.first()?;
     let probes = join_all(replica.workers.iter().map(|w| probe(replica, w))).await;
     let mut least = None;
+    let known = probes.iter().flatten().map(|said| said.fetching);
+    let fetching = known.fold(Fetching::default(), |sum, f| Fetching { done: sum.done + f.done, total: sum.total + f.total });
+    *replica.fetching.lock().unwrap_or_else(PoisonError::into_inner) = fetching;
     for (worker, probe) in replica.workers.iter().zip(probes) {
-        if let Some(percent) = probe?
+        if let Some(percent) = probe?.percent
             && least.is_none_or(|(_, p)| percent < p)
         {
             least = Some((worker, percent));
@@ -62,8 +65,15 @@ pub(super) async fn open(replica: &Workers) -> Result<Opened, ReplicaError> {
     Ok(Opened { epoch, lines: try_join_all(lines).await? })
 }
 
-/// Whether a worker is there, and is who it should be; how much it has loaded, unless that is all.
-async fn probe(replica: &Workers, worker: &Remote) -> Result<Option<u8>, ReplicaError> {
+/// What a worker says of its weights.
+struct Said {
+    /// How much it has loaded, unless that is all.
+    percent: Option<u8>,
+    fetching: Fetching,
+}
+
+/// Whether a worker is there, and is who it should be, and what it says of its weights.
+async fn probe(replica: &Workers, worker: &Remote) -> Result<Said, ReplicaError> {
     let mut client = worker.client()?;
     let answer = timeout(PROBE, client.probe(ProbeRequest {})).await;
     let answer = answer.map_err(|_| worker.lost(format!("it did not answer a probe within {} ms", PROBE.as_millis())))?;
@@ -74,7 +84,8 @@ async fn probe(replica: &Workers, worker: &Remote) -> Result<Option<u8>, Replica
         return Err(worker.protocol(detail));
     }
     // Rounded down: 100 is for what is loaded.
-    Ok((!answer.loaded).then_some((answer.progress.clamp(0.0, 0.99) * 100.0) as u8))
+    let percent = (!answer.loaded).then_some((answer.progress.clamp(0.0, 0.99) * 100.0) as u8);
+    Ok(Said { percent, fetching: Fetching { done: answer.fetched_bytes.min(answer.fetch_bytes), total: answer.fetch_bytes } })
 }
 
 /// Asks the arbiter for an epoch: it, and the workers it was granted for.
