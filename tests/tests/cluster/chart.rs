@@ -22,11 +22,10 @@ fn succeeds(args: &[&str]) -> String {
 }
 
 /// Where the release of the whole cluster has the model hub.
-fn endpoint() -> String {
+pub(crate) fn endpoint() -> String {
     let values: serde_json::Value =
         serde_json::from_str(&succeeds(&["get", "values", "skein", "--namespace", SYSTEM, "--output=json"])).expect("JSON");
-    let endpoint = values["sources"]["hf"]["endpoint"].as_str().expect("a mirror");
-    format!("sources.hf.endpoint={endpoint}")
+    values["sources"]["hf"]["endpoint"].as_str().expect("a mirror").to_owned()
 }
 
 /// The cluster's own operator, put aside: two must not look after one namespace.
@@ -71,7 +70,7 @@ fn a_release_is_installed_tested_upgraded_and_uninstalled() {
 
     let watched = format!("watchNamespace={name}");
     // The definition and the roles of the cluster are the other release's.
-    let (mirror, model) = (endpoint(), format!("tests.model.uri={LLAMA},tests.model.digest="));
+    let (mirror, model) = (format!("sources.hf.endpoint={}", endpoint()), format!("tests.model.uri={LLAMA},tests.model.digest="));
     let settings = ["--set", &watched, "--set", "crds.install=false,rbac.aggregate=false", "--set", &mirror, "--set", &model];
     let place = ["mine", "--namespace", name];
     let old = older.to_string_lossy().into_owned();

@@ -76,10 +76,15 @@ pub(crate) fn component(action: &str, program: &str) {
     assert!(done.status.success(), "{action} {program}: {}", done.stderr);
 }
 
+/// The folder of the cluster's state.
+pub(crate) fn run_folder() -> PathBuf {
+    let kubeconfig = PathBuf::from(env::var_os("KUBECONFIG").expect("KUBECONFIG, set by xtask"));
+    kubeconfig.parent().expect("a run folder").to_owned()
+}
+
 /// The folder whose files the cluster's mirror of a model hub serves, for the repository `name`.
 pub(crate) fn hub(name: &str) -> PathBuf {
-    let kubeconfig = PathBuf::from(env::var_os("KUBECONFIG").expect("KUBECONFIG, set by xtask"));
-    let folder = kubeconfig.parent().expect("a run folder").join("hub").join(name);
+    let folder = run_folder().join("hub").join(name);
     fs::create_dir_all(&folder).expect("a writable run folder");
     folder
 }

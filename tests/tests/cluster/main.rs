@@ -22,3 +22,4 @@ mod refusals;
 mod rollout;
 mod scale;
 mod survival;
+mod weights;

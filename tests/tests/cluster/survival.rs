@@ -20,7 +20,7 @@ fn sample(name: &str) -> Namespace {
 }
 
 /// The process of a worker's container: pods' processes are this machine's, and a worker's command line has its pod's address.
-fn process(pod: &Value) -> Pid {
+pub(crate) fn process(pod: &Value) -> Pid {
     let address = format!("{}:7071", pod["status"]["podIP"].as_str().expect("an address"));
     let lists = std::fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     let mut named = lists.filter(|pid: &u32| {

@@ -2,26 +2,33 @@
 //!
 //! `FOLDER/ORG/NAME/PATH` is served as `/ORG/NAME/resolve/REVISION/PATH` for any revision, and listed by `/api/models/ORG/NAME/tree/REVISION`.
 //! A file that is a link to a blob in Skein's cache is listed with the digest that is the blob's name, as the hub lists large files.
+//!
+//! For tests: `/sent/ORG/NAME` lists what of a repository's files was asked for and by whom. In a repository, the file `.authorization` holds
+//! the header without which nothing is sent, `.pace` the bytes that each connection gets in a second.
 
 use std::{
-    fs, io,
+    collections::HashMap,
+    fs::{self, Metadata},
+    io,
     net::{IpAddr, SocketAddr},
     ops::Range,
     os::unix::fs::symlink,
     path::{Component, Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, UNIX_EPOCH},
 };
 
 use anyhow::{Context, Result};
 use axum::{
     Json, Router,
     body::Body,
-    extract::{Path as UrlPath, State},
+    extract::{ConnectInfo, Path as UrlPath, State},
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
     routing::get,
 };
 use clap::Args;
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::{
     fs::File,
@@ -36,6 +43,8 @@ use crate::{model, paths};
 /// Port on the node's address.
 const PORT: u16 = 8080;
 const FOLDER: &str = "hub";
+/// Bytes that are sent at a time.
+const PIECE: usize = 256 << 10;
 
 /// Options of the mirror's own process.
 #[derive(Args)]
@@ -86,25 +95,36 @@ pub(crate) fn add_reference_model(cluster: &Cluster) -> Result<()> {
 /// # Errors
 /// If it cannot listen.
 pub(crate) fn serve(options: Options) -> Result<()> {
+    let mirror = Arc::new(Mirror { folder: options.folder.clone(), sent: Mutex::default() });
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("failed to start a runtime")?;
     runtime.block_on(async {
         let listener = TcpListener::bind(options.listen).await.with_context(|| format!("failed to listen at {}", options.listen))?;
         println!("serving {} at {}", options.folder.display(), options.listen);
-        axum::serve(listener, routes(options.folder)).await.context("the mirror stopped")
+        let service = routes(mirror).into_make_service_with_connect_info::<SocketAddr>();
+        axum::serve(listener, service).await.context("the mirror stopped")
     })
 }
 
-fn routes(folder: PathBuf) -> Router {
+/// The folder, and what of it was asked for.
+struct Mirror {
+    folder: PathBuf,
+    /// By repository: a test looks at its own.
+    sent: Mutex<HashMap<String, Vec<Value>>>,
+}
+
+fn routes(mirror: Arc<Mirror>) -> Router {
     Router::new()
+        .route("/sent/{org}/{name}", get(sent))
         .route("/api/models/{org}/{name}/tree/{revision}", get(top))
         .route("/api/models/{org}/{name}/tree/{revision}/{*path}", get(subfolder))
         .route("/{org}/{name}/resolve/{revision}/{*path}", get(file))
-        .with_state(Arc::new(folder))
+        .with_state(mirror)
 }
 
 /// Why a request has no answer.
 enum Refusal {
     NotFound,
+    Unauthorized,
     BadRange(u64),
     Failed(io::Error),
 }
@@ -119,6 +139,7 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         match self {
             Self::NotFound => (StatusCode::NOT_FOUND, "not in this mirror\n").into_response(),
+            Self::Unauthorized => StatusCode::UNAUTHORIZED.into_response(),
             Self::BadRange(bytes) => {
                 (StatusCode::RANGE_NOT_SATISFIABLE, [(header::CONTENT_RANGE, format!("bytes */{bytes}"))]).into_response()
             }
@@ -130,22 +151,44 @@ impl IntoResponse for Refusal {
     }
 }
 
+impl Mirror {
+    /// A repository, for those whom it lets in.
+    fn repository(&self, org: &str, name: &str, headers: &HeaderMap) -> Result<PathBuf, Refusal> {
+        let repository = inside(&self.folder, &format!("{org}/{name}")).ok_or(Refusal::NotFound)?;
+        match fs::read_to_string(repository.join(".authorization")) {
+            Ok(wanted) if headers.get(header::AUTHORIZATION).is_none_or(|shown| shown != wanted.trim()) => Err(Refusal::Unauthorized),
+            _ => Ok(repository),
+        }
+    }
+}
+
+/// What was asked for of a repository: file, first byte and the one after the last, and the address of whoever asked.
+async fn sent(State(mirror): State<Arc<Mirror>>, UrlPath((org, name)): UrlPath<(String, String)>) -> Json<Value> {
+    let sent = mirror.sent.lock().unwrap_or_else(PoisonError::into_inner);
+    Json(Value::Array(sent.get(&format!("{org}/{name}")).cloned().unwrap_or_default()))
+}
+
 async fn top(
-    folder: State<Arc<PathBuf>>,
+    mirror: State<Arc<Mirror>>,
     UrlPath((org, name, revision)): UrlPath<(String, String, String)>,
+    headers: HeaderMap,
 ) -> Result<Json<Value>, Refusal> {
-    subfolder(folder, UrlPath((org, name, revision, String::new()))).await
+    subfolder(mirror, UrlPath((org, name, revision, String::new())), headers).await
 }
 
 async fn subfolder(
-    State(folder): State<Arc<PathBuf>>,
+    State(mirror): State<Arc<Mirror>>,
     UrlPath((org, name, _, path)): UrlPath<(String, String, String, String)>,
+    headers: HeaderMap,
 ) -> Result<Json<Value>, Refusal> {
-    let repository = inside(&folder, &format!("{org}/{name}")).ok_or(Refusal::NotFound)?;
+    let repository = mirror.repository(&org, &name, &headers)?;
     let listed = inside(&repository, &path).ok_or(Refusal::NotFound)?;
     let mut entries = Vec::new();
     for entry in fs::read_dir(&listed)? {
         let place = entry?.path();
+        if is_hidden(&place) {
+            continue;
+        }
         let shown = place.strip_prefix(&repository).unwrap_or(&place).to_string_lossy().into_owned();
         let (kind, digest) = (fs::metadata(&place)?, blob_name(&place));
         entries.push(match (kind.is_dir(), digest) {
@@ -158,11 +201,13 @@ async fn subfolder(
 }
 
 async fn file(
-    State(folder): State<Arc<PathBuf>>,
+    State(mirror): State<Arc<Mirror>>,
+    ConnectInfo(peer): ConnectInfo<SocketAddr>,
     UrlPath((org, name, _, path)): UrlPath<(String, String, String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, Refusal> {
-    let place = inside(&folder, &format!("{org}/{name}/{path}")).ok_or(Refusal::NotFound)?;
+    let repository = mirror.repository(&org, &name, &headers)?;
+    let place = inside(&repository, &path).filter(|place| !is_hidden(place)).ok_or(Refusal::NotFound)?;
     let mut file = File::open(&place).await?;
     let metadata = file.metadata().await?;
     if !metadata.is_file() {
@@ -177,6 +222,8 @@ async fn file(
     };
     file.seek(SeekFrom::Start(part.start)).await?;
     let length = part.end - part.start;
+    let noted = json!({"file": path, "from": part.start, "to": part.end, "peer": peer.ip()});
+    mirror.sent.lock().unwrap_or_else(PoisonError::into_inner).entry(format!("{org}/{name}")).or_default().push(noted);
     let mut response = Response::builder()
         .status(status)
         .header(header::ACCEPT_RANGES, "bytes")
@@ -185,10 +232,20 @@ async fn file(
     if status == StatusCode::PARTIAL_CONTENT {
         response = response.header(header::CONTENT_RANGE, format!("bytes {}-{}/{bytes}", part.start, part.end.saturating_sub(1)));
     }
-    if let Some(digest) = blob_name(&place) {
-        response = response.header(header::ETAG, format!("\"{digest}\""));
-    }
-    let body = Body::from_stream(ReaderStream::with_capacity(file.take(length), 256 << 10));
+    // Those that are no blobs may be written anew.
+    let mark = blob_name(&place).map_or_else(|| version(&metadata), Ok)?;
+    response = response.header(header::ETAG, format!("\"{mark}\""));
+    let pieces = ReaderStream::with_capacity(file.take(length), PIECE);
+    let body = match fs::read_to_string(repository.join(".pace")).ok().and_then(|pace| pace.trim().parse::<f64>().ok()) {
+        None => Body::from_stream(pieces),
+        Some(pace) => {
+            let pause = Duration::from_secs_f64(PIECE as f64 / pace.max(1.0));
+            Body::from_stream(pieces.then(move |piece| async move {
+                tokio::time::sleep(pause).await;
+                piece
+            }))
+        }
+    };
     response.body(body).map_err(|e| Refusal::Failed(io::Error::other(e)))
 }
 
@@ -211,6 +268,17 @@ fn range(text: &str, bytes: u64) -> Asked {
         _ => return Asked::Whole,
     };
     if part.is_empty() { Asked::Nothing } else { Asked::Part(part) }
+}
+
+/// What a version of a file is told by.
+fn version(metadata: &Metadata) -> io::Result<String> {
+    let modified = metadata.modified()?.duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+    Ok(format!("{}-{}", metadata.len(), modified.as_nanos()))
+}
+
+/// Whether a file is for the mirror itself.
+fn is_hidden(place: &Path) -> bool {
+    place.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
 }
 
 /// `path` below `folder`, if it does not lead out of it.
