@@ -91,6 +91,19 @@ impl Model {
         self
     }
 
+    /// Refuses an encoder for `purpose`, which needs tokens.
+    ///
+    /// # Errors
+    /// Bad input, if it is one.
+    pub(crate) fn must_generate(&self, purpose: &str) -> Outcome {
+        match self.header.config.encoder {
+            None => Ok(()),
+            Some(_) => {
+                Err(crate::exit::bad_input!("{} is an encoder, which draws no tokens; {purpose} needs a model that does", self.name))
+            }
+        }
+    }
+
     /// The files that tell how its text is made.
     ///
     /// # Errors

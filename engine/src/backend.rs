@@ -21,7 +21,8 @@ pub(crate) trait Backend: Send {
     /// Runs all layers of the stage. `hidden`: the output of the stage before, `[tokens, hidden]`; on the first stage the batch's ids are
     /// looked up instead.
     ///
-    /// Afterwards [`Backend::rows`] are, on the last stage, the normed states of the batch's wanted rows, else the states of all rows.
+    /// Afterwards [`Backend::rows`] are, on the last stage of a decoder, the normed states of the batch's wanted rows, else the states of all
+    /// rows.
     fn forward(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError>;
 
     /// What [`Backend::forward`] left, `[rows, hidden]`.
@@ -29,4 +30,7 @@ pub(crate) trait Backend: Send {
 
     /// This rank's logits, `[rows.len(), own vocabulary rows]`, of some of [`Backend::rows`], on the last stage.
     fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32];
+
+    /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
+    fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use plan::step::{BlockId, Input, SequenceId, Step, TokenId, WantKind};
+use plan::step::{BlockId, Input, SequenceId, Step, TokenId};
 
 use crate::{Adapter, cpu::Adapted, sequences::Sequence};
 
@@ -28,9 +28,11 @@ pub(crate) struct Batch<'a> {
     pub(crate) ids: Vec<TokenId>,
     /// The rows that run with each adapter; those of none are in none.
     pub(crate) adapted: Vec<Adapted>,
+    /// Token type of each row.
+    pub(crate) types: Vec<u8>,
     /// Block tables, `[group][sequence]`.
     pub(crate) tables: Vec<Vec<&'a [BlockId]>>,
-    /// Rows with wanted results, ascending: those with logits and those without. Empty unless this is the last stage.
+    /// Rows with wanted results, ascending: those with logits and those without. Empty unless this is the last stage of a decoder.
     pub(crate) wanted: Vec<Wanted>,
 }
 
@@ -48,13 +50,13 @@ pub(crate) struct Wanted {
 }
 
 impl<'a> Batch<'a> {
-    /// Lays out a valid step that was applied to `sequences`.
+    /// Lays out a valid step that was applied to `sequences`; `decides`: this is the last stage of a decoder.
     pub(crate) fn new(
         step: &Step,
         sequences: &'a HashMap<SequenceId, Sequence>,
         adapters: &HashMap<u32, Arc<Adapter>>,
         groups: usize,
-        last: bool,
+        decides: bool,
     ) -> Self {
         let tokens = step.tokens();
         let mut batch = Self {
@@ -63,6 +65,7 @@ impl<'a> Batch<'a> {
             positions: Vec::with_capacity(tokens),
             ids: Vec::with_capacity(tokens),
             adapted: Vec::new(),
+            types: Vec::with_capacity(tokens),
             tables: vec![Vec::with_capacity(step.sequences.len()); groups],
             wanted: Vec::new(),
         };
@@ -70,6 +73,8 @@ impl<'a> Batch<'a> {
             let (start, len) = (batch.positions.len(), part.input.len());
             batch.spans.push(Span { rows: start..start + len, first: part.first_position as usize });
             batch.positions.extend((part.first_position..).take(len));
+            let second = if part.second == 0 { len } else { part.second as usize };
+            batch.types.extend((0..len).map(|at| u8::from(at >= second)));
             if let Input::Ids(ids) = &part.input {
                 batch.ids.extend(ids);
             }
@@ -84,14 +89,14 @@ impl<'a> Batch<'a> {
             for (group, tables) in batch.tables.iter_mut().enumerate() {
                 tables.push(sequence.and_then(|s| s.tables.get(group)).map_or(&[], Vec::as_slice));
             }
-            if !last {
+            if !decides {
                 continue;
             }
             let mut first = 0;
             for same in part.wants.chunk_by(|a, b| a.offset == b.offset) {
                 let wants = first..first + same.len();
                 first = wants.end;
-                let logits = same.iter().any(|w| w.kind != WantKind::Hidden);
+                let logits = same.iter().any(|w| !w.kind.is_vector());
                 batch.wanted.push(Wanted { row: start + same[0].offset as usize, part: index, wants, logits });
             }
         }

@@ -16,7 +16,7 @@ use crate::{
     collective::Collective,
     compute::Compute,
     cpu::Cpu,
-    fit,
+    fit, pooling,
     ranks::Ranks,
     sampler::{Sampler, Session},
     sequences::Sequences,
@@ -45,6 +45,14 @@ pub enum StageOutput {
     Outputs(Vec<Output>),
 }
 
+/// What makes results of states.
+enum Head {
+    /// Of a decoder's.
+    Sampler(Sampler),
+    /// Of an encoder's.
+    Pooling,
+}
+
 /// One rank's weights, KV cache and sampler.
 pub struct Engine {
     config: ModelConfig,
@@ -52,7 +60,7 @@ pub struct Engine {
     options: EngineOptions,
     first: bool,
     /// On the last stage.
-    sampler: Option<Sampler>,
+    head: Option<Head>,
     backend: Box<dyn Backend>,
     sequences: Sequences,
     /// Adapters by slot, from 1.
@@ -82,13 +90,16 @@ impl Engine {
         fit::check(config, shard, kv, &options, collective.as_ref())?;
         let compute = Compute { pool: Arc::new(Pool::new(options.threads)), isa: options.isa };
         let backend = Cpu::load(config, shard, kv, options, &compute, weights, loaded)?;
-        let sampler = shard.is_last().then(|| Sampler::new(compute, shard.splits.vocab.clone(), config.hidden));
+        let head = shard.is_last().then(|| match config.encoder {
+            None => Head::Sampler(Sampler::new(compute, shard.splits.vocab.clone(), config.hidden)),
+            Some(_) => Head::Pooling,
+        });
         Ok(Self {
             config: config.clone(),
             kv: kv.clone(),
             options,
             first: shard.is_first(),
-            sampler,
+            head,
             backend: Box::new(backend),
             sequences: Sequences::new(kv, shard.is_last(), shard.is_last() && shard.rank == 0),
             adapters: HashMap::new(),
@@ -108,7 +119,7 @@ impl Engine {
     /// # Errors
     /// Any error ends the session: call [`Engine::reset`] before the next step.
     pub fn run(&mut self, step: &Step, hidden: &[f32], masks: &mut dyn MaskSource) -> Result<StageOutput, StepError> {
-        let samples = self.sampler.is_some() && self.collective.rank() == 0;
+        let samples = matches!(self.head, Some(Head::Sampler(_))) && self.collective.rank() == 0;
         let limits = Limits {
             config: &self.config,
             kv: &self.kv,
@@ -119,7 +130,7 @@ impl Engine {
             hidden: hidden.len(),
             first: self.first,
             samples,
-            last: self.sampler.is_some(),
+            last: self.head.is_some(),
         };
         validate::check(&limits, step, &self.sequences).map_err(|source| StepError::Invalid { step: step.id, source })?;
         self.progress.begin(step.id);
@@ -128,15 +139,19 @@ impl Engine {
             self.backend.copy_block(copy);
         }
         self.sequences.apply(step);
-        let batch = Batch::new(step, &self.sequences.by_id, &self.adapters, self.kv.groups.len(), self.sampler.is_some());
+        let decides = matches!(self.head, Some(Head::Sampler(_)));
+        let batch = Batch::new(step, &self.sequences.by_id, &self.adapters, self.kv.groups.len(), decides);
         let mut ranks = Ranks::new(self.collective.as_mut());
         let mut context = Context { ranks: &mut ranks, progress: &self.progress, timings: &mut self.timings };
         if batch.tokens > 0 {
             self.backend.forward(&batch, hidden, &mut context)?;
         }
-        let output = match &mut self.sampler {
+        let output = match &mut self.head {
             None => StageOutput::Hidden(if batch.tokens > 0 { self.backend.rows().to_vec() } else { Vec::new() }),
-            Some(sampler) => {
+            // The states are on every rank, whole.
+            Some(Head::Pooling) if context.ranks.rank() > 0 => StageOutput::Outputs(Vec::new()),
+            Some(Head::Pooling) => StageOutput::Outputs(pooling::run(step, &batch, self.options.isa, self.backend.as_mut())),
+            Some(Head::Sampler(sampler)) => {
                 let mut session = Session { step, histories: &mut self.sequences.histories, masks };
                 StageOutput::Outputs(sampler.run(&mut session, &batch.wanted, self.backend.as_mut(), &mut context)?)
             }

@@ -185,6 +185,12 @@ pub enum InvalidStep {
     /// The sequence's ids do not reach its first position.
     #[error("sequence {sequence} begins at position {position} with {got} known ids")]
     ShortHistory { sequence: SequenceId, position: u32, got: usize },
+    /// What this kind of model cannot do.
+    #[error("sequence {sequence} has {got}, expected {expected}")]
+    Unsuited { sequence: SequenceId, got: &'static str, expected: &'static str },
+    /// More values of a vector than a state has.
+    #[error("sequence {sequence} wants the first {got} values of a vector, expected at most {width}")]
+    Dimensions { sequence: SequenceId, got: u32, width: usize },
     /// A slot without an adapter.
     #[error("sequence {sequence} names adapter slot {adapter}, expected 0 or one that holds an adapter")]
     Adapter { sequence: SequenceId, adapter: u32 },

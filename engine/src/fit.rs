@@ -77,6 +77,7 @@ fn shape_fits(config: &ModelConfig, layers: &Range<usize>) -> Result<(), LoadSha
     {
         return Err(wrong("the experts of a layer", format!("{e:?}"), "some, of which some are used".to_owned()));
     }
+    equal("whether norms stand behind blocks", usize::from(c.post_norms), usize::from(c.encoder.is_some()))?;
     if c.experts.is_none() && c.layers.iter().any(|l| l.experts) {
         return Err(wrong("the experts of a layer", "none".to_owned(), "some".to_owned()));
     }
@@ -153,6 +154,9 @@ fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError>
 }
 
 fn groups_fit(config: &ModelConfig, shard: &Shard, kv: &KvGeometry) -> Result<(), LoadShardError> {
+    if config.encoder.is_some() {
+        return equal("the number of KV groups of an encoder", kv.groups.len(), 0);
+    }
     for (layer, shape) in config.layers.iter().enumerate() {
         let groups: Vec<_> = kv.groups.iter().filter(|g| g.layers.contains(&layer)).collect();
         if !shard.layers.contains(&layer) {

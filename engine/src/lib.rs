@@ -11,6 +11,7 @@ mod engine;
 mod error;
 mod fit;
 mod masks;
+mod pooling;
 mod progress;
 mod ranks;
 mod reader;

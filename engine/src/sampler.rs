@@ -18,6 +18,7 @@ use crate::{
     backend::{Backend, Context},
     batch::Wanted,
     compute::Compute,
+    pooling,
     ranks::Ranks,
 };
 
@@ -60,8 +61,7 @@ impl Sampler {
     ) -> Result<Vec<Output>, StepError> {
         let mut outputs = Vec::new();
         for (chunk, first) in wanted.chunks(ROWS).zip((0..).step_by(ROWS)) {
-            let hidden: Vec<Option<OutputValue>> =
-                (first..).zip(chunk).map(|(row, w)| self.hidden(session.step, w, row, backend)).collect();
+            let states: Vec<Option<Vec<f32>>> = (first..).zip(chunk).map(|(row, w)| self.state(session.step, w, row, backend)).collect();
             let rows: Vec<usize> = (first..).zip(chunk).filter(|(_, w)| w.logits).map(|(row, _)| row).collect();
             let with_logits: Vec<&Wanted> = chunk.iter().filter(|w| w.logits).collect();
             let logits: &[f32] = if rows.is_empty() { &[] } else { backend.logits(&rows, context) };
@@ -72,11 +72,11 @@ impl Sampler {
             if context.ranks.rank() > 0 {
                 continue;
             }
-            for (wanted, hidden) in chunk.iter().zip(hidden) {
+            for (wanted, state) in chunk.iter().zip(states) {
                 let part = &session.step.sequences[wanted.part];
                 for want in &part.wants[wanted.wants.clone()] {
-                    let value = match (&want.kind, &hidden) {
-                        (WantKind::Hidden, Some(value)) => value.clone(),
+                    let value = match (&want.kind, &state) {
+                        (WantKind::Pooled(pooled), Some(state)) => pooling::vector(self.results.isa(), state.clone(), pooled),
                         _ => found.next().unwrap_or_else(|| OutputValue::Failed("no result was computed".to_owned())),
                     };
                     outputs.push(Output { sequence: part.sequence, position: part.first_position + want.offset, value });
@@ -87,15 +87,9 @@ impl Sampler {
     }
 
     /// The final hidden state of row `row`, if it is wanted.
-    fn hidden(&self, step: &Step, wanted: &Wanted, row: usize, backend: &dyn Backend) -> Option<OutputValue> {
-        wants(step, wanted).iter().any(|w| w.kind == WantKind::Hidden).then(|| {
-            let state = &backend.rows()[row * self.hidden..(row + 1) * self.hidden];
-            if state.iter().all(|x| x.is_finite()) {
-                OutputValue::Hidden(state.to_vec())
-            } else {
-                OutputValue::Failed("the hidden state is not finite".to_owned())
-            }
-        })
+    fn state(&self, step: &Step, wanted: &Wanted, row: usize, backend: &dyn Backend) -> Option<Vec<f32>> {
+        let wanted = wants(step, wanted).iter().any(|w| w.kind.is_vector());
+        wanted.then(|| backend.rows()[row * self.hidden..(row + 1) * self.hidden].to_vec())
     }
 
     /// Results of the wants that need logits, in order; none on ranks other than 0. `logits`: this rank's, of each row.

@@ -8,7 +8,7 @@ use std::{
 use plan::{
     model::ModelConfig,
     shard::{BLOCK_TOKENS, KvGeometry},
-    step::{Input, SequenceStep, Step, TokenId, WantKind},
+    step::{Input, Pooling, SequenceStep, Step, TokenId, WantKind},
 };
 
 use crate::{
@@ -64,6 +64,7 @@ pub(crate) fn check(limits: &Limits<'_>, step: &Step, sequences: &Sequences) -> 
         check_position(limits, part, known)?;
         check_ids(limits, part)?;
         check_tables(limits, part, known)?;
+        check_kind(limits, part)?;
         check_wants(limits, part, known.is_some() && sequences.histories.contains_key(&part.sequence))?;
     }
     Ok(())
@@ -152,6 +153,38 @@ fn check_tables(limits: &Limits<'_>, part: &SequenceStep, known: Option<&Sequenc
                 return Err(InvalidStep::Hole { sequence, group, position: from.max(entry * BLOCK_TOKENS) });
             }
         }
+    }
+    Ok(())
+}
+
+/// Encoders read whole sequences and give vectors, decoders whatever is not of a whole sequence.
+fn check_kind(limits: &Limits<'_>, part: &SequenceStep) -> Result<(), InvalidStep> {
+    let (sequence, encoder) = (part.sequence, limits.config.encoder);
+    let unsuited = |got, expected| Err(InvalidStep::Unsuited { sequence, got, expected });
+    for want in &part.wants {
+        match (&want.kind, encoder) {
+            (WantKind::Pooled(pooled), _) if pooled.dimensions as usize > limits.config.hidden => {
+                return Err(InvalidStep::Dimensions { sequence, got: pooled.dimensions, width: limits.config.hidden });
+            }
+            (WantKind::Pooled(pooled), None) if pooled.over != Pooling::Token => {
+                return unsuited("a vector of its whole input", "one of a token, which is what a decoder gives");
+            }
+            (WantKind::Classes, None) => return unsuited("labels", "no labels of a decoder"),
+            (WantKind::Classes, Some(e)) if e.classifier.is_none() => return unsuited("labels", "none of a model that does not classify"),
+            (WantKind::Sample | WantKind::Score { .. } | WantKind::Logits, Some(_)) => {
+                return unsuited("tokens or logits", "vectors, which is what an encoder gives");
+            }
+            _ => {}
+        }
+    }
+    let Some(encoder) = encoder else {
+        return if part.second == 0 { Ok(()) } else { unsuited("a second text", "one text, for a decoder has no token types") };
+    };
+    if part.second > 0 && (encoder.token_types < 2 || part.second as usize >= part.input.len()) {
+        return unsuited("a second text", "one within its input, of a model with token types");
+    }
+    if part.first_position > 0 || part.begin.is_some() || matches!(part.input, Input::Sampled { .. }) {
+        return unsuited("a position, settings or a drawn token", "its whole input at once, which is what an encoder takes");
     }
     Ok(())
 }

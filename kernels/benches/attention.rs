@@ -56,7 +56,7 @@ fn measure(pool: &Pool, isa: Isa, shape: &Shape, dtype: KvType, (sequences, firs
     let readers: Vec<u32> = (0..heads).map(|head| (head * kv_heads / heads) as u32).collect();
     let queries = noise(sequences * tokens * heads * head_dim);
     let mut out = vec![0.0; queries.len()];
-    let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.0625, window: None };
+    let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.0625, window: None, causal: true };
     let seconds = best(&mut || attention.run(pool, isa, &spans, &queries, &mut out)).as_secs_f64();
     let visible: usize = (first + 1..=first + tokens).sum::<usize>() * sequences;
     let flops = (visible * heads * head_dim * 4) as f64;

@@ -1,6 +1,7 @@
-//! Causal attention over a paged cache: softmax(scale · q Kᵀ) V, with grouped heads and sliding windows.
+//! Attention over a paged cache: softmax(scale · q Kᵀ) V, with grouped heads and sliding windows.
 //!
-//! Query `i` sees keys `j <= i` and, with a window `w`, only those with `i - j < w`. The bits of a query's result are defined by positions
+//! Where it is causal, query `i` sees keys `j <= i` and, with a window `w`, only those with `i - j < w`; else every key up to the last token
+//! of its span. The bits of a query's result are defined by positions
 //! alone:
 //! - Positions are cut into tiles of 64, counted from 0. Tiles without a visible key do not count.
 //! - The score of key `j` is `scale · dot`, `dot` a chain of fused multiply-adds over dimensions `0, 1, …`, begun at 0.
@@ -56,6 +57,8 @@ pub struct Attention<'a> {
     pub scale: f32,
     /// `Some(w)`: key `j` is visible to query `i` when `0 <= i - j < w`; `None`: every key up to `i`.
     pub window: Option<u32>,
+    /// A query sees no later key; else it sees those of its whole span, and there is no window.
+    pub causal: bool,
 }
 
 /// Rows (a token and a query head each) of one span that read one head of the cache.
@@ -101,7 +104,8 @@ impl Attention<'_> {
     /// Computes `out`, `[tokens, heads, head_dim]`, of `queries` of that shape; the tokens of all spans follow each other.
     ///
     /// # Panics
-    /// If a size differs, a query head reads a head the cache does not have, the window is 0, or a visible position has no block.
+    /// If a size differs, a query head reads a head the cache does not have, the window is 0 or of what is not causal, or a visible position has
+    /// no block.
     pub fn run(&self, pool: &Pool, isa: Isa, spans: &[KvSpan<'_>], queries: &[f32], out: &mut [f32]) {
         let (heads, head_dim) = (self.kv_heads.len(), self.cache.head_dim());
         let tokens: usize = spans.iter().map(|span| span.tokens).sum();
@@ -109,6 +113,7 @@ impl Attention<'_> {
         assert_eq!(out.len(), queries.len(), "results of {tokens} tokens of {heads} heads of {head_dim}");
         assert!(self.kv_heads.iter().all(|&head| (head as usize) < self.cache.kv_heads()), "heads {:?} read", self.kv_heads);
         assert!(self.window != Some(0), "a window of 0 sees nothing");
+        assert!(self.causal || self.window.is_none(), "a window looks back only");
 
         let groups = self.groups();
         let items = self.items(&groups, spans, pool.threads());
@@ -179,7 +184,7 @@ impl Attention<'_> {
                 for first in (0..all).step_by(most) {
                     let rows = first..all.min(first + most);
                     let mut item = Item { span, first_token, kv_head: *kv_head, heads, rows, tiles: 0..0 };
-                    let seen = self.seen(item.position(first)).start..self.seen(item.position(item.rows.end - 1)).end;
+                    let seen = self.seen(&span, item.position(first)).start..self.seen(&span, item.position(item.rows.end - 1)).end;
                     item.tiles = seen.start / TILE..seen.end.div_ceil(TILE);
                     items.push(item);
                 }
@@ -189,9 +194,12 @@ impl Attention<'_> {
         items
     }
 
-    /// The keys that a query at `position` sees.
+    /// The keys that a query of `span` at `position` sees.
     #[inline(always)]
-    fn seen(&self, position: usize) -> Range<usize> {
+    fn seen(&self, span: &KvSpan<'_>, position: usize) -> Range<usize> {
+        if !self.causal {
+            return 0..span.first_position + span.tokens;
+        }
         let end = position + 1;
         self.window.map_or(0, |window| end.saturating_sub(window as usize))..end
     }

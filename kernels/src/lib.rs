@@ -19,6 +19,7 @@ mod matrix;
 mod memory;
 pub mod norm;
 pub mod pool;
+pub mod pooling;
 pub mod probe;
 mod quantized;
 pub mod rope;

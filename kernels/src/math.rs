@@ -1,4 +1,4 @@
-//! Own exp, ln, pow, sin and cos: fixed polynomials and fused multiply-adds, so that every machine computes the same bits.
+//! Own exp, ln, pow, sin, cos, tanh and erf: fixed polynomials and fused multiply-adds, so that every machine computes the same bits.
 //!
 //! Nothing comes from the system's mathematics library but the square root and the fused multiply-add, which are exact roundings.
 
@@ -32,6 +32,26 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::F) -> S::F {
 pub fn exp_f32(x: f32) -> f32 {
     let lanes = exp(crate::simd::Portable, [x; crate::simd::LANES]);
     lanes[0]
+}
+
+/// The error function in every lane, within 4e-7; NaN for NaN.
+///
+/// `x P(x²) / Q(x²)` for |x| up to 3.744, and its value there beyond: the rational approximation of Eigen and XLA.
+#[inline(always)]
+pub(crate) fn erf<S: Simd>(s: S, x: S::F) -> S::F {
+    const END: f32 = 3.743_921_2;
+    let (one, minus_one) = (s.splat(1.0), s.splat(-1.0));
+    let x = s.max(s.splat(-END), s.min(s.splat(END), x));
+    let x2 = s.mul(x, x);
+    let mut p = s.splat(2.290_506_5e-4);
+    for coefficient in [3.408_291e-3, 5.095_569_5e-2, 1.852_083_3e-1, std::f32::consts::FRAC_2_SQRT_PI] {
+        p = s.fma(p, x2, s.splat(coefficient));
+    }
+    let mut q = s.splat(-1.179_160_3e-7);
+    for coefficient in [2.354_796_6e-5, 1.017_962_5e-3, 1.407_047e-2, 1.109_850_5e-1, 4.974_692_5e-1, 1.0] {
+        q = s.fma(q, x2, s.splat(coefficient));
+    }
+    s.max(minus_one, s.min(one, s.div(s.mul(x, p), q)))
 }
 
 const LN_2_F64: (f64, f64) = (6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10);
@@ -94,6 +114,12 @@ pub fn ln_f64(x: f64) -> f64 {
 #[inline(always)]
 pub fn pow_f64(x: f64, y: f64) -> f64 {
     exp_f64(y * ln_f64(x))
+}
+
+/// `(1 - e^-2|x|) / (1 + e^-2|x|)` with the sign of `x`, absolute error below 1e-15.
+pub fn tanh_f64(x: f64) -> f64 {
+    let e = exp_f64(-2.0 * x.abs());
+    ((1.0 - e) / (1.0 + e)).copysign(x)
 }
 
 /// Pi / 2 in two parts.
@@ -170,12 +196,65 @@ mod tests {
         assert_eq!(exp_f32(0.0), 1.0);
     }
 
+    struct Erf<'a>(&'a [[f32; LANES]]);
+
+    impl Kernel for Erf<'_> {
+        type Output = Vec<u32>;
+        #[inline(always)]
+        fn run<S: Simd>(self, s: S) -> Vec<u32> {
+            let mut out = Vec::new();
+            for x in self.0 {
+                let mut y = [0.0; LANES];
+                s.store(&mut y, erf(s, s.load(x)));
+                out.extend(y.map(f32::to_bits));
+            }
+            out
+        }
+    }
+
+    /// `2 / sqrt(π) Σ (-1)^n x^(2n+1) / (n! (2n+1))`: Abramowitz & Stegun 7.1.5, exact enough in f64 up to |x| = 4.
+    fn erf_series(x: f64) -> f64 {
+        let (mut term, mut sum) = (x, x);
+        for n in 1..120 {
+            let n = f64::from(n);
+            term *= -x * x / n;
+            sum += term / (2.0 * n + 1.0);
+        }
+        sum * std::f64::consts::FRAC_2_SQRT_PI
+    }
+
+    #[test]
+    fn erf_is_close_and_the_same_bits_everywhere() {
+        let mut inputs: Vec<f32> = (-4000..=4000).map(|i| i as f32 * 0.001).collect();
+        inputs.extend([0.0, -0.0, 1e-30, f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e30, -1e30, 3.743_921_2, 3.744]);
+        inputs.resize(inputs.len().next_multiple_of(LANES), 1.0);
+        let lanes = inputs.as_chunks::<LANES>().0;
+        let spec = vectorize(Isa::Scalar, Erf(lanes));
+        for isa in Isa::available() {
+            assert_eq!(vectorize(isa, Erf(lanes)), spec, "{isa}");
+        }
+        let mut worst: f64 = 0.0;
+        for (&x, &y) in inputs.iter().zip(&spec) {
+            let y = f32::from_bits(y);
+            if x.is_nan() {
+                assert!(y.is_nan());
+            } else if x.abs() > 4.0 {
+                worst = worst.max(f64::from((y - x.signum()).abs()));
+            } else {
+                worst = worst.max((f64::from(y) - erf_series(f64::from(x))).abs());
+            }
+        }
+        assert!(worst < 4e-7, "off by {worst}");
+        assert!((erf_series(0.5) - 0.520_499_877_813_046_5).abs() < 1e-15, "the series itself");
+    }
+
     #[test]
     fn f64_functions_are_close() {
         for i in -2000..2000 {
             let x = f64::from(i) * 0.337 + 0.01;
             let (s, c) = sin_cos_f64(x * 100.0);
             assert!((s - (x * 100.0).sin()).abs() < 1e-15 && (c - (x * 100.0).cos()).abs() < 1e-15, "sin cos {x}");
+            assert!((tanh_f64(x * 0.03) - (x * 0.03).tanh()).abs() < 1e-15, "tanh {x}");
             let e = x.exp();
             assert!(!e.is_normal() || (exp_f64(x) / e - 1.0).abs() < 1e-15, "exp {x}");
             let y = x.abs() * 1e3;
@@ -184,5 +263,6 @@ mod tests {
         assert!((pow_f64(1e6, -0.25) - 1e6_f64.powf(-0.25)).abs() < 1e-16);
         assert_eq!(ln_f64(1.0), 0.0);
         assert_eq!(exp_f64(0.0), 1.0);
+        assert_eq!((tanh_f64(0.0), tanh_f64(-800.0), tanh_f64(800.0)), (0.0, -1.0, 1.0));
     }
 }

@@ -12,6 +12,7 @@ struct Case {
     /// Cache head of each query head.
     readers: Vec<u32>,
     window: Option<u32>,
+    causal: bool,
     scale: f32,
     /// `[positions, kv_heads, head_dim]`.
     keys: Vec<f32>,
@@ -28,7 +29,7 @@ impl Case {
         let keys = fill(positions * kv_heads * head_dim, 2.0);
         let values = fill(positions * kv_heads * head_dim, 1.0);
         let queries = fill(positions * readers.len() * head_dim, 2.0);
-        Self { dtype, kv_heads, head_dim, readers: readers.to_vec(), window, scale: 0.125, keys, values, queries }
+        Self { dtype, kv_heads, head_dim, readers: readers.to_vec(), window, causal: true, scale: 0.125, keys, values, queries }
     }
 
     fn positions(&self) -> usize {
@@ -48,6 +49,11 @@ impl Case {
         self.window.map_or(0, |window| (position + 1).saturating_sub(window as usize))
     }
 
+    /// The keys that a query at `position` sees.
+    fn seen(&self, position: usize) -> std::ops::Range<usize> {
+        self.first(position)..if self.causal { position + 1 } else { self.positions() }
+    }
+
     /// The rows of `x` at `range`, of `width` values each.
     fn rows(x: &[f32], range: std::ops::Range<usize>, width: usize) -> &[f32] {
         &x[range.start * width..range.end * width]
@@ -61,7 +67,7 @@ impl Case {
             for head in 0..heads {
                 let query = &self.queries[(position * heads + head) * n..][..n];
                 let at = |x: &[f32], j: usize, d: usize| self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
-                let seen = self.first(position)..position + 1;
+                let seen = self.seen(position);
                 let (mut max, mut sum, mut vector) = (f32::NEG_INFINITY, 0.0, vec![0.0_f32; n]);
                 for base in (seen.start / tile * tile..seen.end).step_by(tile) {
                     let keys = base.max(seen.start)..(base + tile).min(seen.end);
@@ -105,7 +111,7 @@ impl Case {
                 let query = &self.queries[(position * heads + head) * n..][..n];
                 let at =
                     |x: &[f32], j: usize, d: usize| f64::from(self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]));
-                let keys = self.first(position)..position + 1;
+                let keys = self.seen(position);
                 let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&self.keys, j, d)).sum::<f64>() * f64::from(self.scale);
                 let scores: Vec<f64> = keys.clone().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -126,7 +132,7 @@ impl Case {
         let mut table: Vec<u32> = (0..blocks as u32).rev().map(|block| block + 1).collect();
         let attention = |cache: &KvCache, span: KvSpan<'_>, out: &mut [f32]| {
             let queries = span.first_position..span.first_position + span.tokens;
-            let attention = Attention { cache, kv_heads: &self.readers, scale: self.scale, window: self.window };
+            let attention = Attention { cache, kv_heads: &self.readers, scale: self.scale, window: self.window, causal: self.causal };
             attention.run(pool, isa, &[span], Self::rows(&self.queries, queries, self.readers.len() * self.head_dim), out);
         };
         let write = |cache: &mut KvCache, span: KvSpan<'_>| {
@@ -174,6 +180,33 @@ fn same(got: &[u32], want: &[u32]) -> bool {
         println!("result {i}: {} for {}", f32::from_bits(got[i]), f32::from_bits(want[i]));
     }
     different.is_none() && got.len() == want.len()
+}
+
+/// Where attention is not causal, every query sees the whole sequence.
+#[test]
+fn what_is_not_causal_sees_the_whole_sequence() {
+    let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
+    let mut isas = vector_isas();
+    isas.push(Isa::Scalar);
+    let mut n = 0;
+    for head_dim in [1, 16, 17, 32, 64] {
+        for positions in [1, 15, 16, 63, 64, 65, 130, 300] {
+            let readers: &[u32] = [&[0][..], &[0, 1, 2, 3], &[0, 1, 0]][n % 3];
+            let mut case = Case::new(KvType::F32, readers, head_dim, positions, None);
+            case.causal = false;
+            let want = bits(&case.defined(0, 64));
+            for (i, &isa) in isas.iter().enumerate() {
+                let pool = &pools[(n + i) % 3];
+                assert!(same(&case.run(pool, isa, 0, positions), &want), "{positions} × {head_dim} on {isa}, {} threads", pool.threads());
+            }
+            for (got, exact) in want.iter().zip(case.exact(0)) {
+                assert!((f64::from(f32::from_bits(*got)) - exact).abs() < 1e-5, "{positions} × {head_dim}");
+            }
+            case.causal = true;
+            assert!(positions == 1 || bits(&case.defined(0, 64)) != want, "later keys must show");
+            n += 1;
+        }
+    }
 }
 
 #[test]
@@ -266,7 +299,7 @@ fn batch_mates_do_not_change_a_bit() {
             for isa in Isa::available() {
                 for threads in 1..=3 {
                     let mut out = vec![f32::NAN; queries.len()];
-                    let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.125, window };
+                    let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.125, window, causal: true };
                     attention.run(&Pool::new(threads), isa, &spans, &queries, &mut out);
                     assert!(same(&bits(&out), &want), "{dtype:?}, window {window:?} on {isa}, {threads} threads");
                 }
@@ -313,7 +346,7 @@ fn what_does_not_fit_is_refused() {
     let pool = Pool::new(1);
     let cache = KvCache::new(KvType::F32, 2, 1, 16);
     let refused = |kv_heads: &[u32], window: Option<u32>, table: &[u32], len: usize| {
-        let attention = Attention { cache: &cache, kv_heads, scale: 1.0, window };
+        let attention = Attention { cache: &cache, kv_heads, scale: 1.0, window, causal: true };
         let mut out = vec![0.0; len];
         let span = KvSpan { table, first_position: 20, tokens: 1 };
         let run = || attention.run(&pool, Isa::best(), &[span], &vec![0.0; len], &mut out);

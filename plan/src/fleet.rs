@@ -57,7 +57,7 @@ pub struct FleetAdapter {
 /// What one replica can hold.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReplicaLimits {
-    /// KV groups and blocks.
+    /// KV groups and blocks; an encoder has none.
     pub kv: KvGeometry,
     /// Longest sequence in tokens.
     pub max_context: usize,
@@ -67,6 +67,13 @@ pub struct ReplicaLimits {
     pub max_batch_tokens: usize,
     /// Reuse KV blocks of equal prefixes.
     pub prefix_caching: bool,
+}
+
+impl ReplicaLimits {
+    /// Whether the model is an encoder, of which nothing is kept from step to step: it has no KV groups.
+    pub fn is_encoder(&self) -> bool {
+        self.kv.groups.is_empty()
+    }
 }
 
 /// Settings of the API that are not the engine's.

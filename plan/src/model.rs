@@ -27,6 +27,10 @@ pub enum Architecture {
     Mixtral,
     /// Qwen 3, mixture of experts.
     Qwen3Moe,
+    /// BERT, and the sentence models made of it.
+    Bert,
+    /// DistilBERT.
+    DistilBert,
 }
 
 /// Which two values of a head a rotation turns together.
@@ -171,6 +175,34 @@ pub enum Activation {
     Silu,
     /// `0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`.
     GeluTanh,
+    /// `0.5 x (1 + erf(x / sqrt(2)))`.
+    Gelu,
+}
+
+/// What makes a model an encoder: it reads whole sequences, each token seeing all others, and gives vectors in place of tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Encoder {
+    /// Rows of the table of token types, which say what text of a pair a token belongs to; 0: there is none.
+    pub token_types: usize,
+    /// What is made of the first token's state, where the model classifies.
+    pub classifier: Option<Classifier>,
+}
+
+/// A classification head: `classifier · activation(pooler h)`, `h` the state of the first token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Classifier {
+    /// Number of labels.
+    pub labels: usize,
+    /// Activation of the pooler.
+    pub activation: PoolerActivation,
+}
+
+/// Activation between the two products of a classification head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "named after the functions")]
+pub enum PoolerActivation {
+    Tanh,
+    Relu,
 }
 
 /// A model's shape, normalised over file formats.
@@ -219,6 +251,15 @@ pub struct ModelConfig {
     /// A table of `context` positions is added to the embeddings.
     #[serde(default)]
     pub learned_positions: bool,
+    /// The sum of the embeddings is normed.
+    #[serde(default)]
+    pub embedding_norm: bool,
+    /// A block's sum with what came into it is normed; else what comes into it is.
+    #[serde(default)]
+    pub post_norms: bool,
+    /// Set for encoders.
+    #[serde(default)]
+    pub encoder: Option<Encoder>,
     /// What the layers with experts are mixtures of.
     #[serde(default)]
     pub experts: Option<Experts>,
@@ -231,7 +272,10 @@ pub struct ModelConfig {
 #[expect(missing_docs, reason = "the names are the roles")]
 pub enum Role {
     Embedding,
+    TokenTypes,
     Positions,
+    EmbeddingNorm,
+    EmbeddingNormBias,
     RopeFactors,
     ShortRopeFactors,
     LongRopeFactors,
@@ -264,6 +308,10 @@ pub enum Role {
     OutputNorm,
     OutputNormBias,
     Output,
+    Pooler,
+    PoolerBias,
+    Classifier,
+    ClassifierBias,
 }
 
 impl Role {
@@ -277,6 +325,11 @@ impl Role {
 }
 
 impl ModelConfig {
+    /// Labels of the classification head; 0 where there is none.
+    pub fn labels(&self) -> usize {
+        self.encoder.and_then(|e| e.classifier).map_or(0, |c| c.labels)
+    }
+
     /// Row-major shape of the tensor with a role: `[out, in]` for matrices, `[n]` for vectors.
     pub fn shape(&self, role: Role) -> Vec<usize> {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
@@ -294,6 +347,11 @@ impl ModelConfig {
             Role::RopeFactors | Role::ShortRopeFactors | Role::LongRopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
             Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => vec![self.hidden],
             Role::AttnNormBias | Role::FfnNormBias | Role::OutputNormBias | Role::OBias | Role::DownBias => vec![self.hidden],
+            Role::EmbeddingNorm | Role::EmbeddingNormBias | Role::PoolerBias => vec![self.hidden],
+            Role::TokenTypes => vec![self.encoder.map_or(0, |e| e.token_types), self.hidden],
+            Role::Pooler => vec![self.hidden, self.hidden],
+            Role::Classifier => vec![self.labels(), self.hidden],
+            Role::ClassifierBias => vec![self.labels()],
             Role::Positions => vec![self.context, self.hidden],
             Role::Router => vec![self.experts.map_or(0, |e| e.count), self.hidden],
             Role::ExpertGate(_) | Role::ExpertUp(_) => vec![self.experts.map_or(0, |e| e.ffn), self.hidden],
@@ -387,8 +445,9 @@ impl ModelHeader {
     pub fn loaded_as(&self, to: DType) -> Self {
         let mut header = self.clone();
         for (id, tensor) in &mut header.tensors {
-            // The choice of experts turns on small differences.
-            if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || id.role == Role::Router {
+            // The choice of experts turns on small differences, and heads of classifiers are small.
+            let kept = matches!(id.role, Role::Router | Role::TokenTypes | Role::Pooler | Role::Classifier);
+            if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || kept {
                 continue;
             }
             let vocabulary = matches!(id.role, Role::Embedding | Role::Output);

@@ -73,7 +73,14 @@ impl Splits {
                 Some(own) if own.contains(&(e as usize)) => 0..config.shape(role)[0],
                 _ => 0..0,
             },
-            Role::Positions
+            Role::TokenTypes
+            | Role::Positions
+            | Role::EmbeddingNorm
+            | Role::EmbeddingNormBias
+            | Role::Pooler
+            | Role::PoolerBias
+            | Role::Classifier
+            | Role::ClassifierBias
             | Role::Router
             | Role::AttnNormBias
             | Role::FfnNormBias

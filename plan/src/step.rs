@@ -1,6 +1,9 @@
 //! The unit of work the router sends to every worker, and what comes back.
 //!
-//! A worker's KV content and sampler state are functions of the steps it was sent, in order.
+//! A worker's KV content and sampler state are functions of the steps it was sent, in order. Encoders keep nothing: a sequence's whole input
+//! is in one step.
+
+use serde::{Deserialize, Serialize};
 
 /// A token's id in the vocabulary.
 pub type TokenId = u32;
@@ -57,6 +60,8 @@ pub struct SequenceStep {
     pub begin: Option<Box<Begin>>,
     /// LoRA adapter slot; 0 is the bare model.
     pub adapter: u32,
+    /// Offset in the input at which the second text of a pair begins, for models with token types; 0: there is one text.
+    pub second: u32,
 }
 
 /// Where a sequence's input tokens come from.
@@ -122,8 +127,44 @@ pub enum WantKind {
     },
     /// All logits.
     Logits,
-    /// The final hidden state.
-    Hidden,
+    /// A vector of final hidden states.
+    Pooled(Pooled),
+    /// What a classification head makes of the whole input, a value for each label.
+    Classes,
+}
+
+impl WantKind {
+    /// Whether the result is a vector, for which no logits are computed.
+    pub fn is_vector(&self) -> bool {
+        matches!(self, Self::Pooled(_) | Self::Classes)
+    }
+}
+
+/// A vector, and what is made of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pooled {
+    /// Of which tokens.
+    pub over: Pooling,
+    /// How many of its first values are kept; 0: all.
+    pub dimensions: u32,
+    /// What is kept is divided by its Euclidean length.
+    pub normalize: bool,
+}
+
+impl Pooled {
+    /// The final hidden state of the token, as it is.
+    pub const HIDDEN: Self = Self { over: Pooling::Token, dimensions: 0, normalize: false };
+}
+
+/// The tokens whose states make a vector.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Pooling {
+    /// The token that it is wanted at.
+    Token,
+    /// The first token of the input; encoders alone.
+    First,
+    /// The mean over the input; encoders alone.
+    Mean,
 }
 
 /// What the sampler needs to know of a sequence.
@@ -216,8 +257,8 @@ pub enum OutputValue {
     Score(Logprobs),
     /// For [`WantKind::Logits`]: `[vocab]`.
     Logits(Vec<f32>),
-    /// For [`WantKind::Hidden`]: `[hidden]`, after the final norm.
-    Hidden(Vec<f32>),
+    /// For [`WantKind::Pooled`]: `[hidden]`, after the final norm, or as many as were asked for; for [`WantKind::Classes`]: `[labels]`.
+    Vector(Vec<f32>),
     /// This sequence alone failed.
     Failed(String),
 }

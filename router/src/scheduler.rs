@@ -19,6 +19,7 @@
 //!   most, and since the oldest always goes on, none starves. What the others do not need is the oldest's.
 //! - **Admission** is by arrival, when there are blocks for the whole prompt; a prompt whose next block another sequence is
 //!   just computing waits for it. While a running sequence lacks blocks, none is admitted.
+//! - **Encoders** have no KV cache: a sequence is in one step, whole, and waits for one with room for it.
 //! - **Blocks that run out** are taken from the youngest sequence. It keeps its place in the queue and goes on later from
 //!   prompt and emitted ids.
 //!
@@ -215,11 +216,12 @@ impl Scheduler {
     /// A scheduler with an empty cache.
     ///
     /// # Panics
-    /// If `stages`, the batch limits, or the number of KV groups is 0.
-    pub fn new(options: SchedulerOptions) -> Self {
-        let limits = &options.limits;
+    /// If `stages` or the batch limits are 0.
+    pub fn new(mut options: SchedulerOptions) -> Self {
+        let limits = &mut options.limits;
         assert!(options.stages > 0 && limits.max_batch_tokens > 0 && limits.max_batch_sequences > 0);
-        assert!(!limits.kv.groups.is_empty());
+        limits.prefix_caching &= !limits.is_encoder();
+        let limits = &options.limits;
         let logged = limits.kv.groups.iter().position(|g| g.window.is_none()).unwrap_or(0);
         let pools = limits.kv.groups.iter().enumerate().map(|(i, g)| BlockPool::new(g.blocks, i == logged)).collect();
         Self {
@@ -250,6 +252,17 @@ impl Scheduler {
         let known = submission.prompt.len() + submission.emitted.len();
         if submission.prompt.is_empty() {
             return Err("the prompt is empty, expected at least one token".to_owned());
+        }
+        if limits.is_encoder() {
+            if known > limits.max_batch_tokens {
+                return Err(format!(
+                    "{known} tokens do not fit a step of {} tokens, in which an encoder reads all of them",
+                    limits.max_batch_tokens
+                ));
+            }
+            if submission.max_tokens > 0 || submission.score_prompt.is_some() {
+                return Err("the model is an encoder, which draws and scores no tokens".to_owned());
+            }
         }
         if known > limits.max_context || (known == limits.max_context && submission.max_tokens > 0) {
             return Err(format!("{known} tokens do not fit the context of {} tokens", limits.max_context));
@@ -368,6 +381,11 @@ impl Scheduler {
             }
         }
         Ok(())
+    }
+
+    /// Whether sequences run whole, in one step each, and nothing is kept of them.
+    fn reads_whole(&self) -> bool {
+        self.options.limits.is_encoder()
     }
 
     /// Takes a running sequence out and gives its blocks back.

@@ -108,7 +108,9 @@ impl Folder {
             "num_attention_heads" | "num_key_value_heads" => "n_head",
             other => other,
         };
-        self.config[field].as_u64().or(self.config[gpt2].as_u64()).map(|n| n as usize)
+        // An encoder has as many heads of keys and values as of queries, and does not say so.
+        let heads = if field == "num_key_value_heads" { self.config["num_attention_heads"].as_u64() } else { None };
+        self.config[field].as_u64().or(self.config[gpt2].as_u64()).or(heads).map(|n| n as usize)
     }
 
     fn take(&mut self, name: &str) -> Tensor {
@@ -159,6 +161,10 @@ impl Folder {
         let (heads, kv_heads) = (self.count("num_attention_heads"), self.count("num_key_value_heads"));
         let mut stacks: BTreeMap<String, Vec<(usize, Tensor)>> = BTreeMap::new();
         for (name, t) in &self.tensors {
+            // GGUF has no pooler of a model that does not classify.
+            if name.starts_with("pooler.") {
+                continue;
+            }
             let t = match name {
                 n if arch == "llama" && n.ends_with("q_proj.weight") => t.permuted(heads),
                 n if arch == "llama" && n.ends_with("k_proj.weight") => t.permuted(kv_heads),
@@ -206,11 +212,15 @@ impl Folder {
         for (value, name) in [
             (&self.config["rms_norm_eps"], "attention.layer_norm_rms_epsilon"),
             (&self.config["layer_norm_epsilon"], "attention.layer_norm_epsilon"),
+            (&self.config["layer_norm_eps"], "attention.layer_norm_epsilon"),
             (if rope.is_null() { &self.config["rope_theta"] } else { rope }, "rope.freq_base"),
         ] {
             if let Some(x) = value.as_f64() {
                 file.metadata(&key(name), Value::F32(x as f32));
             }
+        }
+        if arch == "bert" {
+            file.metadata(&key("attention.causal"), Value::Bool(false)).metadata(&key("pooling_type"), Value::U32(1));
         }
         file.metadata("tokenizer.ggml.model", Value::String("llama".into()))
             .array("tokenizer.ggml.tokens", Kind::String, (0..vocab).map(|id| Value::String(format!("t{id}"))).collect())
@@ -247,7 +257,7 @@ fn tensors(folder: &Path) -> io::Result<BTreeMap<String, Tensor>> {
 }
 
 /// Hugging Face's names in GGUF, within layers and outside.
-const GGUF_NAMES: [(&str, &str); 33] = [
+const GGUF_NAMES: [(&str, &str); 45] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -278,6 +288,18 @@ const GGUF_NAMES: [(&str, &str); 33] = [
     ("mlp.experts.up_proj", "ffn_up_exps"),
     ("mlp.experts.down_proj", "ffn_down_exps"),
     ("block_sparse_moe.gate", "ffn_gate_inp"),
+    ("embeddings.word_embeddings", "token_embd"),
+    ("embeddings.token_type_embeddings", "token_types"),
+    ("embeddings.position_embeddings", "position_embd"),
+    ("embeddings.LayerNorm", "token_embd_norm"),
+    ("attention.self.query", "attn_q"),
+    ("attention.self.key", "attn_k"),
+    ("attention.self.value", "attn_v"),
+    ("attention.output.dense", "attn_output"),
+    ("attention.output.LayerNorm", "attn_output_norm"),
+    ("intermediate.dense", "ffn_up"),
+    ("output.dense", "ffn_down"),
+    ("output.LayerNorm", "layer_output_norm"),
     ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
     ("block_sparse_moe.experts.w2", "ffn_down_exps"),
     ("block_sparse_moe.experts.w3", "ffn_up_exps"),
@@ -293,7 +315,7 @@ fn expert(name: &str) -> Option<(String, usize)> {
 /// The GGUF name of a tensor.
 fn gguf_name(name: &str) -> String {
     let (stem, kind) = name.rsplit_once('.').expect("a name with its kind");
-    let layer = ["model.layers.", "transformer.h."].iter().find_map(|prefix| stem.strip_prefix(prefix)?.split_once('.'));
+    let layer = ["model.layers.", "transformer.h.", "encoder.layer."].iter().find_map(|prefix| stem.strip_prefix(prefix)?.split_once('.'));
     let (prefix, stem) = match layer {
         Some((layer, stem)) => (format!("blk.{layer}."), stem),
         None => (String::new(), stem),

@@ -25,6 +25,7 @@ fn step(id: u64, position: u32, masked: bool) -> Step {
         wants: vec![Want { offset: 0, kind: WantKind::Sample }],
         begin: (id == 1).then(|| Box::new(Begin { ids: vec![7], prompt_len: 1, sampling })),
         adapter: 0,
+        second: 0,
     };
     Step { id, sequences: vec![part], ..Step::default() }
 }

@@ -6,7 +6,7 @@ use engine::{Engine, EngineOptions, NoMasks, StageOutput, WeightReader, collecti
 use kernels::Isa;
 use plan::{
     shard::{BLOCK_TOKENS, ExecutionPlan},
-    step::{Begin, Input, Output, OutputValue, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
+    step::{Begin, Input, Output, OutputValue, Pooled, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
     worker::CollectiveKind,
 };
 use router::replica::{Connector, Replica, ReplicaError, WorkersConnector};
@@ -50,6 +50,7 @@ pub(crate) fn steps(plan: &ExecutionPlan, ids: impl Fn(u64, usize) -> u32) -> Ve
         wants: Vec::new(),
         begin: None,
         adapter: 0,
+        second: 0,
     };
     // Everything but the end of the last prompt.
     let cut = length(SEQUENCES) - 7;
@@ -80,7 +81,7 @@ pub(crate) fn steps(plan: &ExecutionPlan, ids: impl Fn(u64, usize) -> u32) -> Ve
                 part(sequence, drawn, Input::Sampled { step: id - 1, drafts: Vec::new() })
             };
             let end = next.input.len() - 1;
-            next.wants = vec![want(end, WantKind::Sample), want(end, WantKind::Logits), want(end, WantKind::Hidden)];
+            next.wants = vec![want(end, WantKind::Sample), want(end, WantKind::Logits), want(end, WantKind::Pooled(Pooled::HIDDEN))];
             step.sequences.push(next);
         }
         if draw == DRAWS - 1 {

@@ -109,6 +109,7 @@ impl EngineBench {
             wants: vec![Want { offset: 0, kind: WantKind::Sample }],
             begin: opening.then(|| self.begin(lane.position + 1)),
             adapter: 0,
+            second: 0,
         }
     }
 
@@ -131,6 +132,7 @@ impl EngineBench {
                 wants: if last && sample { vec![Want { offset: len as u32 - 1, kind: WantKind::Sample }] } else { Vec::new() },
                 begin: (first == 0).then(|| self.begin(tokens)),
                 adapter: 0,
+                second: 0,
             };
             let frees = std::mem::take(&mut self.finished);
             self.drive.send(Step { frees, sequences: vec![part], ..Step::default() }).await?;

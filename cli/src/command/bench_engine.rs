@@ -37,6 +37,7 @@ struct Measured {
 /// Runs the command.
 pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
     let model = Model::open(global, &args.model).await?;
+    model.must_generate("the benchmark")?;
     let placement = &args.placement;
     let chunk = placement.chunk();
     let context = args.tests.iter().map(BenchTest::context).max().unwrap_or(1);

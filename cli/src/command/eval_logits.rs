@@ -10,6 +10,7 @@ use plan::{
 };
 use serde::Serialize;
 
+use super::eval_vectors;
 use crate::{
     args::{Global, LogitsArgs},
     blocks::Blocks,
@@ -32,8 +33,8 @@ struct Evaluated {
 }
 
 /// Runs the command.
-pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
-    let ids: Arc<[TokenId]> = args.input_ids.into();
+pub(crate) async fn eval(global: &Global, mut args: LogitsArgs) -> Outcome {
+    let ids: Arc<[TokenId]> = std::mem::take(&mut args.input_ids).into();
     let model = Model::open(global, &args.model).await?;
     check_ids(&ids, model.header.config.vocab)?;
     let length = ids.len() + args.greedy as usize;
@@ -44,6 +45,9 @@ pub(crate) async fn eval(global: &Global, args: LogitsArgs) -> Outcome {
             args.greedy,
             model.header.config.context
         ));
+    }
+    if model.header.config.encoder.is_some() {
+        return eval_vectors::eval(global, LogitsArgs { input_ids: ids.to_vec(), ..args }, model).await;
     }
     let adapter = match args.adapter {
         Some(uri) => Some(model.adapter(global, &AdapterSpec { name: "adapter".to_owned(), uri, digest: None }).await?),
@@ -113,7 +117,8 @@ async fn evaluate(loaded: &Loaded, ids: &[TokenId], adapter: Option<AdapterSourc
 /// A step of the one sequence.
 fn step(blocks: &Blocks, adapter: u32, (first, ids): (usize, Vec<TokenId>), wants: Vec<Want>, begin: Option<Box<Begin>>) -> Step {
     let tables = blocks.changes(0, first, ids.len());
-    let part = SequenceStep { sequence: 1, first_position: first as u32, input: Input::Ids(ids), tables, wants, begin, adapter };
+    let input = Input::Ids(ids);
+    let part = SequenceStep { sequence: 1, first_position: first as u32, input, tables, wants, begin, adapter, second: 0 };
     Step { sequences: vec![part], ..Step::default() }
 }
 
@@ -124,7 +129,7 @@ fn take(result: &mut Evaluated, output: Output) -> anyhow::Result<()> {
         OutputValue::Logits(logits) => result.last_logits = logits,
         OutputValue::Token { id, .. } => result.greedy_ids.push(id),
         OutputValue::Failed(reason) => bail!("the engine failed at position {}: {reason}", output.position),
-        OutputValue::Hidden(_) => bail!("hidden states came that were not asked for"),
+        OutputValue::Vector(_) => bail!("a vector came that was not asked for"),
     }
     Ok(())
 }

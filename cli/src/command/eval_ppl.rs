@@ -38,6 +38,7 @@ struct Perplexity {
 pub(crate) async fn eval(global: &Global, args: PplArgs) -> Outcome {
     let text = read_text(&args.text)?;
     let model = Model::open(global, &args.model).await?;
+    model.must_generate("perplexity")?;
     let context = args.context as usize;
     if context > model.header.config.context {
         return Err(bad_input!("chunks of {context} tokens do not fit the model's context of {} tokens", model.header.config.context));
@@ -134,6 +135,7 @@ pub(super) fn scored_step(
             wants: wants(ids, first, part.len(), kind),
             begin: None,
             adapter: 0,
+            second: 0,
         }],
         ..Step::default()
     }

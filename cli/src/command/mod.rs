@@ -4,6 +4,7 @@ mod bench_engine;
 mod bench_load;
 mod eval_logits;
 mod eval_ppl;
+mod eval_vectors;
 mod inspect;
 mod logs;
 mod plan;

@@ -62,6 +62,9 @@ pub(crate) async fn quantize(global: &Global, args: QuantizeArgs) -> Outcome {
     let to = args.to.dtype();
     let text = args.text.as_deref().map(read_text).transpose()?;
     let model = Model::open(global, &args.input).await?;
+    if text.is_some() {
+        model.must_generate("the comparison over a text")?;
+    }
     let (source, out, quiet) = (model.source.clone(), args.output.clone(), global.quiet);
     let written = tokio::task::spawn_blocking(move || write(&source, &out, to, quiet)).await.context("writing was cut off")?;
     let bytes_after = written?;
@@ -106,7 +109,8 @@ fn file_type(to: DType) -> u32 {
 fn wanted(tensor: &gguf::Tensor, stored: DType, to: DType) -> DType {
     let vocabulary = ["token_embd.weight", "output.weight"].contains(&tensor.name.as_str());
     // Norms and biases are vectors; the choice of experts turns on small differences.
-    if tensor.dims.len() < 2 || tensor.name.ends_with("ffn_gate_inp.weight") {
+    let kept = ["ffn_gate_inp.weight", "token_types.weight"].iter().any(|name| tensor.name.ends_with(name));
+    if tensor.dims.len() < 2 || kept {
         return stored;
     }
     to.for_rows(tensor.dims[0] as usize, vocabulary).unwrap_or(stored)

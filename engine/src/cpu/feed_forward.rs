@@ -5,7 +5,7 @@ use plan::model::Activation;
 
 use super::{
     adapter::Adapted,
-    forward::{Laps, add_block, all_rows, normed, own_part},
+    forward::{Laps, add_block, all_rows, block_input, norm_in_place, own_part},
     stage::{Buffers, Cpu},
     weights::FeedForward,
 };
@@ -26,7 +26,7 @@ impl Cpu {
         let n = rows * config.hidden;
         let (x, h, gathered) = (&mut x[..n], &mut h[..n], &mut gathered[..n]);
         let activation = activation(config.activation);
-        normed(&self.compute, x, &weights.ffn_norm, config.norm_eps, h);
+        let h = block_input(&self.compute, config, x, &weights.ffn_norm, h);
         let out = match &weights.feed_forward {
             FeedForward::Dense(dense) => {
                 let width = self.splits.ffn[self.rank].len();
@@ -67,6 +67,9 @@ impl Cpu {
             }
         };
         add_block(&self.compute, x, out, weights.post_ffn_norm.as_deref(), config.norm_eps);
+        if config.post_norms {
+            norm_in_place(&self.compute, &mut self.buffers, n, &weights.ffn_norm, config.norm_eps);
+        }
         laps.add(&mut context.timings.down);
         Ok(())
     }
@@ -76,5 +79,6 @@ fn activation(activation: Activation) -> Gate {
     match activation {
         Activation::Silu => Gate::Silu,
         Activation::GeluTanh => Gate::GeluTanh,
+        Activation::Gelu => Gate::Gelu,
     }
 }

@@ -2,7 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use kernels::{Attention, KvSpan, bytes, elementwise, norm};
+use kernels::{Attention, KV_BLOCK, KvSpan, bytes, elementwise, norm};
+use plan::model::ModelConfig;
 
 use super::{
     adapter::Adapted,
@@ -78,19 +79,24 @@ impl Cpu {
         }
         laps.add(&mut context.timings.embedding);
         // Spans over each group's tables, made once for all of its layers.
-        let all: Vec<Vec<KvSpan<'_>>> = batch.tables.iter().map(|tables| kv_spans(&batch.spans, tables.iter().copied())).collect();
+        let own = if self.config.encoder.is_some() { own_tables(&batch.spans) } else { Vec::new() };
+        let all: Vec<Vec<KvSpan<'_>>> = match self.config.encoder {
+            None => batch.tables.iter().map(|tables| kv_spans(&batch.spans, tables.iter().copied())).collect(),
+            Some(_) => vec![kv_spans(&batch.spans, own.iter().map(Vec::as_slice))],
+        };
+        let decides = self.is_last && self.config.encoder.is_none();
         let layers = self.weights.layers.len();
         for layer in 0..layers {
             context.progress.enter(self.first_layer + layer);
             let spans = &all[self.places[layer].group];
-            let tail = if self.is_last && layer + 1 == layers { Tail::new(batch) } else { None };
+            let tail = if decides && layer + 1 == layers { Tail::new(batch) } else { None };
             self.attend(layer, batch, spans, tail.as_ref(), context, &mut laps)?;
             if self.buffers.rows > 0 {
                 let adapted = tail.as_ref().map_or(&batch.adapted, |tail| &tail.adapted);
                 self.feed_forward(layer, adapted, context, &mut laps)?;
             }
         }
-        if self.is_last && self.buffers.rows > 0 {
+        if decides && self.buffers.rows > 0 {
             let n = self.buffers.rows * self.config.hidden;
             let Buffers { x, h, .. } = &mut self.buffers;
             normed(&self.compute, &x[..n], &self.weights.output_norm, self.config.norm_eps, &mut h[..n]);
@@ -152,6 +158,16 @@ impl Cpu {
             });
             elementwise::add(&self.compute.pool, self.compute.isa, x, places);
         }
+        if let Some(table) = &self.weights.token_types {
+            let kinds = &mut gathered[..x.len()];
+            for (&kind, row) in batch.types.iter().zip(kinds.chunks_exact_mut(hidden)) {
+                table.row(usize::from(kind), row);
+            }
+            elementwise::add(&self.compute.pool, self.compute.isa, x, kinds);
+        }
+        if let Some(norm) = &self.weights.embedding_norm {
+            norm_in_place(&self.compute, &mut self.buffers, batch.tokens * hidden, norm, self.config.norm_eps);
+        }
         Ok(())
     }
 
@@ -171,19 +187,19 @@ impl Cpu {
         let isa = *isa;
         let tokens = batch.tokens;
         let Buffers { x, h, q, k, v, attention, positions, rows, .. } = &mut self.buffers;
-        let (q_width, kv_width) = (self.kv_heads.len() * head_dim, self.caches[layer].kv_heads() * head_dim);
-        normed(&self.compute, &x[..tokens * hidden], &weights.attn_norm, config.norm_eps, &mut h[..tokens * hidden]);
+        let (q_width, kv_width) = (self.kv_heads.len() * head_dim, self.caches[place.cache].kv_heads() * head_dim);
+        let input = block_input(&self.compute, config, &x[..tokens * hidden], &weights.attn_norm, &mut h[..tokens * hidden]);
         let (k, v) = (&mut k[..tokens * kv_width], &mut v[..tokens * kv_width]);
         let tail_spans;
         let (query_spans, query_positions) = match tail {
             None => {
                 let into = [(&weights.q, &mut q[..tokens * q_width]), (&weights.k, &mut *k), (&weights.v, &mut *v)];
-                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, &batch.adapted, into);
+                self.inputs.multiply(&self.compute, input, tokens, &batch.adapted, into);
                 (spans, batch.positions.as_slice())
             }
             Some(tail) => {
                 let into = [(&weights.k, &mut *k), (&weights.v, &mut *v)];
-                self.inputs.multiply(&self.compute, &h[..tokens * hidden], tokens, &batch.adapted, into);
+                self.inputs.multiply(&self.compute, input, tokens, &batch.adapted, into);
                 keep_rows(h, hidden, &tail.rows);
                 keep_rows(x, hidden, &tail.rows);
                 *rows = tail.rows.len();
@@ -209,10 +225,15 @@ impl Cpu {
             rope.apply(pool, isa, q, head_dim, query_positions);
             rope.apply(pool, isa, k, head_dim, &batch.positions);
         }
-        self.caches[layer].write(isa, spans, k, v);
+        self.caches[place.cache].write(isa, spans, k, v);
         let attention = &mut attention[..rows * q_width];
-        let kernel =
-            Attention { cache: &self.caches[layer], kv_heads: &self.kv_heads, scale: config.attention_scale, window: place.window };
+        let kernel = Attention {
+            cache: &self.caches[place.cache],
+            kv_heads: &self.kv_heads,
+            scale: config.attention_scale,
+            window: place.window,
+            causal: config.encoder.is_none(),
+        };
         kernel.run(pool, isa, query_spans, q, attention);
         laps.add(&mut context.timings.attention);
         if rows == 0 {
@@ -226,6 +247,9 @@ impl Cpu {
         self.inputs.multiply_gathered(&self.compute, context.ranks, attention, &self.head_columns, (rows, adapted), (&weights.o, own))?;
         let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
         add_block(&self.compute, &mut x[..rows * hidden], out, weights.post_attn_norm.as_deref(), config.norm_eps);
+        if config.post_norms {
+            norm_in_place(&self.compute, &mut self.buffers, rows * hidden, &weights.attn_norm, config.norm_eps);
+        }
         laps.add(&mut context.timings.output);
         Ok(())
     }
@@ -250,6 +274,17 @@ impl Cpu {
         laps.add(&mut context.timings.vocabulary);
         logits
     }
+}
+
+/// Block tables of sequences that are there for this step alone: one block after the other.
+fn own_tables(spans: &[Span]) -> Vec<Vec<u32>> {
+    let mut next = 0;
+    let table = |span: &Span| {
+        let first = next;
+        next += span.rows.len().div_ceil(KV_BLOCK) as u32;
+        (first..next).collect()
+    };
+    spans.iter().map(table).collect()
 }
 
 /// The spans as the kernels want them.
@@ -285,6 +320,21 @@ pub(super) fn all_rows<'a>(
     let whole = &mut whole[..gathered.len()];
     ranks.all_gather_columns(gathered, split, tokens, whole)?;
     Ok(whole)
+}
+
+/// What goes into a block: the residual stream itself where the sum is normed behind the block, else its norm, made in `h`.
+pub(super) fn block_input<'a>(compute: &Compute, config: &ModelConfig, x: &'a [f32], norm: &Norm, h: &'a mut [f32]) -> &'a [f32] {
+    if config.post_norms {
+        return x;
+    }
+    normed(compute, x, norm, config.norm_eps, h);
+    h
+}
+
+/// Norms the first `len` values of the residual stream.
+pub(super) fn norm_in_place(compute: &Compute, buffers: &mut Buffers, len: usize, norm: &Norm, eps: f32) {
+    normed(compute, &buffers.x[..len], norm, eps, &mut buffers.h[..len]);
+    std::mem::swap(&mut buffers.x, &mut buffers.h);
 }
 
 /// The norm of each row, of the kind that the weights are for.

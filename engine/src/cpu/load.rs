@@ -10,7 +10,9 @@ use plan::{
     shard::{Shard, TensorSlice},
 };
 
-use super::weights::{Dense, Expert, FeedForward, HeadNorms, LayerWeights, Linear, Norm, RopeFactors, Weights, weight_type};
+use super::weights::{
+    ClassifierWeights, Dense, Expert, FeedForward, HeadNorms, LayerWeights, Linear, Norm, RopeFactors, Weights, weight_type,
+};
 use crate::{LoadShardError, WeightReader, compute::Compute};
 
 /// Most bytes read at a time, unless one row is longer.
@@ -261,6 +263,7 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
     }
     let outer = |role| TensorId { layer: None, role };
     let (first, last, tied) = (shard.is_first(), shard.is_last(), config.tied_embeddings);
+    let decodes = config.encoder.is_none();
     let mut table = |wanted: bool, role| {
         if !wanted {
             return Ok(None);
@@ -268,8 +271,11 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
         tensors.matrices.remove(&outer(role)).map(Some).ok_or_else(|| missing(outer(role)))
     };
     let embedding = table(first || (last && tied), Role::Embedding)?;
-    let output = table(last && !tied, Role::Output)?;
+    let output = table(last && !tied && decodes, Role::Output)?;
     let positions = table(first && config.learned_positions, Role::Positions)?;
+    let token_types = table(first && config.encoder.is_some_and(|e| e.token_types > 0), Role::TokenTypes)?;
+    let classifies = last && config.labels() > 0;
+    let head = (table(classifies, Role::Pooler)?, table(classifies, Role::Classifier)?);
     let mut vector = |wanted: bool, role| {
         if !wanted {
             return Ok(None);
@@ -285,8 +291,18 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
         long: vector(two, Role::LongRopeFactors)?.unwrap_or_default(),
     };
     let output_norm = Norm {
-        weight: vector(last, Role::OutputNorm)?.unwrap_or_default(),
-        bias: vector(last && config.layer_norms, Role::OutputNormBias)?.unwrap_or_default(),
+        weight: vector(last && decodes, Role::OutputNorm)?.unwrap_or_default(),
+        bias: vector(last && decodes && config.layer_norms, Role::OutputNormBias)?.unwrap_or_default(),
+    };
+    let normed = first && config.embedding_norm;
+    let embedding_norm = vector(normed, Role::EmbeddingNorm)?.zip(vector(normed, Role::EmbeddingNormBias)?);
+    let biases = (vector(classifies, Role::PoolerBias)?, vector(classifies, Role::ClassifierBias)?);
+    let classifier = match (head, biases) {
+        ((Some(pooler), Some(output)), (Some(pooler_bias), Some(output_bias))) => Some(ClassifierWeights {
+            pooler: Linear { id: outer(Role::Pooler), matrix: pooler, bias: pooler_bias },
+            output: Linear { id: outer(Role::Classifier), matrix: output, bias: output_bias },
+        }),
+        _ => None,
     };
     match tensors.matrices.keys().chain(tensors.vectors.keys()).next() {
         Some(left) => Err(LoadShardError::Plan {
@@ -294,6 +310,16 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
             got: format!("{:?} of layer {:?}", left.role, left.layer),
             expected: format!("one that stage {} of the {:?} family uses", shard.stage, config.architecture),
         }),
-        None => Ok(Weights { embedding, positions, layers, output_norm, output, rope_factors }),
+        None => Ok(Weights {
+            embedding,
+            positions,
+            token_types,
+            embedding_norm: embedding_norm.map(|(weight, bias)| Norm { weight, bias }),
+            layers,
+            output_norm,
+            output,
+            classifier,
+            rope_factors,
+        }),
     }
 }

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use kernels::{KvCache, KvType, RopeTable, rope};
+use kernels::{KvCache, KvType, RopeTable, elementwise, rope};
 use plan::{
-    model::{ModelConfig, Rope, RopeLayout, RopeScaling},
+    model::{ModelConfig, PoolerActivation, Rope, RopeLayout, RopeScaling},
     shard::{KvDType, KvGeometry, Shard, Splits},
     step::BlockCopy,
 };
@@ -27,6 +27,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct LayerPlace {
     pub(super) group: usize,
+    /// Index of its cache.
+    pub(super) cache: usize,
     pub(super) window: Option<u32>,
     /// Index of its rotary table, if it rotates.
     pub(super) rope: Option<usize>,
@@ -98,6 +100,10 @@ impl Cpu {
         let mut ropes: Vec<(Rope, RopeTable)> = Vec::new();
         let (mut places, mut caches) = (Vec::new(), Vec::new());
         for layer in shard.layers.clone() {
+            if config.encoder.is_some() {
+                places.push(LayerPlace { group: 0, cache: 0, window: None, rope: None });
+                continue;
+            }
             let Some(group) = kv.groups.iter().position(|g| g.layers.contains(&layer)) else {
                 return Err(LoadShardError::Plan {
                     what: "the number of KV groups of a layer",
@@ -113,12 +119,16 @@ impl Cpu {
                     ropes.len() - 1
                 })
             });
-            places.push(LayerPlace { group, window: kv.groups[group].window, rope });
+            places.push(LayerPlace { group, cache: caches.len(), window: kv.groups[group].window, rope });
             let dtype = match kv.dtype {
                 KvDType::F32 => KvType::F32,
                 KvDType::F16 => KvType::F16,
             };
             caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), config.head_dim));
+        }
+        if config.encoder.is_some() {
+            // One for all layers, used anew in each: at worst every token is a sequence with a block of its own.
+            caches.push(KvCache::new(KvType::F32, options.max_batch_tokens, kv_range.len(), config.head_dim));
         }
         Ok(Self {
             rank,
@@ -201,10 +211,8 @@ fn rope_table(rope: &Rope, stored: &RopeFactors, positions: usize) -> RopeTable 
 
 impl Backend for Cpu {
     fn copy_block(&mut self, copy: BlockCopy) {
-        for (cache, place) in self.caches.iter_mut().zip(&self.places) {
-            if place.group == copy.group as usize {
-                cache.copy_block(copy.from, copy.to);
-            }
+        for place in self.places.iter().filter(|place| place.group == copy.group as usize) {
+            self.caches[place.cache].copy_block(copy.from, copy.to);
         }
     }
 
@@ -214,7 +222,21 @@ impl Backend for Cpu {
 
     fn rows(&self) -> &[f32] {
         let rows = self.buffers.rows * self.config.hidden;
-        if self.is_last { &self.buffers.h[..rows] } else { &self.buffers.x[..rows] }
+        if self.is_last && self.config.encoder.is_none() { &self.buffers.h[..rows] } else { &self.buffers.x[..rows] }
+    }
+
+    fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32> {
+        let (Some(head), Some(kind)) = (&self.weights.classifier, self.config.encoder.and_then(|e| e.classifier)) else {
+            return Vec::new();
+        };
+        let (mut pooled, mut labels) = (vec![0.0; rows * self.config.hidden], vec![0.0; rows * kind.labels]);
+        self.inputs.multiply(&self.compute, states, rows, &[], [(&head.pooler, &mut pooled)]);
+        match kind.activation {
+            PoolerActivation::Tanh => elementwise::tanh(&mut pooled),
+            PoolerActivation::Relu => elementwise::relu(&mut pooled),
+        }
+        self.inputs.multiply(&self.compute, &pooled, rows, &[], [(&head.output, &mut labels)]);
+        labels
     }
 
     fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {

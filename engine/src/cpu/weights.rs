@@ -80,12 +80,25 @@ pub(crate) struct Weights {
     pub(crate) embedding: Option<Matrix>,
     /// Learned positions, on the first stage.
     pub(crate) positions: Option<Matrix>,
+    /// Token types, on the first stage.
+    pub(crate) token_types: Option<Matrix>,
+    /// Of the sum of the embeddings, on the first stage.
+    pub(crate) embedding_norm: Option<Norm>,
     pub(crate) layers: Vec<LayerWeights>,
     /// On the last stage.
     pub(crate) output_norm: Norm,
     /// Rows of a vocabulary matrix of its own.
     pub(crate) output: Option<Matrix>,
+    /// On the last stage of a model that classifies.
+    pub(crate) classifier: Option<ClassifierWeights>,
     pub(crate) rope_factors: RopeFactors,
+}
+
+/// A classification head, whole on every rank.
+#[derive(Debug)]
+pub(crate) struct ClassifierWeights {
+    pub(crate) pooler: Linear,
+    pub(crate) output: Linear,
 }
 
 /// Stored divisors of the rotary frequencies; empty where there are none.

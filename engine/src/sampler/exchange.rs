@@ -47,7 +47,7 @@ impl Need {
                         _ => need.whole = true,
                     }
                 }
-                WantKind::Hidden => {}
+                WantKind::Pooled(_) | WantKind::Classes => {}
             }
         }
         need.top = need.top.min(vocab);

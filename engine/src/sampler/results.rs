@@ -37,6 +37,10 @@ impl Results {
         Self { compute, vocab, counts: Counts::default(), changed: Vec::new() }
     }
 
+    pub(super) fn isa(&self) -> kernels::Isa {
+        self.compute.isa
+    }
+
     /// Results of one row's wants.
     pub(super) fn of_row(
         &mut self,
@@ -48,7 +52,7 @@ impl Results {
         let total = Total::of(&row.tiles, 1.0);
         let broken = row.tiles.iter().any(|tile| tile.sum.is_nan());
         let mut targets = row.targets.iter();
-        for want in wants(session.step, wanted).iter().filter(|w| w.kind != WantKind::Hidden) {
+        for want in wants(session.step, wanted).iter().filter(|w| !w.kind.is_vector()) {
             if broken {
                 values.push(OutputValue::Failed("the logits are not finite".to_owned()));
                 continue;
@@ -56,7 +60,7 @@ impl Results {
             values.push(match want.kind {
                 WantKind::Score { top, .. } => OutputValue::Score(logprobs(&total, row, targets.next().copied(), top)),
                 WantKind::Logits => OutputValue::Logits(row.logits.to_vec()),
-                WantKind::Sample | WantKind::Hidden => self.sample(session, wanted, want, row, &total)?,
+                WantKind::Sample | WantKind::Pooled(_) | WantKind::Classes => self.sample(session, wanted, want, row, &total)?,
             });
         }
         Ok(())

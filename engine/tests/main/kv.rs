@@ -56,6 +56,7 @@ fn part(sequence: SequenceId, all: &[TokenId], range: std::ops::Range<usize>, ta
         wants: (0..range.len() as u32).map(|offset| Want { offset, kind: WantKind::Logits }).collect(),
         begin: Some(Box::new(Begin { ids: all.to_vec(), prompt_len: all.len() as u32, sampling: Sampling::default() })),
         adapter: 0,
+        second: 0,
     }
 }
 

@@ -1,6 +1,7 @@
 //! Tests of whole engines on generated models: any chunking, batch, thread, instruction set, rank and stage count gives the same bits.
 
 mod adapter;
+mod encoders;
 mod invariance;
 mod kv;
 mod loading;

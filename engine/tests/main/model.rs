@@ -12,8 +12,8 @@ use half::{bf16, f16};
 use plan::{
     dtype::DType,
     model::{
-        Activation, Architecture, Experts, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Role, Rope, RopeLayout, RopeScaling,
-        TensorId, TensorInfo,
+        Activation, Architecture, Classifier, Encoder, Experts, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, PoolerActivation,
+        Role, Rope, RopeLayout, RopeScaling, TensorId, TensorInfo,
     },
 };
 
@@ -195,14 +195,27 @@ impl Recipe {
                 model.vector(None, Role::RopeFactors, layer.rope.dims / 2, 2.0, 1.0);
             }
         }
-        model.norm(None, Role::OutputNorm, c.hidden, c.norm_weight_offset);
-        if c.layer_norms {
-            model.vector(None, Role::OutputNormBias, c.hidden, 0.0, 0.3);
+        match c.encoder {
+            None => {
+                model.norm(None, Role::OutputNorm, c.hidden, c.norm_weight_offset);
+                if c.layer_norms {
+                    model.vector(None, Role::OutputNormBias, c.hidden, 0.0, 0.3);
+                }
+            }
+            Some(encoder) => {
+                model.norm(None, Role::EmbeddingNorm, c.hidden, 0.0);
+                model.vector(None, Role::EmbeddingNormBias, c.hidden, 0.0, 0.3);
+                model.matrix(None, Role::TokenTypes, DType::F32, encoder.token_types, c.hidden);
+                model.matrix(None, Role::Pooler, dtype(None, Role::Pooler), c.hidden, c.hidden);
+                model.vector(None, Role::PoolerBias, c.hidden, 0.0, 0.2);
+                model.matrix(None, Role::Classifier, DType::F32, c.labels(), c.hidden);
+                model.vector(None, Role::ClassifierBias, c.labels(), 0.0, 0.2);
+            }
         }
         if c.learned_positions {
             model.matrix(None, Role::Positions, DType::F32, c.context, c.hidden);
         }
-        if !c.tied_embeddings {
+        if !c.tied_embeddings && c.encoder.is_none() {
             model.matrix(None, Role::Output, dtype(None, Role::Output), c.vocab, c.hidden);
         }
         let files = vec![ModelFile { name: "generated".to_owned(), bytes: model.bytes.len() as u64 }];
@@ -233,7 +246,7 @@ impl Builder {
         let size = match role {
             Role::Embedding => 1.0,
             Role::Output => 0.2,
-            Role::Positions => 0.5,
+            Role::Positions | Role::TokenTypes => 0.5,
             _ => 2.0 / (k as f32).sqrt(),
         };
         let data = stored(&mut self.noise, dtype, rows, k, size);
@@ -284,6 +297,9 @@ pub(crate) fn llama(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         layer_norms: false,
         gated: true,
         learned_positions: false,
+        embedding_norm: false,
+        post_norms: false,
+        encoder: None,
         experts: None,
         layers: vec![LayerConfig { window: None, rope, experts: false }; 3],
     };
@@ -314,6 +330,9 @@ pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Rec
         layer_norms: false,
         gated: true,
         learned_positions: false,
+        embedding_norm: false,
+        post_norms: false,
+        encoder: None,
         experts: None,
         layers: vec![local.clone(), local.clone(), full, local],
     };
@@ -333,6 +352,22 @@ pub(crate) fn gpt2(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         gated: false,
         learned_positions: true,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; 3],
+        ..recipe.config
+    };
+    recipe
+}
+
+/// A BERT that classifies into three labels.
+pub(crate) fn bert(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = gpt2(dtype);
+    let classifier = Classifier { labels: 3, activation: PoolerActivation::Tanh };
+    recipe.config = ModelConfig {
+        architecture: Architecture::Bert,
+        activation: Activation::Gelu,
+        tied_embeddings: false,
+        embedding_norm: true,
+        post_norms: true,
+        encoder: Some(Encoder { token_types: 2, classifier: Some(classifier) }),
         ..recipe.config
     };
     recipe

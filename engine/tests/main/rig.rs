@@ -44,11 +44,13 @@ pub(crate) struct Part {
     pub(crate) begin: Option<Begin>,
     /// Slot of its adapter.
     pub(crate) adapter: u32,
+    /// Where the second text begins.
+    pub(crate) second: usize,
 }
 
 impl Part {
     pub(crate) fn new(sequence: SequenceId, ids: &[TokenId]) -> Self {
-        Self { sequence, ids: ids.to_vec(), wants: Vec::new(), begin: None, adapter: 0 }
+        Self { sequence, ids: ids.to_vec(), wants: Vec::new(), begin: None, adapter: 0, second: 0 }
     }
 
     pub(crate) fn adapter(self, adapter: u32) -> Self {
@@ -180,6 +182,7 @@ impl Rig {
                 wants: part.wants.clone(),
                 begin: part.begin.clone().map(Box::new),
                 adapter: part.adapter,
+                second: part.second as u32,
             });
             place.fed = end;
         }

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use engine::{InvalidStep, MaskSource, NoMasks, StepError};
-use plan::step::{Logprobs, Mask, OutputValue, Sampling, SequenceId, TokenId, WantKind};
+use plan::step::{Logprobs, Mask, OutputValue, Pooled, Sampling, SequenceId, TokenId, WantKind};
 
 use crate::{
     model,
@@ -152,7 +152,7 @@ fn log_probabilities_are_those_of_the_raw_logits() {
             .want(4, WantKind::Score { target: ids[5], top: 3 })
             .want(29, WantKind::Score { target: 2499, top: 0 })
             .want(29, WantKind::Logits)
-            .want(29, WantKind::Hidden)
+            .want(29, WantKind::Pooled(Pooled::HIDDEN))
             .want(29, WantKind::Sample);
         let again = Part::new(2, &ids).want(4, WantKind::Logits);
         let values: Vec<OutputValue> = rig.run(&[part, again]).into_iter().map(|o| o.value).collect();
@@ -160,7 +160,7 @@ fn log_probabilities_are_those_of_the_raw_logits() {
             OutputValue::Score(early),
             OutputValue::Score(late),
             OutputValue::Logits(last),
-            OutputValue::Hidden(hidden),
+            OutputValue::Vector(hidden),
             OutputValue::Token { id, logprobs: Some(drawn) },
             OutputValue::Logits(fourth),
         ] = values.as_slice()

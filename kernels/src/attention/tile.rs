@@ -177,7 +177,8 @@ impl<'a, E: Entry> Tile<'a, E> {
     #[inline(always)]
     fn new(attention: &Attention<'a>, item: &Item<'_>, number: usize) -> Self {
         let cache: &'a KvCache = attention.cache;
-        let seen = attention.seen(item.position(item.rows.start)).start..attention.seen(item.position(item.rows.end - 1)).end;
+        let span = &item.span;
+        let seen = attention.seen(span, item.position(item.rows.start)).start..attention.seen(span, item.position(item.rows.end - 1)).end;
         let mut tile = Self { base: number * TILE, width: cache.head_dim().div_ceil(LANES), keys: [&[]; BLOCKS], values: [&[]; BLOCKS] };
         for i in 0..BLOCKS {
             let first = tile.base + i * KV_BLOCK;
@@ -373,7 +374,7 @@ impl Group<'_> {
     fn seen<const Q: usize>(&self, base: usize) -> Seen<Q> {
         let mut seen = Seen { first: [0; Q], end: [0; Q] };
         for r in 0..Q {
-            let all = self.attention.seen(self.item.position(self.first_row + r));
+            let all = self.attention.seen(&self.item.span, self.item.position(self.first_row + r));
             seen.first[r] = all.start.saturating_sub(base).min(TILE);
             seen.end[r] = all.end.saturating_sub(base).min(TILE);
         }

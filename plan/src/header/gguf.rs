@@ -34,8 +34,8 @@ pub fn from_gguf_parts(parts: &[(ModelFile, Header)]) -> Result<ModelHeader, Hea
     let meta = Meta { arch, ..meta };
     let family = families::of_gguf(&meta)?;
     check_parts(parts)?;
-    refuse_features(&meta)?;
     let config = (family.from_gguf)(&meta)?;
+    refuse_features(&meta, config.encoder.is_none())?;
     refuse_experts(&meta, &config)?;
     let tensors = parts.iter().enumerate().flat_map(|(file, (_, header))| header.tensors.iter().map(move |t| (file, t)));
     let found = tensors.map(|(file, t)| Found {
@@ -132,6 +132,9 @@ fn shape(meta: &Meta<'_>, architecture: Architecture, eps: &str) -> Result<Model
         layer_norms: false,
         gated: true,
         learned_positions: false,
+        embedding_norm: false,
+        post_norms: false,
+        encoder: None,
         experts: None,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     })
@@ -204,15 +207,17 @@ fn refuse_experts(meta: &Meta<'_>, config: &ModelConfig) -> Result<(), HeaderErr
 }
 
 /// Refuses what a file asks for and no forward pass here does.
-fn refuse_features(meta: &Meta<'_>) -> Result<(), HeaderError> {
+fn refuse_features(meta: &Meta<'_>, causal: bool) -> Result<(), HeaderError> {
     for name in ["final_logit_softcapping", "attn_logit_softcapping"] {
         if let Some(cap) = meta.float(name)?.filter(|&c| c != 0.0) {
             return Err(meta.unsupported(name, "models without logit soft-capping", &cap.to_string()));
         }
     }
     match meta.header.get(&meta.key("attention.causal")) {
-        None | Some(Value::Bool(true)) => Ok(()),
+        None => Ok(()),
+        Some(Value::Bool(got)) if *got == causal => Ok(()),
         Some(Value::Bool(false)) => Err(meta.unsupported("attention.causal", "causal attention", "false")),
+        Some(Value::Bool(true)) => Err(meta.unsupported("attention.causal", "attention to whole sequences", "true")),
         Some(other) => Err(meta.wrong("attention.causal", "a bool", other.kind().name())),
     }
 }

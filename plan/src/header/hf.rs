@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     dtype::DType,
-    model::{Activation, Architecture, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader},
+    model::{Activation, Architecture, Encoder, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Rope},
     safetensors::Header,
 };
 
@@ -127,9 +127,79 @@ pub(super) fn shape(fields: &Fields<'_>, architecture: Architecture) -> Result<M
         layer_norms: false,
         gated: true,
         learned_positions: false,
+        embedding_norm: false,
+        post_norms: false,
+        encoder: None,
         experts: None,
         layers: Vec::new(),
     })
+}
+
+/// How an encoder's `config.json` names its widths and counts.
+pub(super) struct EncoderFields {
+    pub(super) hidden: &'static str,
+    pub(super) layers: &'static str,
+    pub(super) heads: &'static str,
+    pub(super) ffn: &'static str,
+    pub(super) activation: &'static str,
+}
+
+/// An encoder after BERT's plan: learned positions, layer norms behind every block, attention to whole sequences.
+pub(super) fn encoder(
+    fields: &Fields<'_>,
+    names: &EncoderFields,
+    architecture: Architecture,
+    norm_eps: f32,
+    encoder: Encoder,
+) -> Result<ModelConfig, HeaderError> {
+    let (hidden, heads) = (fields.required(names.hidden)?, fields.required(names.heads)?);
+    if hidden % heads != 0 {
+        return Err(fields.wrong(names.heads, &format!("a divisor of the hidden size {hidden}"), &heads.into()));
+    }
+    let activation = match fields.text(names.activation)? {
+        None | Some("gelu") => Activation::Gelu,
+        Some("gelu_new" | "gelu_pytorch_tanh") => Activation::GeluTanh,
+        Some(other) => return Err(fields.unsupported(names.activation, "gelu, gelu_new or gelu_pytorch_tanh", other)),
+    };
+    Ok(ModelConfig {
+        architecture,
+        hidden,
+        heads,
+        kv_heads: heads,
+        head_dim: hidden / heads,
+        ffn: fields.required(names.ffn)?,
+        vocab: fields.required("vocab_size")?,
+        context: fields.required("max_position_embeddings")?,
+        norm_eps,
+        norm_weight_offset: 0.0,
+        activation,
+        embedding_scale: 1.0,
+        attention_scale: (1.0 / ((hidden / heads) as f64).sqrt()) as f32,
+        tied_embeddings: false,
+        head_norms: false,
+        block_norms: false,
+        layer_norms: true,
+        gated: false,
+        learned_positions: true,
+        embedding_norm: true,
+        post_norms: true,
+        encoder: Some(encoder),
+        experts: None,
+        layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers(fields, names.layers)?],
+    })
+}
+
+/// Number of labels, where the file is of the class that classifies: as many as `id2label` names, else `num_labels`, else 2.
+pub(super) fn labels(fields: &Fields<'_>, class: &str) -> Result<Option<usize>, HeaderError> {
+    /// As transformers has it.
+    const UNSAID: usize = 2;
+    if fields.present("architectures").and_then(|a| a.get(0)).and_then(Value::as_str) != Some(class) {
+        return Ok(None);
+    }
+    match fields.object("id2label")? {
+        Some(names) if !names.map.is_empty() => Ok(Some(names.map.len())),
+        _ => Ok(Some(fields.count("num_labels")?.unwrap_or(UNSAID))),
+    }
 }
 
 /// Number of layers, in field `name`.
@@ -159,6 +229,7 @@ pub(super) fn activation(fields: &Fields<'_>, name: &str, wanted: Activation) ->
     let known = match wanted {
         Activation::Silu => "silu",
         Activation::GeluTanh => "gelu_pytorch_tanh",
+        Activation::Gelu => "gelu",
     };
     match fields.text(name)? {
         Some(got) if got != known => Err(fields.unsupported(name, known, got)),

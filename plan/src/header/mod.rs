@@ -141,7 +141,8 @@ fn assemble(
         if bare && let Some(rest) = want.name.strip_prefix(family.hf_base) {
             want.name = rest.to_owned();
         }
-        let Some(&f) = by_name.get(want.name.as_str()) else {
+        let old = || by_name.get(tensors::older_name(&want.name)?.as_str());
+        let Some(&f) = by_name.get(want.name.as_str()).or_else(old) else {
             if want.optional {
                 continue;
             }
@@ -165,7 +166,7 @@ fn assemble(
     }
     let unused = found
         .iter()
-        .filter(|f| !used.contains(f.name.as_str()) && !tensors::ignorable(&f.name, config.tied_embeddings))
+        .filter(|f| !used.contains(f.name.as_str()) && !tensors::ignorable(&f.name, &config))
         .min_by_key(|f| (f.file, f.entry_offset));
     if let Some(f) = unused {
         return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture: family.name });

@@ -77,24 +77,32 @@ const QKV_BIASES: [Role; 3] = [Role::QBias, Role::KBias, Role::VBias];
 const MLP_BIASES: [Role; 3] = [Role::GateBias, Role::UpBias, Role::DownBias];
 
 /// Tensors that some files carry and no forward pass needs.
-pub(super) fn ignorable(name: &str, tied: bool) -> bool {
+pub(super) fn ignorable(name: &str, config: &ModelConfig) -> bool {
     // GPT-2's files may hold its causal mask.
     let mask = [".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
-    mask || name.ends_with(".rotary_emb.inv_freq") || (tied && name == "lm_head.weight")
+    mask || name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight") || beside_encoder(name, config)
+}
+
+/// What files of encoders carry beside what is run: positions as numbers, the pooler of a model that does not classify, and the head
+/// that words were guessed with in training.
+fn beside_encoder(name: &str, config: &ModelConfig) -> bool {
+    let Some(encoder) = config.encoder else { return false };
+    let head = ["cls.predictions.", "cls.seq_relationship.", "vocab_transform.", "vocab_layer_norm.", "vocab_projector."]
+        .iter()
+        .any(|begin| name.starts_with(begin));
+    let pooler = encoder.classifier.is_none() && (name.starts_with("pooler.dense.") || name.contains(".pooler.dense."));
+    head || pooler || name.ends_with("embeddings.position_ids")
+}
+
+/// The name under which old files have a tensor, if it is another.
+pub(super) fn older_name(name: &str) -> Option<String> {
+    let norm = |new: &str, old: &str| name.strip_suffix(new).filter(|n| n.ends_with("LayerNorm")).map(|n| format!("{n}{old}"));
+    norm(".weight", ".gamma").or_else(|| norm(".bias", ".beta"))
 }
 
 /// Every tensor of a model, in the order of [`Role`]. Without `biases` those that the file has are taken (GGUF).
 pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, biases: Option<Biases>) -> Vec<Wanted> {
-    let mut outer = vec![Role::Embedding, Role::OutputNorm];
-    if !config.tied_embeddings {
-        outer.push(Role::Output);
-    }
-    if config.layer_norms {
-        outer.push(Role::OutputNormBias);
-    }
-    if config.learned_positions {
-        outer.push(Role::Positions);
-    }
+    let mut outer = outer_roles(config);
     if config.layers.iter().any(|l| l.rope.scaling == RopeScaling::Tensor) {
         outer.push(Role::RopeFactors);
     }
@@ -152,6 +160,30 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
     all
 }
 
+/// The roles outside the layers, factors of rotations aside.
+fn outer_roles(config: &ModelConfig) -> Vec<Role> {
+    let mut roles = vec![Role::Embedding];
+    if config.learned_positions {
+        roles.push(Role::Positions);
+    }
+    if config.embedding_norm {
+        roles.extend([Role::EmbeddingNorm, Role::EmbeddingNormBias]);
+    }
+    let Some(encoder) = config.encoder else {
+        roles.push(Role::OutputNorm);
+        roles.extend([Role::Output].into_iter().filter(|_| !config.tied_embeddings));
+        roles.extend([Role::OutputNormBias].into_iter().filter(|_| config.layer_norms));
+        return roles;
+    };
+    if encoder.token_types > 0 {
+        roles.push(Role::TokenTypes);
+    }
+    if encoder.classifier.is_some() {
+        roles.extend([Role::Pooler, Role::PoolerBias, Role::Classifier, Role::ClassifierBias]);
+    }
+    roles
+}
+
 /// The roles of a layer, biases of products aside.
 fn layer_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<Role> {
     let mut roles = vec![Role::AttnNorm, Role::Q, Role::K, Role::V, Role::O, Role::FfnNorm];
@@ -205,6 +237,13 @@ pub(super) const fn gguf_name(role: Role) -> Name {
         Role::DownBias => "ffn_down.bias",
         Role::PostFfnNorm => "post_ffw_norm.weight",
         Role::Positions => "position_embd.weight",
+        Role::TokenTypes => "token_types.weight",
+        Role::EmbeddingNorm => "token_embd_norm.weight",
+        Role::EmbeddingNormBias => "token_embd_norm.bias",
+        Role::Pooler => "cls.weight",
+        Role::PoolerBias => "cls.bias",
+        Role::Classifier => "cls.output.weight",
+        Role::ClassifierBias => "cls.output.bias",
         Role::AttnNormBias => "attn_norm.bias",
         Role::FfnNormBias => "ffn_norm.bias",
         Role::OutputNormBias => "output_norm.bias",
@@ -245,6 +284,13 @@ pub(super) const fn hf_name(role: Role) -> Name {
         Role::DownBias => "mlp.down_proj.bias",
         Role::PostFfnNorm => "post_feedforward_layernorm.weight",
         Role::Positions => "model.embed_positions.weight",
+        Role::TokenTypes => "model.embed_token_types.weight",
+        Role::EmbeddingNorm => "model.embed_layernorm.weight",
+        Role::EmbeddingNormBias => "model.embed_layernorm.bias",
+        Role::Pooler => "pooler.weight",
+        Role::PoolerBias => "pooler.bias",
+        Role::Classifier => "classifier.weight",
+        Role::ClassifierBias => "classifier.bias",
         Role::AttnNormBias => "input_layernorm.bias",
         Role::FfnNormBias => "post_attention_layernorm.bias",
         Role::OutputNormBias => "model.norm.bias",

@@ -55,7 +55,9 @@ pub(super) fn size(
 ) -> Result<Sized, PlanError> {
     let config = &header.config;
     let dtype = spec.kv_dtype.unwrap_or_else(|| default_kv_dtype(header));
-    let mut windows: Vec<Option<u32>> = config.layers.iter().map(|l| l.window).collect();
+    // An encoder keeps nothing from step to step.
+    let cached = config.layers.iter().filter(|_| config.encoder.is_none());
+    let mut windows: Vec<Option<u32>> = cached.map(|l| l.window).collect();
     windows.sort_unstable();
     windows.dedup();
     let needs: Vec<Need> = windows.iter().map(|&w| need(spec, w, max_context)).collect::<Result<_, _>>()?;

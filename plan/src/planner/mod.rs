@@ -15,7 +15,7 @@ use crate::{
     adapter::{AdapterHeader, AdapterShard},
     fleet::ReplicaLimits,
     model::{Format, ModelHeader, Role},
-    shard::{ExecutionPlan, KvDType, Shard, Stage},
+    shard::{BLOCK_TOKENS, ExecutionPlan, KvDType, Shard, Stage},
     worker::{CollectiveKind, WorkerSpec},
 };
 
@@ -100,6 +100,10 @@ pub enum PlanError {
     StageLayers { got: Vec<usize>, stages: usize, layers: usize },
     #[error("{got} tokens of context, expected at least 1 and at most the model's {limit}")]
     Context { got: usize, limit: usize },
+    #[error("sequences of {got} tokens in steps of {batch} (maxBatchTokens), expected steps that hold a whole one, as an encoder reads it")]
+    EncoderContext { got: usize, batch: usize },
+    #[error("a KV cache of {got:?}, expected none or F32: an encoder has no cache")]
+    EncoderCache { got: KvDType },
     #[error("{field} is {got}, expected at least 1")]
     Zero { field: &'static str, got: usize },
     #[error("the weights are {got:?}, expected {expected:?}")]
@@ -137,9 +141,18 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
             return Err(PlanError::Zero { field, got });
         }
     }
-    let max_context = spec.max_context.unwrap_or(config.context);
+    let longest = if config.encoder.is_some() { config.context.min(spec.max_batch_tokens) } else { config.context };
+    let max_context = spec.max_context.unwrap_or(longest);
     if max_context == 0 || max_context > config.context {
         return Err(PlanError::Context { got: max_context, limit: config.context });
+    }
+    if config.encoder.is_some() {
+        if max_context > spec.max_batch_tokens {
+            return Err(PlanError::EncoderContext { got: max_context, batch: spec.max_batch_tokens });
+        }
+        if let Some(got) = spec.kv_dtype.filter(|&dtype| dtype != KvDType::F32) {
+            return Err(PlanError::EncoderCache { got });
+        }
     }
     if let KvMemory::Fraction(f) = spec.kv_memory
         && !(f > 0.0 && f <= 1.0)
@@ -202,12 +215,16 @@ fn shards(stages: &[Stage]) -> impl Iterator<Item = &Shard> {
 ///
 /// Per token of a step: residual, norm and gathered outputs (8 × hidden), gate, up and their product (3 × ffn), query, key, value and
 /// attention output of all heads, and of each expert that it goes to input, output, gate and up, as f32; on the last stage one row of logits
-/// per sequence.
+/// per sequence. An encoder has keys and values of one layer, in blocks of which each sequence's last may be begun, and no logits.
 fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     let c = &header.config;
     let experts = c.experts.map_or(0, |e| e.count + e.used * 2 * (c.hidden + e.ffn));
     let width = 8 * c.hidden + 3 * c.ffn + 2 * (c.heads + c.kv_heads) * c.head_dim + experts;
     let tokens = (spec.max_batch_tokens as u64).saturating_mul(width as u64).saturating_mul(4);
+    if c.encoder.is_some() {
+        let held = spec.max_batch_sequences.saturating_mul(BLOCK_TOKENS).saturating_add(spec.max_batch_tokens) as u64;
+        return tokens.saturating_add(held.saturating_mul(2 * 4 * (c.kv_heads * c.head_dim) as u64));
+    }
     let logits = if shard.is_last() { (spec.max_batch_sequences as u64).saturating_mul(c.vocab as u64).saturating_mul(4) } else { 0 };
     tokens.saturating_add(logits)
 }
@@ -220,8 +237,12 @@ fn adapter_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     weights.saturating_add(working)
 }
 
-/// The type of KV entries that goes with a model's weights: F16 when any layer matrix is quantized, else F32.
+/// The type of KV entries that goes with a model's weights: F16 when any layer matrix is quantized, else F32; F32
+/// for an encoder, which keeps no entries.
 pub fn default_kv_dtype(header: &ModelHeader) -> KvDType {
+    if header.config.encoder.is_some() {
+        return KvDType::F32;
+    }
     let quantized = header.tensors.iter().any(|(id, t)| id.layer.is_some() && t.dtype.activation_block().is_some());
     if quantized { KvDType::F16 } else { KvDType::F32 }
 }

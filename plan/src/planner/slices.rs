@@ -23,8 +23,9 @@ pub(super) fn slices(
         Some(layer) => layers.contains(&(layer as usize)),
         None => match id.role {
             Role::Embedding => first || (last && output == Role::Embedding),
-            Role::Positions => first,
+            Role::Positions | Role::TokenTypes | Role::EmbeddingNorm | Role::EmbeddingNormBias => first,
             Role::Output | Role::OutputNorm | Role::OutputNormBias => last,
+            Role::Pooler | Role::PoolerBias | Role::Classifier | Role::ClassifierBias => last,
             _ => true,
         },
     };

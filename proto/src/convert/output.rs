@@ -34,7 +34,7 @@ pub fn encode_output(output: &Output) -> wire::Output {
         OutputValue::Token { id, logprobs } => Value::Token(wire::Token { id: *id, logprobs: logprobs.as_ref().map(encode_logprobs) }),
         OutputValue::Score(logprobs) => Value::Score(encode_logprobs(logprobs)),
         OutputValue::Logits(logits) => Value::Logits(f32s_to_bytes(logits)),
-        OutputValue::Hidden(hidden) => Value::Pooled(f32s_to_bytes(hidden)),
+        OutputValue::Vector(vector) => Value::Pooled(f32s_to_bytes(vector)),
         OutputValue::Failed(detail) => Value::Failed(detail.clone()),
     };
     wire::Output { sequence: output.sequence, position: output.position, value: Some(value) }
@@ -56,7 +56,7 @@ pub fn decode_output(output: wire::Output) -> Result<Output, ConvertError> {
         },
         Value::Score(score) => OutputValue::Score(decode_logprobs(score).map_err(|e| e.within("output.score"))?),
         Value::Logits(bytes) => OutputValue::Logits(floats(&bytes, "output.logits")?),
-        Value::Pooled(bytes) => OutputValue::Hidden(floats(&bytes, "output.pooled")?),
+        Value::Pooled(bytes) => OutputValue::Vector(floats(&bytes, "output.pooled")?),
         Value::Failed(detail) => OutputValue::Failed(detail),
     };
     Ok(Output { sequence: output.sequence, position: output.position, value })

@@ -1,14 +1,14 @@
 //! Steps and masks.
 
 use plan::{
-    step::{Begin, BlockCopy, Input, Mask, Sampling, SequenceId, SequenceStep, Step, TableChange, Want, WantKind},
+    step::{Begin, BlockCopy, Input, Mask, Pooled, Pooling, Sampling, SequenceId, SequenceStep, Step, TableChange, Want, WantKind},
     worker::Epoch,
 };
 
 use super::{ConvertError, encode_epoch};
 use crate::worker::{
     self as wire,
-    want::{Kind, Logits, Pooled, Sample, Score},
+    want::{Classes, Kind, Logits, Sample, Score, pooled::Over},
 };
 
 /// A step of `epoch` as it crosses the wire.
@@ -54,6 +54,7 @@ fn encode_sequence(sequence: &SequenceStep) -> wire::SequenceStep {
         wants: sequence.wants.iter().map(encode_want).collect(),
         begin: sequence.begin.as_deref().map(encode_begin),
         adapter: sequence.adapter,
+        second: sequence.second,
     }
 }
 
@@ -63,7 +64,17 @@ pub fn encode_want(want: &Want) -> wire::Want {
         WantKind::Sample => Kind::Sample(Sample {}),
         WantKind::Score { target, top } => Kind::Score(Score { target, top }),
         WantKind::Logits => Kind::Logits(Logits {}),
-        WantKind::Hidden => Kind::Pooled(Pooled {}),
+        WantKind::Pooled(pooled) => Kind::Pooled(wire::want::Pooled {
+            over: match pooled.over {
+                Pooling::Token => Over::Token,
+                Pooling::First => Over::First,
+                Pooling::Mean => Over::Mean,
+            }
+            .into(),
+            dimensions: pooled.dimensions,
+            normalize: pooled.normalize,
+        }),
+        WantKind::Classes => Kind::Classes(Classes {}),
     };
     wire::Want { offset: want.offset, kind: Some(kind) }
 }
@@ -88,7 +99,17 @@ pub fn decode_wants(wants: Vec<wire::Want>, input: usize) -> Result<Vec<Want>, C
             Kind::Sample(_) => WantKind::Sample,
             Kind::Score(score) => WantKind::Score { target: score.target, top: score.top },
             Kind::Logits(_) => WantKind::Logits,
-            Kind::Pooled(_) => WantKind::Hidden,
+            Kind::Pooled(pooled) => WantKind::Pooled(Pooled {
+                over: match Over::try_from(pooled.over) {
+                    Ok(Over::Token) => Pooling::Token,
+                    Ok(Over::First) => Pooling::First,
+                    Ok(Over::Mean) => Pooling::Mean,
+                    Err(_) => return Err(ConvertError::value(format!("wants[{i}].pooled.over"), pooled.over, "0, 1 or 2")),
+                },
+                dimensions: pooled.dimensions,
+                normalize: pooled.normalize,
+            }),
+            Kind::Classes(_) => WantKind::Classes,
         };
         decoded.push(Want { offset, kind });
     }
@@ -114,6 +135,7 @@ fn decode_sequence(sequence: wire::SequenceStep) -> Result<SequenceStep, Convert
         wants,
         begin: begin.map(Box::new),
         adapter: sequence.adapter,
+        second: sequence.second,
     })
 }
 

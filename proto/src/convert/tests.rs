@@ -7,7 +7,10 @@ use plan::{
         ServingSettings,
     },
     shard::{KvDType, KvGeometry, KvGroup},
-    step::{Begin, BlockCopy, Input, Logprobs, Mask, Output, OutputValue, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
+    step::{
+        Begin, BlockCopy, Input, Logprobs, Mask, Output, OutputValue, Pooled, Pooling, Sampling, SequenceStep, Step, TableChange, Want,
+        WantKind,
+    },
     worker::Epoch,
 };
 use proptest::{collection::vec, option, prelude::*};
@@ -51,7 +54,9 @@ fn sequence() -> impl Strategy<Value = SequenceStep> {
     let kind = prop_oneof![
         Just(WantKind::Sample),
         Just(WantKind::Logits),
-        Just(WantKind::Hidden),
+        Just(WantKind::Classes),
+        (prop_oneof![Just(Pooling::Token), Just(Pooling::First), Just(Pooling::Mean)], any::<u32>(), any::<bool>())
+            .prop_map(|(over, dimensions, normalize)| WantKind::Pooled(Pooled { over, dimensions, normalize })),
         any::<(u32, u32)>().prop_map(|(target, top)| WantKind::Score { target, top })
     ];
     let begin = (ids(), any::<prop::sample::Index>(), sampling()).prop_map(|(ids, at, sampling)| {
@@ -60,11 +65,11 @@ fn sequence() -> impl Strategy<Value = SequenceStep> {
     });
     let table = (any::<(u32, u32)>(), ids()).prop_map(|((group, first), blocks)| TableChange { group, first, blocks });
     let wants = vec((any::<prop::sample::Index>(), kind), 0..4);
-    (any::<(u64, u32, u32)>(), input, vec(table, 0..3), wants, option::of(begin)).prop_map(
-        |((sequence, first_position, adapter), input, tables, wants, begin)| {
+    (any::<(u64, u32, u32, u32)>(), input, vec(table, 0..3), wants, option::of(begin)).prop_map(
+        |((sequence, first_position, adapter, second), input, tables, wants, begin)| {
             let mut wants: Vec<Want> = wants.into_iter().map(|(at, kind)| Want { offset: at.index(input.len()) as u32, kind }).collect();
             wants.sort_by_key(|w| w.offset);
-            SequenceStep { sequence, first_position, input, tables, wants, begin, adapter }
+            SequenceStep { sequence, first_position, input, tables, wants, begin, adapter, second }
         },
     )
 }
@@ -85,7 +90,7 @@ fn output() -> impl Strategy<Value = Output> {
         (any::<u32>(), option::of(logprobs())).prop_map(|(id, logprobs)| OutputValue::Token { id, logprobs }),
         logprobs().prop_map(OutputValue::Score),
         vec(-1e9f32..1e9, 0..9).prop_map(OutputValue::Logits),
-        vec(-1e9f32..1e9, 0..9).prop_map(OutputValue::Hidden),
+        vec(-1e9f32..1e9, 0..9).prop_map(OutputValue::Vector),
         ".{0,9}".prop_map(OutputValue::Failed)
     ];
     (any::<(u64, u32)>(), value).prop_map(|((sequence, position), value)| Output { sequence, position, value })
@@ -147,6 +152,7 @@ fn one_sequence() -> wire::Step {
         wants: vec![want],
         begin: Some(Box::new(begin)),
         adapter: 0,
+        second: 0,
     };
     encode_step(EPOCH, &Step { id: 1, sequences: vec![sequence], ..Step::default() })
 }

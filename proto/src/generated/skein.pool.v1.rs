@@ -71,6 +71,9 @@ pub struct Submit {
     /// Numerics id of its adapter; empty: the bare model.
     #[prost(string, tag = "14")]
     pub adapter: ::prost::alloc::string::String,
+    /// Offset in the prompt at which the second text of a pair begins; 0: there is one text.
+    #[prost(uint32, tag = "15")]
+    pub second: u32,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {

@@ -260,6 +260,9 @@ pub struct SequenceStep {
     pub begin: ::core::option::Option<Begin>,
     #[prost(uint32, tag = "8")]
     pub adapter: u32,
+    /// Offset in the input at which the second text of a pair begins; 0: there is one text.
+    #[prost(uint32, tag = "9")]
+    pub second: u32,
     #[prost(oneof = "sequence_step::Input", tags = "3, 4")]
     pub input: ::core::option::Option<sequence_step::Input>,
 }
@@ -299,7 +302,7 @@ pub struct TableChange {
 pub struct Want {
     #[prost(uint32, tag = "1")]
     pub offset: u32,
-    #[prost(oneof = "want::Kind", tags = "2, 3, 4, 5")]
+    #[prost(oneof = "want::Kind", tags = "2, 3, 4, 5, 6")]
     pub kind: ::core::option::Option<want::Kind>,
 }
 /// Nested message and enum types in `Want`.
@@ -315,9 +318,66 @@ pub mod want {
     }
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
     pub struct Logits {}
-    /// The final hidden state at this token; pooling over tokens arrives with the encoders.
+    /// A vector of final hidden states.
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
-    pub struct Pooled {}
+    pub struct Pooled {
+        #[prost(enumeration = "pooled::Over", tag = "1")]
+        pub over: i32,
+        /// How many of its first values are kept; 0: all.
+        #[prost(uint32, tag = "2")]
+        pub dimensions: u32,
+        /// Divide what is kept by its Euclidean length.
+        #[prost(bool, tag = "3")]
+        pub normalize: bool,
+    }
+    /// Nested message and enum types in `Pooled`.
+    pub mod pooled {
+        #[derive(
+            Clone,
+            Copy,
+            Debug,
+            PartialEq,
+            Eq,
+            Hash,
+            PartialOrd,
+            Ord,
+            ::prost::Enumeration
+        )]
+        #[repr(i32)]
+        pub enum Over {
+            /// The token it is wanted at.
+            Token = 0,
+            /// The first token of the input; encoders alone.
+            First = 1,
+            /// The mean over the input; encoders alone.
+            Mean = 2,
+        }
+        impl Over {
+            /// String value of the enum field names used in the ProtoBuf definition.
+            ///
+            /// The values are not transformed in any way and thus are considered stable
+            /// (if the ProtoBuf definition does not change) and safe for programmatic use.
+            pub fn as_str_name(&self) -> &'static str {
+                match self {
+                    Self::Token => "TOKEN",
+                    Self::First => "FIRST",
+                    Self::Mean => "MEAN",
+                }
+            }
+            /// Creates an enum from field names used in the ProtoBuf definition.
+            pub fn from_str_name(value: &str) -> ::core::option::Option<Self> {
+                match value {
+                    "TOKEN" => Some(Self::Token),
+                    "FIRST" => Some(Self::First),
+                    "MEAN" => Some(Self::Mean),
+                    _ => None,
+                }
+            }
+        }
+    }
+    /// What the classification head makes of the whole input.
+    #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+    pub struct Classes {}
     #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Oneof)]
     pub enum Kind {
         #[prost(message, tag = "2")]
@@ -328,6 +388,8 @@ pub mod want {
         Logits(Logits),
         #[prost(message, tag = "5")]
         Pooled(Pooled),
+        #[prost(message, tag = "6")]
+        Classes(Classes),
     }
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
@@ -441,7 +503,7 @@ pub mod output {
         /// f32, little-endian, \[vocab\]; a full slice of one position.
         #[prost(bytes, tag = "5")]
         Logits(::prost::bytes::Bytes),
-        /// f32, little-endian, \[hidden\].
+        /// f32, little-endian: \[hidden\] or as many as were asked for; of a classification head \[labels\].
         #[prost(bytes, tag = "6")]
         Pooled(::prost::bytes::Bytes),
         #[prost(string, tag = "7")]

@@ -24,6 +24,17 @@ pub(crate) struct Model {
     pub(crate) name: String,
 }
 
+impl Model {
+    /// Refuses a model that draws no tokens.
+    pub(crate) fn must_generate(&self) -> Result<(), ApiError> {
+        if !self.status.limits.is_encoder() {
+            return Ok(());
+        }
+        let message = format!("{} is an encoder, which generates no text", self.status.name);
+        Err(ApiError { code: "unsupported_endpoint", ..ApiError::parameter("model", message) })
+    }
+}
+
 struct Entry {
     card: Arc<ModelCard>,
     template: Option<ChatTemplate>,

@@ -89,6 +89,7 @@ impl Request {
     /// Finds the model and tokenizes.
     pub(crate) async fn prepare(self, shared: &Shared, arrived: Instant) -> Result<Job, ApiError> {
         let model = shared.models.get(&shared.edge, &self.model).await?;
+        model.must_generate()?;
         let (tokenizer, system) = (Arc::clone(&model.tokenizer), model.status.serving.system_prompt.clone());
         let input = self.input;
         let encode = move || encode(&tokenizer, input, system.as_deref());

@@ -121,6 +121,7 @@ impl Run {
     /// Submits every choice of every prompt; choice `p * n + c` is the c-th of prompt p.
     pub(crate) fn start(edge: &Edge, metrics: &Arc<Metrics>, job: Job) -> Result<Self, ApiError> {
         let Job { model, prompts, parameters, echo, arrived, limit } = job;
+        model.must_generate()?;
         let context = model.status.limits.max_context;
         let end_ids = parameters.end_ids(&model.tokenizer);
         let sampling = parameters.sampling(&model.tokenizer, &end_ids)?;

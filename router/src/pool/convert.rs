@@ -37,6 +37,7 @@ pub(super) fn encode_submission(ticket: u64, replica: &str, submission: &Submiss
         chunk: submission.chunk.map(|chunk| u32::try_from(chunk).unwrap_or(u32::MAX)),
         adapter: submission.adapter.to_string(),
         salt: submission.salt.clone(),
+        second: submission.second,
     }
 }
 
@@ -57,6 +58,7 @@ pub(super) fn decode_submission(submit: wire::Submit) -> Result<Submission, Conv
         chunk: submit.chunk.map(|chunk| chunk as usize),
         adapter: submit.adapter.into(),
         salt: submit.salt,
+        second: submit.second,
     })
 }
 

@@ -16,7 +16,11 @@ use std::{
     time::Duration,
 };
 
-use plan::{adapter::AdapterSource, fleet::ReplicaLimits, step::Sampling};
+use plan::{
+    adapter::AdapterSource,
+    fleet::ReplicaLimits,
+    step::{Pooled, Sampling, Want, WantKind},
+};
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
@@ -275,14 +279,19 @@ struct Run<'a> {
     session: Session,
     /// Counters of the sessions before.
     before: Counters,
-    /// A token came out.
+    /// A token came out, or a vector.
     proven: bool,
 }
 
 impl Run<'_> {
     async fn run(&mut self) -> Option<ReplicaError> {
         let owner = &self.drive.owner;
-        let probe = Submission::generate(Arc::new([0]), Sampling::default(), 1, Arc::new([]));
+        let probe = if self.drive.limits.is_encoder() {
+            let vector = Want { offset: 0, kind: WantKind::Pooled(Pooled::HIDDEN) };
+            Submission::encode(Arc::new([0]), 0, Arc::new([vector]))
+        } else {
+            Submission::generate(Arc::new([0]), Sampling::default(), 1, Arc::new([]))
+        };
         if let Err(detail) = self.scheduler.submit(PROBE, probe) {
             return Some(ReplicaError::Protocol { worker: self.drive.name.clone(), detail });
         }

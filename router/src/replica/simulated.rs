@@ -311,7 +311,7 @@ impl SimulatedEngine {
                 }
                 WantKind::Score { target, top } => OutputValue::Score(self.model.logprobs(state, *target, *top)),
                 WantKind::Logits => OutputValue::Logits(self.model.logits(state)),
-                WantKind::Hidden => OutputValue::Hidden(vec![(state % 1024) as f32]),
+                WantKind::Pooled(_) | WantKind::Classes => OutputValue::Vector(vec![(state % 1024) as f32]),
             };
             outputs.push(Output { sequence: id, position, value });
         }

@@ -155,8 +155,12 @@ impl Scheduler {
 
     /// Moves a waiting sequence to the running ones with its cached prefix, when there are blocks for its prompt.
     fn try_admit(&mut self, arrival: u64, budget: usize) -> bool {
+        let whole_only = self.reads_whole();
         let Some(sequence) = self.waiting.get_mut(&arrival) else { return false };
         let known = sequence.ids.len();
+        if whole_only && known > budget {
+            return false;
+        }
         let groups = &self.options.limits.kv.groups;
         let caching = self.options.limits.prefix_caching;
         // The last token is always run, since its result is what the sequence is here for.
@@ -221,6 +225,9 @@ impl Scheduler {
     fn chunk(&self, arrival: u64, budget: usize) -> Option<usize> {
         let (sequence, admission) = self.running.get(&arrival)?;
         let left = sequence.ids.len().checked_sub(admission.sent).filter(|left| *left > 0)?;
+        if self.reads_whole() {
+            return Some(left);
+        }
         Some(left.min(budget).min(self.piece(left)).min(sequence.submission.chunk.unwrap_or(usize::MAX).max(1)))
     }
 
@@ -268,7 +275,7 @@ impl Scheduler {
 
     /// Puts a sequence's next `tokens` tokens into the step.
     fn add(&mut self, draft: &mut Draft, arrival: u64, tokens: usize) {
-        let context = self.options.limits.max_context;
+        let (context, encoder) = (self.options.limits.max_context, self.reads_whole());
         let Some((sequence, admission)) = self.running.get_mut(&arrival) else { return };
         let (first, end) = (admission.sent, admission.sent + tokens);
         let known = sequence.ids.len();
@@ -291,7 +298,7 @@ impl Scheduler {
             wants.push(Want { offset, kind: WantKind::Sample });
             admission.pending += 1;
         }
-        let begin = (!admission.begun).then(|| {
+        let begin = (!admission.begun && !encoder).then(|| {
             Box::new(Begin {
                 ids: sequence.ids.clone(),
                 prompt_len: sequence.submission.prompt.len() as u32,
@@ -316,6 +323,7 @@ impl Scheduler {
             wants,
             begin,
             adapter: sequence.slot,
+            second: sequence.submission.second,
         });
         draft.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
         draft.budget -= tokens;

@@ -34,6 +34,8 @@ pub struct Submission {
     pub adapter: Arc<str>,
     /// Separates prefix caches of different clients.
     pub salt: Vec<u8>,
+    /// Offset in the prompt at which the second text of a pair begins; 0: there is one text.
+    pub second: u32,
 }
 
 impl Submission {
@@ -51,7 +53,13 @@ impl Submission {
             chunk: None,
             adapter: Arc::default(),
             salt: Vec::new(),
+            second: 0,
         }
+    }
+
+    /// An encoder's reading of `ids`, for what is wanted of them.
+    pub fn encode(ids: Arc<[TokenId]>, second: u32, wants: Arc<[Want]>) -> Self {
+        Self { wants, second, ..Self::generate(ids, Sampling::default(), 0, Arc::new([])) }
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
 use plan::{
     fleet::ReplicaLimits,
     shard::{KvDType, KvGeometry, KvGroup},
-    step::{Output, Sampling, Step, TokenId, Want, WantKind},
+    step::{Output, OutputValue, Pooled, Sampling, Step, TokenId, Want, WantKind},
 };
 use proptest::prelude::*;
 
@@ -499,4 +499,36 @@ fn a_lone_prompt_keeps_every_stage_busy() {
     assert_eq!(first_token(1, 512, 0).1, 512, "one stage gains nothing by pieces");
     assert_eq!(first_token(2, 512, 3).1, 512, "nor do prompts that fill the pipeline together");
     assert_eq!(first_token(2, 100, 0), (1.0, 100), "nor does what is small");
+}
+
+/// Without KV groups, sequences are in one step each, whole, in the order of arrival; tables and settings are not sent.
+#[test]
+fn encoders_are_read_whole() {
+    for stages in [1, 3] {
+        let options = SchedulerOptions { limits: limits(&[], 8, 128), stages, revision: b"r".to_vec() };
+        let mut scheduler = Scheduler::new(options);
+        let ids = |n: u32| (0..n).collect::<Arc<[TokenId]>>();
+        let wants: Arc<[Want]> = Arc::new([Want { offset: 0, kind: WantKind::Pooled(Pooled::HIDDEN) }]);
+        for (ticket, tokens) in [(1, 60), (2, 60), (3, 20), (4, 128)] {
+            scheduler.submit(ticket, Submission::encode(ids(tokens), u32::from(tokens == 20), wants.clone())).expect("it fits");
+        }
+        let too_long = scheduler.submit(5, Submission::encode(ids(129), 0, wants.clone())).expect_err("longer than a step");
+        assert!(too_long.contains("129 tokens do not fit a step of 128 tokens"), "{too_long}");
+        let draws = scheduler.submit(6, Submission::generate(ids(4), Sampling::default(), 1, Arc::new([]))).expect_err("an encoder");
+        assert!(draws.contains("draws and scores no tokens"), "{draws}");
+        for expected in [&[60, 60][..], &[20], &[128]] {
+            let step = scheduler.next_step().expect("a step");
+            let lengths: Vec<usize> = step.sequences.iter().map(|s| s.input.len()).collect();
+            assert_eq!(lengths, expected);
+            assert!(step.sequences.iter().all(|s| s.first_position == 0 && s.tables.is_empty() && s.begin.is_none() && s.wants.len() == 1));
+            assert!(step.sequences.iter().all(|s| s.second == u32::from(s.input.len() == 20)));
+            let value = OutputValue::Vector(vec![1.0]);
+            let outputs = step.sequences.iter().map(|s| Output { sequence: s.sequence, position: 0, value: value.clone() }).collect();
+            scheduler.reply(step.id, outputs).expect("an answer");
+        }
+        let ends = scheduler.take_events().into_iter().filter(|e| matches!(e.kind, EventKind::Finished(_))).map(|e| e.ticket);
+        assert_eq!(ends.collect::<Vec<_>>(), [1, 2, 3, 4]);
+        assert!(scheduler.next_step().is_none());
+        scheduler.check().expect("nothing is held");
+    }
 }

@@ -5,6 +5,7 @@
 mod adapters;
 mod clients;
 mod convert;
+mod encoders;
 mod exact;
 mod families;
 mod fetch;

@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     fn step(id: u64, sequence: SequenceId, input: Input) -> Step {
-        let part = SequenceStep { sequence, first_position: 0, input, tables: vec![], wants: vec![], begin: None, adapter: 0 };
+        let part = SequenceStep { sequence, first_position: 0, input, tables: vec![], wants: vec![], begin: None, adapter: 0, second: 0 };
         Step { id, sequences: vec![part], ..Step::default() }
     }
 

@@ -19,6 +19,14 @@ const LLAMA: &str = "llama";
 /// When it is no adapter, asks for something unsupported, or is not for such a model.
 pub fn adapter_from_gguf(file: ModelFile, header: &Header, base: &ModelConfig) -> Result<AdapterHeader, HeaderError> {
     let meta = Meta { header, file: &file.name, arch: "" };
+    if base.encoder.is_some() {
+        return Err(HeaderError::UnsupportedFeature {
+            file: file.name.clone(),
+            field: meta.place("general.type".to_owned()),
+            expected: "an adapter of a decoder",
+            got: "one of an encoder".to_owned(),
+        });
+    }
     let family = families::of(base.architecture);
     let arch = family.gguf.unwrap_or(LLAMA);
     for (key, expected) in [("general.type", "adapter"), ("adapter.type", "lora"), ("general.architecture", arch)] {

@@ -49,6 +49,9 @@ pub fn adapter_from_peft(config_json: &[u8], parts: &[(ModelFile, Header)], base
         serde_json::from_slice(config_json).map_err(|source| HeaderError::Json { file: FILE.to_owned(), source })?;
     let fields = Fields { file: FILE, map: &map, path: String::new() };
     refuse_features(&fields)?;
+    if base.encoder.is_some() {
+        return Err(fields.unsupported("peft_type", "an adapter of a decoder", "one of an encoder"));
+    }
     let settings = Settings::read(&fields)?;
     let found: Vec<Found> = parts
         .iter()

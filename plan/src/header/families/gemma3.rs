@@ -26,6 +26,7 @@ use crate::{
 pub(super) const GEMMA3: Family = Family {
     name: "gemma3",
     class: "Gemma3ForCausalLM",
+    also: &[],
     model_type: "gemma3_text",
     from_hf,
     hf_name,

@@ -25,6 +25,7 @@ use crate::{
 pub(super) const GPT2: Family = Family {
     name: "gpt2",
     class: "GPT2LMHeadModel",
+    also: &[],
     model_type: "gpt2",
     from_hf,
     hf_base: "transformer.",
@@ -74,6 +75,9 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
         layer_norms: true,
         gated: false,
         learned_positions: true,
+        embedding_norm: false,
+        post_norms: false,
+        encoder: None,
         experts: None,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     };

@@ -17,6 +17,7 @@ use crate::{
 pub(super) const LLAMA: Family = Family {
     name: "llama",
     class: "LlamaForCausalLM",
+    also: &[],
     model_type: "llama",
     from_hf,
     hf_base: "model.",

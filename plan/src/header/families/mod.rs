@@ -3,6 +3,8 @@
 //! A family says what its layers compute, as a [`ModelConfig`] made from either kind of header, and under which names its tensors stand.
 //! The engine reads the config alone, so that a family whose layers are made of parts it has is this file and a line in [`FAMILIES`].
 
+mod bert;
+mod distilbert;
 mod gemma3;
 mod gpt2;
 mod llama;
@@ -30,6 +32,8 @@ pub(super) struct Family {
     pub(super) name: &'static str,
     /// Its class in `architectures` of `config.json`.
     pub(super) class: &'static str,
+    /// Other classes of the same layers: with another head, or with none.
+    pub(super) also: &'static [&'static str],
     /// Its `model_type` in `config.json`.
     pub(super) model_type: &'static str,
     /// Its shape from `config.json`.
@@ -49,7 +53,7 @@ pub(super) struct Family {
 }
 
 /// Every family.
-const FAMILIES: [&Family; 9] = [
+const FAMILIES: [&Family; 11] = [
     &llama::LLAMA,
     &gemma3::GEMMA3,
     &mistral::MISTRAL,
@@ -59,6 +63,8 @@ const FAMILIES: [&Family; 9] = [
     &gpt2::GPT2,
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
+    &bert::BERT,
+    &distilbert::DISTILBERT,
 ];
 
 /// The family of an architecture.
@@ -73,6 +79,8 @@ pub(super) fn of(architecture: Architecture) -> &'static Family {
         Architecture::Gpt2 => &gpt2::GPT2,
         Architecture::Mixtral => &mixtral::MIXTRAL,
         Architecture::Qwen3Moe => &qwen3_moe::QWEN3_MOE,
+        Architecture::Bert => &bert::BERT,
+        Architecture::DistilBert => &distilbert::DISTILBERT,
     }
 }
 
@@ -83,16 +91,16 @@ pub(super) fn of_hf(fields: &Fields<'_>) -> Result<&'static Family, HeaderError>
         Some(other) => return Err(fields.wrong("architectures", "a list of names", other)),
         None => None,
     };
-    let (field, got, name): (_, _, fn(&Family) -> &'static str) = match (named, fields.text("model_type")?) {
-        (Some(class), _) => ("architectures", class, |f| f.class),
-        (None, Some(kind)) => ("model_type", kind, |f| f.model_type),
+    let (field, got, names): (_, _, fn(&Family) -> Vec<&'static str>) = match (named, fields.text("model_type")?) {
+        (Some(class), _) => ("architectures", class, |f| [&[f.class], f.also].concat()),
+        (None, Some(kind)) => ("model_type", kind, |f| vec![f.model_type]),
         (None, None) => return Err(fields.missing("architectures", "a list of names")),
     };
-    FAMILIES.into_iter().find(|family| name(family) == got).ok_or_else(|| HeaderError::UnsupportedArchitecture {
+    FAMILIES.into_iter().find(|family| names(family).contains(&got)).ok_or_else(|| HeaderError::UnsupportedArchitecture {
         file: FILE.to_owned(),
         field: field.to_owned(),
         got: got.to_owned(),
-        expected: one_of(FAMILIES.into_iter().map(name)),
+        expected: one_of(FAMILIES.into_iter().flat_map(names)),
     })
 }
 
