@@ -8,6 +8,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicUsize, Ordering},
         mpsc::{self, RecvTimeoutError},
     },
     thread,
@@ -29,6 +30,10 @@ pub(crate) const SAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../manifes
 pub(crate) const SAMPLE_NAME: &str = "gemma3-270m";
 /// Before a watch that broke is begun again.
 const PAUSE: Duration = Duration::from_millis(200);
+
+/// Failed tests after which the cluster itself is taken to be at fault: the others would each wait for nothing.
+const FAILURES: usize = 4;
+static FAILED: AtomicUsize = AtomicUsize::new(0);
 
 /// Tests that disturb the whole cluster have it for themselves.
 static CLUSTER: RwLock<()> = RwLock::new(());
@@ -107,6 +112,8 @@ impl Namespace {
     }
 
     fn make(name: &str, turn: Turn) -> Self {
+        let failed = FAILED.load(Ordering::Relaxed);
+        assert!(failed < FAILURES, "not run: {failed} tests failed on this cluster before");
         let name = format!("test-{name}");
         // What an earlier run of the same test left on a cluster that stays.
         succeed(&["delete", "namespace", &name, "--ignore-not-found"]);
@@ -242,7 +249,9 @@ impl Drop for Namespace {
     fn drop(&mut self) {
         if thread::panicking() {
             let name = self.name.as_str();
-            let looks: [&[&str]; 4] = [
+            FAILED.fetch_add(1, Ordering::Relaxed);
+            let looks: [&[&str]; 5] = [
+                &["--namespace", SYSTEM, "get", "pods", "--output=wide"],
                 &["--namespace", name, "get", "pods,modeldeployments", "--output=wide"],
                 &["--namespace", name, "get", "modeldeployments", "--output=jsonpath={range .items[*]}{.status.conditions}{\"\\n\"}{end}"],
                 &["--namespace", name, "get", "events", "--sort-by=.metadata.creationTimestamp"],

@@ -152,8 +152,9 @@ fn kubelet(cluster: &Cluster) -> Value {
         "serializeImagePulls": false,
         // How long a changed Secret may take to reach a pod that runs.
         "syncFrequency": "10s",
-        // The disk is the machine's own, and images come back by no pull: nothing is evicted or removed to make room.
-        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "nodefs.inodesFree": "1%", "imagefs.available": "1%"},
+        // The disk is the machine's own, and images come back by no pull: nothing is evicted or removed to make room. A share of the disk
+        // would be one of its nominal size, of which a quota may leave little.
+        "evictionHard": {"memory.available": "100Mi", "nodefs.available": "64Mi", "nodefs.inodesFree": "1%", "imagefs.available": "64Mi"},
         "imageGCHighThresholdPercent": 100,
     })
 }

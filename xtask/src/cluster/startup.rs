@@ -26,6 +26,8 @@ pub(super) const PATIENCE: Duration = Duration::from_secs(180);
 const GRACE: Duration = Duration::from_secs(3);
 /// Between two looks at something that is awaited.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Bytes of disk that a cluster with its images, logs and state may come to need.
+const DISK: u64 = 2 << 30;
 /// What puts Skein into the cluster.
 const CHART: &str = "charts/skein";
 /// Name of its release.
@@ -98,9 +100,20 @@ pub(crate) fn up(cluster: &Cluster, content: Content) -> Result<()> {
     Ok(())
 }
 
+/// Pods on a full disk fail one by one, and late.
+fn require_space(folder: &Path) -> Result<()> {
+    let disk = rustix::fs::statvfs(folder).with_context(|| format!("failed to look at the disk of {}", folder.display()))?;
+    let free = disk.f_bavail * disk.f_frsize;
+    if free < DISK {
+        bail!("{} MiB are free on the disk of {}; a cluster needs {} MiB", free >> 20, folder.display(), DISK >> 20);
+    }
+    Ok(())
+}
+
 fn start(cluster: &Cluster, bin: &Path) -> Result<()> {
     say(&format!("starting the cluster {} in {}", cluster.name(), cluster.folder().display()));
     cluster.make("")?;
+    require_space(cluster.folder())?;
     network::create(cluster)?;
     cgroups::create(cluster)?;
     certificates::create(cluster, NODE_NAME)?;
