@@ -50,6 +50,12 @@ impl ApplyError {
             _ => "ApiUnreachable",
         }
     }
+
+    /// Whether nothing new may be made since the namespace is being deleted.
+    pub fn is_of_a_namespace_that_goes(&self) -> bool {
+        let kube::Error::Api(status) = &*self.source else { return false };
+        status.details.iter().flat_map(|details| &details.causes).any(|cause| cause.reason == "NamespaceTerminating")
+    }
 }
 
 /// Writes objects, and remembers what it wrote: what stands as it should is not written again.

@@ -43,6 +43,7 @@ use crate::{
     revision::Revision,
     rollout::Memory,
     scaling::Scaling,
+    setbacks::{Bounds, Setbacks},
     status::{self, MODEL_RESOLVED},
     stop::Stops,
     validate::{Rejection, Until, validate},
@@ -55,8 +56,8 @@ const IDLE: Duration = Duration::from_secs(300);
 /// How soon one is looked at again that is not ready, for what nobody tells of, such as routers that fall silent; later the longer it is not.
 const STARTING: Duration = Duration::from_secs(15);
 /// First and longest pause: after a failure of the API server, and of a source.
-const API_BACKOFF: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-const SOURCE_BACKOFF: (Duration, Duration) = (Duration::from_secs(5), Duration::from_secs(600));
+const API_BACKOFF: Bounds = (Duration::from_secs(1), Duration::from_secs(60));
+const SOURCE_BACKOFF: Bounds = (Duration::from_secs(5), Duration::from_secs(120));
 /// How often a refusal is looked at again that another object may turn around.
 const ELSEWHERE: Duration = Duration::from_secs(30);
 
@@ -83,8 +84,7 @@ pub struct Context {
     scaling: Scaling,
     /// Who certifies processes, where they prove their names.
     issuer: Option<Arc<Issuer>>,
-    /// Failures in a row, by unique id.
-    failures: Mutex<HashMap<String, u32>>,
+    setbacks: Setbacks,
     /// What rollouts remember, by unique id.
     rollouts: Mutex<HashMap<String, Memory>>,
     stops: Stops,
@@ -167,7 +167,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
         client,
         cache,
         written: Mutex::default(),
-        failures: Mutex::default(),
+        setbacks: Setbacks::default(),
         rollouts: Mutex::default(),
         stops,
         scaling: Scaling::default(),
@@ -280,12 +280,12 @@ async fn reconcile(object: Arc<ModelDeployment>, context: Arc<Context>) -> Resul
     let (result, action) = match done {
         Ok(Done { result, again }) => {
             if result == "Applied" {
-                context.succeeded(&object);
+                context.setbacks.end(object.uid());
             }
             (result, again.map_or_else(Action::await_change, Action::requeue))
         }
         Err(error) => {
-            let pause = context.pause(&object, API_BACKOFF);
+            let pause = context.setbacks.pause(object.uid(), error.reason(), API_BACKOFF);
             let (namespace, name) = (object.namespace(), object.name());
             warn!(namespace, name, error = chain(&error), pause_seconds = pause.as_secs(), "reconcile failed");
             (error.reason(), Action::requeue(pause))
@@ -424,7 +424,12 @@ impl Context {
         let again = match rejection.until {
             Until::Changed => None,
             Until::Elsewhere => Some(ELSEWHERE),
-            Until::Source => Some(self.pause(object, SOURCE_BACKOFF)),
+            Until::Source => {
+                // What is wrong with credentials is put right in steps, and outside of the spec; other messages may differ each time.
+                let said = if rejection.reason == "Unauthorized" { rejection.message.as_str() } else { "" };
+                let what = format!("{} of generation {}: {said}", rejection.reason, object.metadata.generation.unwrap_or(0));
+                Some(self.setbacks.pause(object.uid(), &what, SOURCE_BACKOFF))
+            }
         };
         Ok(Done { result: rejection.reason, again })
     }
@@ -445,19 +450,6 @@ impl Context {
             }
         }
         Ok(())
-    }
-
-    /// The next pause of a deployment that failed again.
-    fn pause(&self, object: &ModelDeployment, (first, longest): (Duration, Duration)) -> Duration {
-        let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = failures.entry(object.uid().to_owned()).or_default();
-        let pause = first.saturating_mul(1 << (*count).min(16)).min(longest);
-        *count += 1;
-        pause
-    }
-
-    fn succeeded(&self, object: &ModelDeployment) {
-        self.failures.lock().unwrap_or_else(PoisonError::into_inner).remove(object.uid());
     }
 }
 

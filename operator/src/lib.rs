@@ -29,6 +29,7 @@ pub mod revision;
 pub mod rollout;
 pub mod scaling;
 pub mod serve;
+mod setbacks;
 pub mod status;
 pub mod stop;
 pub mod validate;

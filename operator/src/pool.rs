@@ -28,7 +28,7 @@ use plan::fleet::FleetRouter;
 use serde_json::json;
 use tokio::{sync::Notify, time::Instant};
 use tokio_util::sync::CancellationToken;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     apply::{ApplyError, Conflicts, Writer, write},
@@ -143,8 +143,18 @@ impl PoolReconciler {
                 match self.reconcile(&namespace, standing.get(&namespace)).await {
                     Ok(None) => drop(standing.remove(&namespace)),
                     Ok(Some(applied)) => drop(standing.insert(namespace, Standing { applied: Some(applied), retry: None })),
+                    // Deletions come one by one as the namespace goes; the last of them ends the pool.
+                    Err(PoolError::Apply(error)) if error.is_of_a_namespace_that_goes() => {
+                        debug!(namespace, error = chain(&error), "the namespace goes");
+                        standing.remove(&namespace);
+                    }
                     Err(error) => {
-                        let pause = standing.get(&namespace).and_then(|s| s.retry).map_or(BACKOFF.0, |(_, p)| (p * 2).min(BACKOFF.1));
+                        // Asked for in between, it is tried at once, and not later for it.
+                        let pause = match standing.get(&namespace).and_then(|s| s.retry) {
+                            None => BACKOFF.0,
+                            Some((at, pause)) if at > now => pause,
+                            Some((_, pause)) => (pause * 2).min(BACKOFF.1),
+                        };
                         warn!(namespace, error = chain(&error), pause_seconds = pause.as_secs(), "the router pool is not as it should be");
                         standing.insert(namespace, Standing { applied: None, retry: Some((Instant::now() + pause, pause)) });
                     }

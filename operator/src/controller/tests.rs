@@ -154,7 +154,7 @@ async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
         metrics,
         scaling: Scaling::default(),
         issuer: Some(Arc::new(issuer)),
-        failures: Mutex::default(),
+        setbacks: Setbacks::default(),
         rollouts: Mutex::default(),
         stops,
     })
