@@ -142,6 +142,33 @@ fn wrong_values_are_refused() {
     assert!(helm(&["template", "skein", CHART, "--set", "operator.replicas=2"]).status.success());
 }
 
+/// What needs a Prometheus or a Grafana is made only where it is asked for.
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn monitors_and_dashboards_are_made_where_they_are_asked_for() {
+    let rendered = |settings: &str| succeeds(&["template", "skein", CHART, "--namespace", "system", "--set", settings]);
+    let plain = rendered("operator.replicas=1");
+    assert!(!plain.contains("kind: PodMonitor") && !plain.contains("dashboards"), "{plain}");
+    let monitored = rendered("metrics.podMonitor.enabled=true,metrics.podMonitor.labels.release=p");
+    assert_eq!((monitored.matches("kind: PodMonitor").count(), monitored.matches("release: p\n").count()), (2, 2), "{monitored}");
+    assert!(monitored.contains("any: true"), "{monitored}");
+    let one = rendered("metrics.podMonitor.enabled=true,watchNamespace=models");
+    assert!(one.contains("matchNames: [models]") && !one.contains("any: true"), "{one}");
+    let shown = rendered("metrics.dashboards.enabled=true");
+    assert!(shown.contains("grafana_dashboard: \"1\"") && shown.contains("\n  skein.json: |\n"), "{shown}");
+    // The API server takes the map, with its dashboard in it.
+    let manifest = tempfile::tempdir().expect("a temporary folder");
+    let file = manifest.path().join("map.yaml");
+    let only =
+        succeeds(&["template", "skein", CHART, "--set", "metrics.dashboards.enabled=true", "--show-only", "templates/dashboards.yaml"]);
+    fs::write(&file, only).expect("a writable file");
+    let file = file.to_string_lossy();
+    let taken = succeed(&["apply", "--server-side", "--dry-run=server", "--output=json", "--filename", &file]);
+    let taken: serde_json::Value = serde_json::from_str(&taken).expect("JSON");
+    let dashboard: serde_json::Value = serde_json::from_str(taken["data"]["skein.json"].as_str().expect("a dashboard")).expect("JSON");
+    assert!(dashboard["panels"].as_array().is_some_and(|panels| panels.len() > 5), "{dashboard}");
+}
+
 /// The manifest for those without helm can be applied as it is.
 #[test]
 #[ignore = "needs a cluster: cargo xtask test"]
