@@ -129,3 +129,29 @@ impl Metrics {
         Ok(text)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    #[test]
+    fn dashboards_read_what_there_is() {
+        let metrics = Metrics::default();
+        metrics.reconciled("Applied", Duration::ZERO);
+        metrics.expiries(&BTreeMap::from([("router", 1)]));
+        let text = metrics.text(1).expect("text");
+        let dashboard = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/skein/dashboards/skein.json");
+        let dashboard = fs::read_to_string(dashboard).expect("a dashboard");
+        let names = dashboard.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_')).filter(|name| name.starts_with("skein_operator_"));
+        let known = |name: &str| text.lines().any(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name} ")));
+        assert!(!known("skein_operator_no_such_metric"));
+        let mut seen = 0;
+        for name in names {
+            assert!(known(name), "the dashboard reads {name}, which is not among\n{text}");
+            seen += 1;
+        }
+        assert!(seen >= 3, "{seen}");
+    }
+}

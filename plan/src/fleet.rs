@@ -91,6 +91,17 @@ pub struct ServingSettings {
     pub queue_seconds: u64,
     /// What happens to requests while there is no replica; `None` refuses them, since nothing would wake one.
     pub hold: Option<HoldSettings>,
+    /// Why there are no replicas, where none are wanted and no request changes that.
+    pub stopped: Option<Stopped>,
+}
+
+/// Why a deployment has no replicas, and gets none until somebody changes its resource.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Stopped {
+    /// `spec.suspend` is true.
+    Suspended,
+    /// `spec.replicas` is 0, and nobody else decides the number.
+    ScaledToZero,
 }
 
 /// Requests that wait for the first replica of a deployment that is scaled to zero.

@@ -14,7 +14,10 @@ mod tests;
 
 use std::sync::Arc;
 
-use plan::step::{Logprobs, Output, Sampling, TokenId, Want};
+use plan::{
+    fleet::Stopped,
+    step::{Logprobs, Output, Sampling, TokenId, Want},
+};
 
 pub use handle::{Edge, EdgeOptions};
 pub use status::{AdapterLoad, DeploymentLoad, ModelStatus, ReplicaLoad};
@@ -93,6 +96,9 @@ pub enum StreamError {
     /// The request took longer than allowed.
     #[error("deadline of {0} s passed")]
     Deadline(u64),
+    /// There is no replica any more, and none is wanted.
+    #[error("{}", stopped(.0, *.1))]
+    Stopped(String, Stopped),
     /// The router is stopping.
     #[error("the router is stopping")]
     Stopping,
@@ -108,8 +114,17 @@ impl StreamError {
             Self::Engine(_) => "engine",
             Self::Queue(_) => "queue_timeout",
             Self::Deadline(_) => "deadline",
+            Self::Stopped(..) => "stopped",
             Self::Stopping => "stopping",
         }
+    }
+}
+
+/// Words for a model that has no replicas because none are wanted. Whose resource it is can change that; a client cannot.
+fn stopped(model: &str, why: Stopped) -> String {
+    match why {
+        Stopped::Suspended => format!("model {model} is suspended (spec.suspend of its deployment is true)"),
+        Stopped::ScaledToZero => format!("model {model} is scaled to zero (spec.replicas of its deployment is 0)"),
     }
 }
 
@@ -140,6 +155,9 @@ pub enum SubmitError {
     /// No replica is ready and none is expected in time.
     #[error("no replica of {0} is ready")]
     NotReady(String),
+    /// There is no replica, and none is wanted.
+    #[error("{}", stopped(.0, *.1))]
+    Stopped(String, Stopped),
     /// There is no replica, and as many requests as may wait for one do.
     #[error("{held} requests wait for the first replica of {model}, and no more may")]
     HoldFull {
@@ -176,6 +194,7 @@ impl SubmitError {
             Self::UnknownAdapter { .. } => "unknown_adapter",
             Self::QueueFull { .. } => "queue_full",
             Self::NotReady(_) => "not_ready",
+            Self::Stopped(..) => "stopped",
             Self::HoldFull { .. } => "hold_full",
             Self::Queue { .. } => "queue_timeout",
             Self::TooLong { .. } => "too_long",

@@ -13,7 +13,7 @@ use std::{
 
 use plan::{
     card::ModelCard,
-    fleet::{FleetAdapter, FleetDeployment, FleetReplica, RoutingPolicy},
+    fleet::{FleetAdapter, FleetDeployment, FleetReplica, RoutingPolicy, Stopped},
     step::TokenId,
 };
 
@@ -100,6 +100,8 @@ pub(crate) struct Member {
     pub(crate) driver: Driver,
     /// Sequences of this router's clients that are on it or queued for it.
     pub(crate) sequences: Arc<AtomicUsize>,
+    /// What those sequences bring.
+    pub(crate) stats: Arc<Stats>,
     replica: Arc<dyn Replica>,
 }
 
@@ -200,6 +202,11 @@ impl Deployment {
     /// Whether requests wait because there is no replica at all, rather than for one that is there.
     pub(crate) fn holds(&self) -> bool {
         self.members.is_empty() && self.spec.serving.hold.is_some()
+    }
+
+    /// Why requests are refused: no replica is wanted, and those that may still be there only finish what they have begun.
+    pub(crate) fn stopped(&self) -> Option<Stopped> {
+        self.spec.serving.stopped.filter(|_| self.members.iter().all(|m| m.spec.draining))
     }
 
     /// The card, from the cache or from the first replica that gives it.

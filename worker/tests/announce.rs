@@ -28,6 +28,7 @@ async fn router(workers: &[Running]) -> (Edge, String) {
         queue_requests: 1,
         queue_seconds: 1,
         hold: None,
+        stopped: None,
     };
     let limits = replica.limits.clone();
     let deployment = FleetDeployment {

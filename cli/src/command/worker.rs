@@ -71,9 +71,9 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
     match served {
         Ok(()) => Ok(()),
         Err(error) if args.spec.is_some() => {
-            // Whoever started it finds the reason in the last lines of its log.
+            // Whoever started it finds why in the last lines of its log: the reason, then everything on one line.
             error!(reason = error.reason(), "the worker ends");
-            Err(failure(error))
+            Err(failure(error).on_one_line())
         }
         Err(error) => Err(tell(error)),
     }

@@ -179,6 +179,7 @@ pub(crate) fn serving() -> ServingSettings {
         queue_requests: QUEUE_REQUESTS,
         queue_seconds: QUEUE_SECONDS,
         hold: None,
+        stopped: None,
     }
 }
 

@@ -29,7 +29,7 @@ use serde::Deserialize;
 
 use crate::{
     adapter::AdapterHeader,
-    fleet::{ChatTemplate, ServingSettings},
+    fleet::{ChatTemplate, ServingSettings, Stopped},
     model::{Format, ModelHeader},
     planner::{self, Capacity, KvMemory, PlanError},
     shard::{ExecutionPlan, KvDType},
@@ -289,14 +289,20 @@ impl Manifest {
 
     /// Settings of the API.
     pub fn serving(&self) -> ServingSettings {
-        let DeploymentSpec { chat, router, autoscaling, .. } = &self.deployment.spec;
+        let DeploymentSpec { chat, router, autoscaling, suspend, replicas, .. } = &self.deployment.spec;
+        let stopped = match autoscaling.mode {
+            _ if *suspend => Some(Stopped::Suspended),
+            AutoscalingMode::Disabled if *replicas == 0 => Some(Stopped::ScaledToZero),
+            _ => None,
+        };
         ServingSettings {
             chat_template: self.chat_template.clone(),
             system_prompt: chat.as_ref().and_then(|c| c.system_prompt.clone()),
             policy: router.policy,
             queue_requests: router.queue.max_requests as usize,
             queue_seconds: router.queue.timeout_seconds.into(),
-            hold: autoscaling.hold(),
+            hold: autoscaling.hold().filter(|_| stopped.is_none()),
+            stopped,
         }
     }
 }

@@ -4,7 +4,7 @@ use plan::{
     adapter::AdapterSource,
     fleet::{
         ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
-        ServingSettings,
+        ServingSettings, Stopped,
     },
     shard::{KvDType, KvGeometry, KvGroup},
 };
@@ -123,6 +123,11 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
             queue_requests: d.serving.queue_requests as u32,
             queue_seconds: d.serving.queue_seconds,
             hold: d.serving.hold.map(|h| wire::Hold { requests: h.requests as u32, seconds: h.seconds }),
+            stopped: match d.serving.stopped {
+                None => String::new(),
+                Some(Stopped::Suspended) => "suspended".to_owned(),
+                Some(Stopped::ScaledToZero) => "scaled-to-zero".to_owned(),
+            },
         }),
         replicas: d.replicas.iter().map(replica).collect(),
         adapters: d.adapters.iter().map(encode_adapter).collect(),
@@ -149,6 +154,12 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
         "random" => RoutingPolicy::Random,
         other => return Err(ConvertError::value("serving.policy", other, "prefix-aware, least-load, round-robin or random")),
     };
+    let stopped = match serving.stopped.as_str() {
+        "" => None,
+        "suspended" => Some(Stopped::Suspended),
+        "scaled-to-zero" => Some(Stopped::ScaledToZero),
+        other => return Err(ConvertError::value("serving.stopped", other, "suspended, scaled-to-zero or nothing")),
+    };
     let replica = |r: wire::Replica| {
         let name = r.name.clone();
         let limits = decode_limits(r.limits).map_err(|e| e.within(format_args!("replicas[{name}]")))?;
@@ -174,6 +185,7 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
             queue_requests: serving.queue_requests as usize,
             queue_seconds: serving.queue_seconds,
             hold: serving.hold.map(|h| HoldSettings { requests: h.requests as usize, seconds: h.seconds }),
+            stopped,
         },
         replicas: d.replicas.into_iter().map(replica).collect::<Result<_, ConvertError>>()?,
         adapters: d.adapters.into_iter().map(decode_adapter).collect::<Result<_, ConvertError>>()?,

@@ -4,7 +4,7 @@ use plan::{
     adapter::AdapterSource,
     fleet::{
         ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
-        ServingSettings,
+        ServingSettings, Stopped,
     },
     shard::{KvDType, KvGeometry, KvGroup},
     step::{
@@ -218,6 +218,10 @@ fn outputs_that_mean_nothing_are_refused_by_field() {
 }
 
 fn fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dtype: KvDType) -> FleetState {
+    stopped_fleet(chat_template, policy, dtype, None)
+}
+
+fn stopped_fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dtype: KvDType, stopped: Option<Stopped>) -> FleetState {
     let groups = vec![KvGroup { window: None, layers: vec![3], blocks: 9 }, KvGroup { window: Some(8), layers: vec![0, 1, 2], blocks: 5 }];
     let limits = |max_batch_tokens| ReplicaLimits {
         kv: KvGeometry { dtype, groups: groups.clone() },
@@ -251,6 +255,7 @@ fn fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dtype: KvDT
             queue_requests: 7,
             queue_seconds: 8,
             hold: Some(HoldSettings { requests: 9, seconds: 10 }),
+            stopped,
         },
         replicas: vec![replica],
     };
@@ -274,6 +279,17 @@ fn fleets_arrive_as_they_were_sent() {
 }
 
 #[test]
+fn why_a_deployment_has_no_replicas_arrives() {
+    let sent_as = |stopped| {
+        let message = sent(&encode_fleet(&stopped_fleet(None, RoutingPolicy::Random, KvDType::F16, stopped)));
+        decode_fleet(message).expect("it means something").deployments[0].serving.stopped
+    };
+    for stopped in [None, Some(Stopped::Suspended), Some(Stopped::ScaledToZero)] {
+        assert_eq!(sent_as(stopped), stopped);
+    }
+}
+
+#[test]
 fn fleets_of_a_later_version_are_refused_by_deployment_and_field() {
     let refused = |change: &dyn Fn(&mut fleet_wire::Deployment)| {
         let mut message = encode_fleet(&fleet(None, RoutingPolicy::Random, KvDType::F16));
@@ -287,6 +303,8 @@ fn fleets_of_a_later_version_are_refused_by_deployment_and_field() {
         refused(&|d| d.limits.as_mut().expect("limits").kv_dtype = "q8".into()),
         "deployments[d].limits.kv_dtype is q8, expected f32 or f16"
     );
+    let stopped = refused(&|d| d.serving.as_mut().expect("serving").stopped = "x".into());
+    assert_eq!(stopped, "deployments[d].serving.stopped is x, expected suspended, scaled-to-zero or nothing");
     let policy = refused(&|d| d.serving.as_mut().expect("serving").policy = "psychic".into());
     assert!(policy.starts_with("deployments[d].serving.policy is psychic, expected prefix-aware"), "{policy}");
     let template =

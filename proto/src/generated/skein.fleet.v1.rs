@@ -89,6 +89,9 @@ pub struct Serving {
     /// While there is no replica; without it requests are refused then.
     #[prost(message, optional, tag = "7")]
     pub hold: ::core::option::Option<Hold>,
+    /// Why there are no replicas, where none are wanted and no request changes that: suspended or scaled-to-zero; else empty.
+    #[prost(string, tag = "8")]
+    pub stopped: ::prost::alloc::string::String,
     #[prost(oneof = "serving::ChatTemplate", tags = "1, 2")]
     pub chat_template: ::core::option::Option<serving::ChatTemplate>,
 }

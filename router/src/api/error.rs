@@ -3,6 +3,7 @@
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use plan::fleet::Stopped;
 use serde_json::{Value, json};
 
 use crate::edge::{StreamError, SubmitError};
@@ -67,6 +68,7 @@ impl ApiError {
             StatusCode::BAD_REQUEST => Code::InvalidArgument,
             StatusCode::NOT_FOUND => Code::NotFound,
             StatusCode::TOO_MANY_REQUESTS => Code::ResourceExhausted,
+            StatusCode::SERVICE_UNAVAILABLE if STOPPED.contains(&self.code) => Code::FailedPrecondition,
             StatusCode::SERVICE_UNAVAILABLE => Code::Unavailable,
             StatusCode::REQUEST_TIMEOUT => Code::DeadlineExceeded,
             _ => Code::Internal,
@@ -98,6 +100,7 @@ impl From<SubmitError> for ApiError {
                 with(StatusCode::TOO_MANY_REQUESTS, "queue_full", Some(retry_after_seconds))
             }
             SubmitError::Queue { .. } => with(StatusCode::SERVICE_UNAVAILABLE, e.reason(), Some(RETRY_NOT_READY_SECONDS)),
+            SubmitError::Stopped(_, why) => with(StatusCode::SERVICE_UNAVAILABLE, stopped(why), None),
             SubmitError::TooLong { .. } => with(StatusCode::BAD_REQUEST, "context_length_exceeded", None),
             _ => with(StatusCode::SERVICE_UNAVAILABLE, "model_not_ready", Some(RETRY_NOT_READY_SECONDS)),
         }
@@ -107,10 +110,22 @@ impl From<SubmitError> for ApiError {
 /// When to try again if no replica is ready: about how long a small model takes to load.
 const RETRY_NOT_READY_SECONDS: u64 = 5;
 
+/// Codes for a model that has no replicas because none are wanted. Waiting does not help: there is no `Retry-After`, and no code of gRPC
+/// upon which clients try again.
+const STOPPED: [&str; 2] = ["model_suspended", "model_scaled_to_zero"];
+
+fn stopped(why: Stopped) -> &'static str {
+    match why {
+        Stopped::Suspended => STOPPED[0],
+        Stopped::ScaledToZero => STOPPED[1],
+    }
+}
+
 impl From<StreamError> for ApiError {
     fn from(e: StreamError) -> Self {
         match e {
             StreamError::Deadline(seconds) => Self::deadline(seconds),
+            StreamError::Stopped(_, why) => Self::new(StatusCode::SERVICE_UNAVAILABLE, stopped(why), e.to_string()),
             StreamError::NoAdapter(_) => {
                 Self { param: Some("model".to_owned()), ..Self::new(StatusCode::NOT_FOUND, e.reason(), e.to_string()) }
             }

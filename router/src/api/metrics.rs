@@ -5,6 +5,7 @@ use std::sync::atomic::AtomicU64;
 
 use prometheus_client::collector::Collector;
 use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::ConstGauge;
@@ -15,7 +16,7 @@ use plan::shard::BLOCK_TOKENS;
 use tokio::time::Instant;
 
 use super::parameters::Parameters;
-use crate::edge::{DeploymentLoad, Edge};
+use crate::edge::{DeploymentLoad, Edge, ReplicaLoad};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct Named {
@@ -227,7 +228,7 @@ impl std::fmt::Debug for Loads {
 
 impl Collector for Loads {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
-        use prometheus_client::metrics::MetricType::{Counter, Gauge, Histogram};
+        use MetricType::{Counter, Gauge, Histogram};
         let loads = self.0.load();
         let models = self.0.models();
         type Read = fn(&DeploymentLoad) -> f64;
@@ -286,6 +287,37 @@ impl Collector for Loads {
                 ConstGauge::new(n as i64).encode(family.encode_family(&labels)?)?;
             }
         }
-        Ok(())
+        encode_replicas(&mut encoder, &loads)
     }
+}
+
+/// Replica by replica. What a replica's owner knows is said by that router alone, so that sums over routers are right; what clients see is
+/// said by the router whose clients they are.
+fn encode_replicas(encoder: &mut DescriptorEncoder<'_>, loads: &[DeploymentLoad]) -> Result<(), std::fmt::Error> {
+    type Read = fn(&ReplicaLoad) -> Option<f64>;
+    let gauges: [(&str, &str, Read); 7] = [
+        ("skein_replica_ready", "Whether a token came out of a replica's last stage", |r| Some(f64::from(u8::from(r.ready)))),
+        ("skein_replica_driven", "Whether this router drives a replica", |r| Some(f64::from(u8::from(r.drives)))),
+        ("skein_replica_running", "Sequences in a replica's batches", |r| r.drives.then_some(r.running as f64)),
+        ("skein_replica_waiting", "Sequences that a replica's owner has queued", |r| r.drives.then_some(r.queued as f64)),
+        ("skein_replica_kv_used", "Fraction of a replica's KV blocks in use, 0 to 1", |r| r.drives.then_some(f64::from(r.kv_used))),
+        ("skein_replica_tokens_per_second", "Tokens per second of this router's clients, over the last 10 s", |r| {
+            Some(f64::from(r.tokens_per_second))
+        }),
+        (
+            "skein_replica_ttft_p90_seconds",
+            "90th percentile of the time to the first token of this router's clients, over the last minute",
+            |r| r.ttft_p90_seconds.map(f64::from),
+        ),
+    ];
+    for (name, help, read) in gauges {
+        let mut family = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        for (load, replica) in loads.iter().flat_map(|load| load.replicas.iter().map(move |replica| (load, replica))) {
+            if let Some(value) = read(replica) {
+                let labels = [("model_name", load.model.as_str()), ("replica", replica.name.as_str())];
+                ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+            }
+        }
+    }
+    Ok(())
 }

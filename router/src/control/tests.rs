@@ -65,6 +65,7 @@ fn state(number: u64) -> FleetState {
         queue_requests: 1,
         queue_seconds: 1,
         hold: None,
+        stopped: None,
     };
     // Nobody listens on the port of discard.
     let replica = FleetReplica {

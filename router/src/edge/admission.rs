@@ -26,6 +26,9 @@ impl Deployment {
             stats.refused.fetch_add(1, Ordering::Relaxed);
             error
         };
+        if let Some(why) = self.stopped() {
+            return Err(refused(SubmitError::Stopped(self.spec.model.clone(), why)));
+        }
         if !self.members.is_empty() {
             let slot = QueueSlot::take(stats, false, serving.queue_requests)
                 .map_err(|queued| refused(SubmitError::QueueFull { queued, retry_after_seconds: stats.retry_after(queued) }))?;
@@ -54,32 +57,41 @@ impl Edge {
         let (slot, limit) = deployment.admit()?;
         let mut last = "it has no replicas".to_owned();
         match timeout(limit, self.await_card(&deployment, slot, &mut last)).await {
-            Ok(Some(card)) => Ok(card),
-            Ok(None) => Err(SubmitError::NotReady(format!("{model} ({last})"))),
+            Ok(Ok(Some(card))) => Ok(card),
+            Ok(Ok(None)) => Err(SubmitError::NotReady(format!("{model} ({last})"))),
+            Ok(Err(stopped)) => Err(stopped),
             Err(_) => Err(SubmitError::Queue { model: model.to_owned(), seconds: limit.as_secs(), detail: last }),
         }
     }
 
     /// The card, once a worker gives it; `None` when the deployment or the edge ends. `last` says why there is none yet.
-    async fn await_card(&self, from: &Deployment, mut slot: QueueSlot, last: &mut String) -> Option<Arc<ModelCard>> {
+    ///
+    /// # Errors
+    /// When the deployment is to have no replicas any more.
+    async fn await_card(&self, from: &Deployment, mut slot: QueueSlot, last: &mut String) -> Result<Option<Arc<ModelCard>>, SubmitError> {
         let mut view = self.watch();
         // What was held for a whole start of a replica is not let into the queue, where it may wait less long, before the replica is ready.
         let held = from.members.is_empty();
         loop {
             let Some(deployment) = view.borrow_and_update().deployment(&from.spec.name).cloned() else {
                 "its deployment is gone".clone_into(last);
-                return None;
+                return Ok(None);
             };
+            if let Some(why) = deployment.stopped() {
+                return Err(SubmitError::Stopped(from.spec.model.clone(), why));
+            }
             slot.count_as(deployment.holds());
             let ready = deployment.members.iter().any(|m| m.driver.ready());
             if !deployment.members.is_empty() && (ready || !held) {
                 match deployment.card().await {
-                    Ok(card) => return Some(card),
+                    Ok(card) => return Ok(Some(card)),
                     Err(error) => *last = error,
                 }
             }
             tokio::select! {
-                changed = view.changed() => changed.ok()?,
+                changed = view.changed() => if changed.is_err() {
+                    return Ok(None);
+                },
                 () = sleep(ASK_AGAIN), if ready || !held => {}
             }
         }

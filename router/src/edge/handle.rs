@@ -219,6 +219,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         .iter()
         .map(|m| {
             let (condition, (steps_total, failures_total, _)) = (m.driver.condition(), m.driver.totals());
+            let rates = m.stats.rates(now);
             ReplicaLoad {
                 name: m.spec.name.clone(),
                 ready: m.driver.ready(),
@@ -228,6 +229,8 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
                 queued: condition.queued,
                 running: condition.running,
                 kv_used: condition.kv_used,
+                tokens_per_second: rates.tokens_per_second,
+                ttft_p90_seconds: rates.ttft_p90,
                 steps_total,
                 failures_total,
                 fetching: m.fetching(),

@@ -85,6 +85,10 @@ pub struct ReplicaLoad {
     pub running: usize,
     /// Fraction of KV blocks in use by sequences, 0 to 1; the fullest group.
     pub kv_used: f32,
+    /// Tokens per second of this router's clients, over the last 10 s.
+    pub tokens_per_second: f32,
+    /// 90th percentile of their time to the first token, in seconds, over the last minute.
+    pub ttft_p90_seconds: Option<f32>,
     /// Steps finished in all sessions.
     pub steps_total: u64,
     /// Sessions that ended in a failure.

@@ -171,6 +171,9 @@ impl Course {
                     let Some(deployment) = self.view.borrow_and_update().deployment(&self.deployment).cloned() else {
                         return Some(self.fail(StreamError::NoReplica("its deployment is gone".to_owned())));
                     };
+                    if let Some(why) = deployment.stopped().filter(|_| !self.begun || deployment.members.is_empty()) {
+                        return Some(self.fail(StreamError::Stopped(deployment.spec.model.clone(), why)));
+                    }
                     if let Some(slot) = &mut self.slot {
                         slot.count_as(deployment.holds());
                     }
@@ -221,7 +224,7 @@ impl Course {
             slot: self.slot.take(),
             submitted: self.submitted,
             last_token: self.last_token,
-            stats: self.stats.clone(),
+            stats: [self.stats.clone(), member.stats.clone()],
             _counted: Counted::new(&member.sequences),
         });
         match member.driver.submit(submission, sink) {

@@ -62,6 +62,7 @@ fn state(replicas: &[FleetReplica]) -> FleetState {
             queue_requests: 64,
             queue_seconds: 30,
             hold: None,
+            stopped: None,
         },
         replicas: replicas.to_vec(),
     };

@@ -12,6 +12,7 @@ use tracing::{error, info};
 
 use super::{Deployment, Driver, Lasting, Member, View};
 use crate::{
+    edge::stats::Stats,
     pool::{Pool, Seat},
     replica::{
         Connector, Replica,
@@ -135,6 +136,7 @@ impl Supervisor {
     fn member(&mut self, spec: &FleetReplica, old: Option<&Arc<Member>>) -> Member {
         let replica = old.filter(|m| same(&m.spec, spec)).map_or_else(|| self.connector.replica(spec), |m| m.replica.clone());
         let sequences = old.map(|m| m.sequences.clone()).unwrap_or_default();
+        let stats = old.map_or_else(|| Arc::new(Stats::new()), |m| m.stats.clone());
         let driven = self.driven.get(&spec.name).filter(|d| same(&d.spec, spec)).map(|d| d.owner.clone());
         let seat = self.pool.as_ref().map_or(Seat::Here, |pool| pool.seat(&spec.name, driven.is_some()));
         let driver = match (seat, driven) {
@@ -145,7 +147,7 @@ impl Supervisor {
             (Seat::Peer(peer), _) => Driver::Peer(peer, spec.name.clone()),
             (Seat::Nobody, _) => Driver::Nobody,
         };
-        Member { spec: spec.clone(), driver, sequences, replica }
+        Member { spec: spec.clone(), driver, sequences, stats, replica }
     }
 
     fn start(&mut self, spec: &FleetReplica, replica: &Arc<dyn Replica>) -> Arc<Owner> {

@@ -120,6 +120,7 @@ mod tests {
             queue_requests: 1,
             queue_seconds: 1,
             hold: None,
+            stopped: None,
         };
         let replica = FleetReplica {
             name: "a-r0".into(),

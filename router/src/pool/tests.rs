@@ -95,6 +95,7 @@ fn state(number: u64, routers: &[(&str, SocketAddr)]) -> FleetState {
             queue_requests: 64,
             queue_seconds: 30,
             hold: None,
+            stopped: None,
         },
         replicas: (0..REPLICAS).map(replica).collect(),
     };

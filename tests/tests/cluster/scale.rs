@@ -1,11 +1,13 @@
 //! The number of replicas changes under load.
 
+use e2e::{client, program};
 use serde_json::{Value, json};
 
 use crate::{
     answers::requests,
     kubernetes::{Namespace, SAMPLE, SAMPLE_NAME, WORKERS, condition, succeed},
     load::Load,
+    models::{LLAMA, llama, llama_body},
 };
 
 #[test]
@@ -91,4 +93,40 @@ fn a_request_wakes_what_sleeps() {
     load.more(6);
     load.stop().assert_whole("0 → 1 replicas by held requests");
     namespace.watch_status(SAMPLE_NAME, "no replicas again", |status| (status["replicas"] == 0).then_some(()));
+}
+
+/// A model that has no replicas because none are wanted says so at once, whichever way that came about.
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn a_model_that_is_to_have_no_replicas_says_so() {
+    let namespace = Namespace::shared("stopped");
+    llama();
+    let tiny = "{apiVersion: skein.dev/v1alpha1, kind: ModelDeployment, metadata: {name: tiny}, spec: {model: {uri: 'MODEL'}, recovery: {drainSeconds: 2}}}";
+    namespace.apply(&tiny.replace("MODEL", LLAMA));
+    namespace.ready("tiny", 1);
+    let base = namespace.http("tiny");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let ask = || runtime.block_on(client::post(&format!("{base}/v1/completions"), &llama_body("tiny"))).expect("an answer");
+    assert_eq!(ask().0, 200);
+    for (patch, code, words) in [
+        (json!({ "suspend": true }), "model_suspended", "is suspended"),
+        (json!({ "suspend": false, "replicas": 0 }), "model_scaled_to_zero", "is scaled to zero"),
+    ] {
+        let patch = json!({ "spec": patch }).to_string();
+        namespace.succeed(&["patch", "modeldeployment", "tiny", "--type=merge", "--patch", &patch]);
+        let refused = program::until("a refusal that says why", || {
+            let (status, answer) = ask();
+            (status == 503 && answer["error"]["code"] == code).then_some(answer)
+        });
+        assert!(refused["error"]["message"].as_str().is_some_and(|m| m.contains(words)), "{refused}");
+        namespace.gone(WORKERS);
+    }
+    namespace.succeed(&["scale", "modeldeployment", "tiny", "--replicas", "1"]);
+    namespace.ready("tiny", 1);
+    assert_eq!(ask().0, 200);
+    // Nothing was said twice, and no pod lacks what the cluster gives it.
+    let events = namespace.get(&["events"]);
+    let events = events["items"].as_array().expect("a list");
+    let of = |reason: &str| events.iter().filter(|e| e["reason"] == reason).count();
+    assert_eq!((of("MissingClusterDNS"), of("PlanComputed"), of("ModelResolved")), (0, 1, 1), "{events:#?}");
 }

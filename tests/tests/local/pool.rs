@@ -96,6 +96,7 @@ impl World {
             queue_requests: 64,
             queue_seconds: 60,
             hold: None,
+            stopped: None,
         };
         let deployment = FleetDeployment {
             name: "model".into(),

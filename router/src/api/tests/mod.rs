@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use plan::adapter::AdapterSource;
 use plan::card::{CardFile, ModelCard};
-use plan::fleet::{FleetAdapter, FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings};
+use plan::fleet::{FleetAdapter, FleetDeployment, FleetReplica, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings, Stopped};
 use plan::shard::{KvDType, KvGeometry, KvGroup};
 use plan::step::{Sampling, TokenId};
 use serde_json::{Value, json};
@@ -58,6 +58,7 @@ struct Setup {
     queue_requests: usize,
     queue_seconds: u64,
     system_prompt: Option<String>,
+    stopped: Option<Stopped>,
 }
 
 impl Default for Setup {
@@ -70,6 +71,7 @@ impl Default for Setup {
             queue_requests: 64,
             queue_seconds: 30,
             system_prompt: None,
+            stopped: None,
         }
     }
 }
@@ -140,6 +142,7 @@ impl World {
                 queue_requests: setup.queue_requests,
                 queue_seconds: setup.queue_seconds,
                 hold: None,
+                stopped: setup.stopped,
             },
         };
         let tokenizer = Tokenizer::from_card(&setup.card).expect("a tokenizer");

@@ -81,6 +81,23 @@ async fn a_model_without_replicas_says_when_to_come_back() {
 }
 
 #[tokio::test]
+async fn where_no_replica_is_wanted_nobody_is_told_to_come_back() {
+    for (why, code, words) in
+        [(Stopped::Suspended, "model_suspended", "is suspended"), (Stopped::ScaledToZero, "model_scaled_to_zero", "is scaled to zero")]
+    {
+        let world = World::with(Setup { replicas: 0, stopped: Some(why), ..Setup::default() }).await;
+        for path in ["/v1/completions", "/v1/chat/completions"] {
+            let body = if path.contains("chat") { chat(json!({})) } else { request(json!({})) };
+            let refused = world.post(path, &body).await;
+            let error = refused.error(503);
+            assert_eq!(error["code"], code, "{error}");
+            assert!(error["message"].as_str().is_some_and(|m| m.contains(words)), "{error}");
+            assert_eq!(refused.header("retry-after"), None);
+        }
+    }
+}
+
+#[tokio::test]
 async fn request_ids_are_given_back_or_drawn() {
     let world = World::new().await;
     let with = |id: &str| format!("GET /version HTTP/1.1\r\nhost: skein\r\nconnection: close\r\nx-request-id: {id}\r\n\r\n");
@@ -119,7 +136,9 @@ async fn metrics_have_the_names_and_types_that_dashboards_read_and_move() {
     };
     let ((), during) = tokio::join!(work, look);
     assert_eq!(sample(during.text(), "vllm:num_requests_running"), 2.0);
+    assert_eq!((sample(during.text(), "skein_replica_running"), sample(during.text(), "skein_replica_driven")), (2.0, 1.0));
     let used = sample(during.text(), "vllm:kv_cache_usage_perc");
+    assert_eq!(sample(during.text(), "skein_replica_kv_used"), used, "there is one replica");
     assert!(used > 0.0 && used < 0.1, "{used}");
     let after = read().await;
     let text = after.text();
@@ -165,6 +184,10 @@ async fn metrics_have_the_names_and_types_that_dashboards_read_and_move() {
     assert_eq!(sample(text, "vllm:time_to_first_token_seconds_count"), 4.0);
     assert_eq!(sample(text, "vllm:request_max_num_generation_tokens_sum"), 152.0);
     assert!(sample(text, "vllm:request_decode_time_seconds_sum") >= 1.0, "twice 149 steps of 4 ms");
+    assert_eq!(sample(text, "skein_replica_running"), 0.0);
+    assert!(sample(text, "skein_replica_tokens_per_second") > 0.0 && sample(text, "skein_replica_ttft_p90_seconds") > 0.0);
+    assert!(text.contains("skein_replica_ready{model_name=\"tiny\",replica=\"r0\"} 1"), "{text}");
+    dashboards_read_what_there_is(text);
     for part in ["finished_reason=\"length\"} 2", "finished_reason=\"stop\"} 2"] {
         assert!(text.contains(part), "{part}");
     }
@@ -238,4 +261,22 @@ async fn nothing_but_running_requests_holds_a_stop() {
     half_body.read_to_end(&mut refused).await.expect("it answers");
     assert_eq!(Reply::parse(&refused).error(503)["code"], "stopping");
     drop((idle, half_head, half_preface, mute));
+}
+
+/// Every metric of a router in the chart's dashboards is in `text`; and one that does not exist would be missed.
+fn dashboards_read_what_there_is(text: &str) {
+    let dashboard = concat!(env!("CARGO_MANIFEST_DIR"), "/../charts/skein/dashboards/skein.json");
+    let dashboard: Value = serde_json::from_slice(&std::fs::read(dashboard).expect("a dashboard")).expect("JSON");
+    let panels = dashboard["panels"].as_array().expect("panels");
+    let expressions =
+        panels.iter().flat_map(|p| p["targets"].as_array().expect("targets")).map(|t| t["expr"].as_str().expect("an expression"));
+    let mut names: Vec<&str> = expressions.flat_map(|e| e.split(|c: char| !(c.is_ascii_alphanumeric() || c == '_' || c == ':'))).collect();
+    names.retain(|name| (name.starts_with("vllm:") || name.starts_with("skein_")) && !name.starts_with("skein_operator_"));
+    names.sort_unstable();
+    names.dedup();
+    let known = |name: &str| text.lines().any(|line| line.starts_with(&format!("{name}{{")) || line.starts_with(&format!("{name} ")));
+    assert!(names.len() > 10 && !known("skein_no_such_metric"));
+    for name in names {
+        assert!(known(name), "the dashboard reads {name}, which is not among\n{text}");
+    }
 }

@@ -1,6 +1,6 @@
 //! Requests that arrive before there is a replica, or before its card is known.
 
-use plan::fleet::HoldSettings;
+use plan::fleet::{HoldSettings, Stopped};
 use tokio::time::{Instant, advance};
 
 use super::*;
@@ -74,6 +74,45 @@ async fn without_a_hold_nothing_waits_for_a_first_replica() {
     assert!(matches!(world.edge.submit("small", generation(1, 5, 5)), Err(SubmitError::NotReady(_))));
     assert!(matches!(world.edge.card("small").await, Err(SubmitError::NotReady(_))));
     assert_eq!(begun.elapsed(), Duration::ZERO);
+}
+
+#[tokio::test(start_paused = true)]
+async fn where_no_replica_is_wanted_requests_are_told_why() {
+    for (why, words) in [(Stopped::Suspended, "suspended"), (Stopped::ScaledToZero, "scaled to zero")] {
+        // One that drains finishes what it has begun, and takes nothing new.
+        let draining = FleetReplica { draining: true, ..replica("r0") };
+        for replicas in [vec![], vec![draining]] {
+            let mut state = state(&replicas);
+            state.deployments[0].serving.stopped = Some(why);
+            let (world, begun) = (world(state), Instant::now());
+            let refused = world.edge.submit("small", generation(1, 5, 5)).expect_err("refused");
+            assert!(matches!(&refused, SubmitError::Stopped(_, told) if *told == why), "{refused}");
+            assert!(refused.to_string().contains(words), "{refused}");
+            assert!(matches!(world.edge.card("small").await, Err(SubmitError::Stopped(..))));
+            assert_eq!(begun.elapsed(), Duration::ZERO);
+        }
+    }
+    // A replica that serves still, or again, takes requests whatever the words.
+    let mut state = state(&[replica("r0")]);
+    state.deployments[0].serving.stopped = Some(Stopped::Suspended);
+    let (world, generation) = (world(state), generation(1, 5, 5));
+    let (tokens, end) = collect(world.edge.submit("small", generation.clone()).expect("admitted")).await;
+    assert_eq!((tokens, end.is_ok()), (solo(&generation), true));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_waits_is_told_when_no_replica_is_wanted_any_more() {
+    let world = world(empty(Some(HOLD)));
+    let begun = Instant::now();
+    let edge = world.edge.clone();
+    let card = tokio::spawn(async move { edge.card("small").await });
+    let stream = tokio::spawn(collect(world.edge.submit("small", generation(1, 5, 5)).expect("held")));
+    until(|| counts(&world) == (2, 0)).await;
+    world.update(|state| state.deployments[0].serving.stopped = Some(Stopped::Suspended));
+    let (tokens, end) = stream.await.expect("it does not panic");
+    assert!(tokens.is_empty() && matches!(end, Err(StreamError::Stopped(_, Stopped::Suspended))), "{end:?}");
+    assert!(matches!(card.await.expect("it does not panic"), Err(SubmitError::Stopped(..))));
+    assert_eq!((begun.elapsed(), counts(&world)), (Duration::ZERO, (0, 0)));
 }
 
 #[tokio::test(start_paused = true)]

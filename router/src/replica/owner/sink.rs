@@ -39,7 +39,8 @@ pub(crate) struct StreamSink {
     pub(crate) submitted: Instant,
     /// When its last token came.
     pub(crate) last_token: Option<Instant>,
-    pub(crate) stats: Arc<Stats>,
+    /// Of its deployment, and of the replica.
+    pub(crate) stats: [Arc<Stats>; 2],
     /// It is on the replica for as long as the owner has this.
     pub(crate) _counted: Counted,
 }
@@ -85,12 +86,14 @@ impl StreamSink {
         match &kind {
             EventKind::Started => {
                 self.slot = None;
-                self.stats.started(now);
+                self.stats.iter().for_each(|stats| stats.started(now));
             }
             EventKind::Token { .. } => {
-                match self.last_token {
-                    Some(last) => self.stats.token(now, Some(now - last)),
-                    None => self.stats.first_token(now, now - self.submitted),
+                for stats in &self.stats {
+                    match self.last_token {
+                        Some(last) => stats.token(now, Some(now - last)),
+                        None => stats.first_token(now, now - self.submitted),
+                    }
                 }
                 self.last_token = Some(now);
             }
