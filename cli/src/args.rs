@@ -11,7 +11,7 @@ use std::{
 };
 
 use clap::{
-    ArgAction, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
+    ArgAction, ArgGroup, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum,
     builder::styling::{AnsiColor, Effects, Styles},
 };
 
@@ -128,7 +128,7 @@ pub(crate) enum Command {
     Bench(BenchCommand),
     /// Show the deployments of a cluster's namespace: replicas, stages and ranks, and what is wrong with them.
     Status(StatusArgs),
-    /// Show what the routers of a cluster's namespace have to do, by model.
+    /// Show what the replicas of a cluster's namespace have to do, as its routers say it.
     Top(TopArgs),
     /// Show the logs of a deployment's workers on a cluster, or of the routers.
     Logs(LogsArgs),
@@ -304,9 +304,19 @@ pub(crate) struct Target {
 }
 
 #[derive(Clone, Debug, Args)]
+#[command(group(ArgGroup::new("planned").required(true).args(["model", "file", "deployment"])))]
 pub(crate) struct PlanArgs {
+    /// Folder, file or source (file:, hf://, http://, https://) of a model.
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// Manifest with a ModelDeployment; `-` reads standard input.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Option<PathBuf>,
+    /// ModelDeployment of a cluster, whose plan is in its status.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) deployment: Option<String>,
     #[command(flatten)]
-    pub(crate) target: Target,
+    pub(crate) cluster: ClusterArgs,
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,
@@ -420,9 +430,14 @@ pub(crate) struct BenchEngineArgs {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BenchLoadArgs {
     /// Base of an OpenAI-compatible endpoint, such as http://127.0.0.1:8080.
-    #[arg(long)]
-    pub(crate) url: String,
-    /// Model name [default: the first of /v1/models].
+    #[arg(long, required_unless_present = "deployment")]
+    pub(crate) url: Option<String>,
+    /// ModelDeployment of a cluster, reached at its service through kubectl port-forward.
+    #[arg(long, value_name = "NAME", conflicts_with = "url")]
+    pub(crate) deployment: Option<String>,
+    #[command(flatten)]
+    pub(crate) cluster: ClusterArgs,
+    /// Model name [default: the deployment's, or the first of /v1/models].
     #[arg(long)]
     pub(crate) model: Option<String>,
     /// Requests in flight at once.

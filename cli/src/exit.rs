@@ -33,10 +33,20 @@ impl Failure {
         }
     }
 
+    /// The same with its causes in one message, for whoever reads the last line of a log.
+    pub(crate) fn on_one_line(self) -> Self {
+        let line = self.to_string();
+        match self {
+            Self::Input(_) => Self::Input(anyhow::Error::msg(line)),
+            Self::Failed(_) => Self::Failed(anyhow::Error::msg(line)),
+            told => told,
+        }
+    }
+
     /// Prints the message and its causes to stderr.
     pub(crate) fn report(&self) {
         match self {
-            Self::Input(error) | Self::Failed(error) => eprintln!("{RED}error:{RESET} {}", Chain(error)),
+            Self::Input(error) | Self::Failed(error) => eprintln!("{RED}error:{RESET} {}", Chain(error, "\n  caused by: ")),
             Self::Told { .. } | Self::Interrupted => {}
         }
     }
@@ -46,7 +56,7 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Input(error) | Self::Failed(error) => write!(f, "{error:#}"),
+            Self::Input(error) | Self::Failed(error) => Chain(error, ": ").fmt(f),
             Self::Told { .. } => f.write_str("failed"),
             Self::Interrupted => f.write_str("interrupted"),
         }
@@ -81,8 +91,8 @@ macro_rules! bad_input {
 }
 pub(crate) use bad_input;
 
-/// An error and its causes, one a line; a cause already contained in the line above is left out.
-struct Chain<'a>(&'a anyhow::Error);
+/// An error and its causes with this between them; a cause already contained in the one before is left out.
+struct Chain<'a>(&'a anyhow::Error, &'static str);
 
 impl fmt::Display for Chain<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -91,7 +101,7 @@ impl fmt::Display for Chain<'_> {
         for cause in self.0.chain().skip(1) {
             let text = cause.to_string();
             if !above.contains(&text) {
-                write!(f, "\n  caused by: {text}")?;
+                write!(f, "{}{text}", self.1)?;
             }
             above = text;
         }
@@ -107,12 +117,14 @@ mod tests {
     #[test]
     fn causes_follow_on_lines_of_their_own() {
         let error = anyhow!("no such file").context("failed to open a.gguf").context("cannot load the model");
-        assert_eq!(Chain(&error).to_string(), "cannot load the model\n  caused by: failed to open a.gguf\n  caused by: no such file");
+        let lines = "cannot load the model\n  caused by: failed to open a.gguf\n  caused by: no such file";
+        assert_eq!(Chain(&error, "\n  caused by: ").to_string(), lines);
+        assert_eq!(Failure::Failed(error).to_string(), "cannot load the model: failed to open a.gguf: no such file");
     }
 
     #[test]
     fn repeated_causes_are_left_out() {
         let error = anyhow!("no such file").context("failed to open a.gguf: no such file");
-        assert_eq!(Chain(&error).to_string(), "failed to open a.gguf: no such file");
+        assert_eq!(Failure::Input(error).to_string(), "failed to open a.gguf: no such file");
     }
 }

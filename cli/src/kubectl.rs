@@ -52,7 +52,8 @@ impl Kubectl {
         Ok(String::from_utf8(done.stdout).context("kubectl printed something other than UTF-8")?)
     }
 
-    fn command(&self) -> Command {
+    /// `kubectl` with those flags, for what is run beside this process; it ends when dropped.
+    pub(crate) fn command(&self) -> Command {
         let mut command = Command::new("kubectl");
         // An interrupted command leaves none behind.
         command.args(&self.flags).stdin(Stdio::null()).kill_on_drop(true);
@@ -60,7 +61,8 @@ impl Kubectl {
     }
 }
 
-fn missing(error: std::io::Error) -> anyhow::Error {
+/// Why kubectl did not start.
+pub(crate) fn missing(error: std::io::Error) -> anyhow::Error {
     anyhow::Error::new(error).context("failed to start kubectl, by which clusters are asked; it has to be in PATH")
 }
 

@@ -6,6 +6,8 @@ mod blocks;
 mod command;
 mod drive;
 mod exit;
+mod exposition;
+mod forward;
 mod kubectl;
 mod local;
 mod logging;

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::Context;
 use serde::Serialize;
+use serde_json::Value;
 use tokio::task::JoinSet;
 
 use crate::{
@@ -20,6 +21,8 @@ use crate::{
         stats::percentile,
     },
     exit::{BadInput, Outcome, bad_input},
+    forward::Forward,
+    kubectl::Kubectl,
     output::{self, Unit},
 };
 
@@ -66,12 +69,10 @@ struct Load {
 
 /// Runs the command. Fails when every request failed.
 pub(crate) async fn bench(global: &Global, args: BenchLoadArgs) -> Outcome {
-    if !args.url.starts_with("http://") {
-        return Err(bad_input!("--url is {:?}, expected http://host:port", args.url));
-    }
+    let target = Target::find(&args).await?;
     let prompts = args.prompts.as_deref().map_or_else(|| Ok(PROMPTS.map(String::from).to_vec()), read_prompts)?;
-    let endpoint = Endpoint::new(&args.url, args.api_key, Duration::from_secs(args.timeout), args.max_tokens, args.temperature)?;
-    let model = match args.model {
+    let endpoint = Endpoint::new(&target.url, args.api_key, Duration::from_secs(args.timeout), args.max_tokens, args.temperature)?;
+    let model = match args.model.or(target.model) {
         Some(model) => model,
         None => endpoint.first_model().await?,
     };
@@ -107,7 +108,7 @@ pub(crate) async fn bench(global: &Global, args: BenchLoadArgs) -> Outcome {
             Err(error) => errors.push(format!("{error:#}")),
         }
     }
-    let load = report(args.url, model, concurrency, seconds, &timed, &errors);
+    let load = report(target.url, model, concurrency, seconds, &timed, &errors);
     if args.json {
         output::json(&load)?
     } else {
@@ -116,6 +117,32 @@ pub(crate) async fn bench(global: &Global, args: BenchLoadArgs) -> Outcome {
     match (timed.is_empty(), load.first_error) {
         (true, Some(error)) => Err(anyhow::anyhow!("all {requests} requests failed, the first with: {error}").into()),
         _ => Ok(()),
+    }
+}
+
+/// Where requests go.
+struct Target {
+    url: String,
+    /// What a deployment is called in requests.
+    model: Option<String>,
+    /// The way to a deployment.
+    _forward: Option<Forward>,
+}
+
+impl Target {
+    /// The endpoint that was named, or a way to the deployment that was.
+    async fn find(args: &BenchLoadArgs) -> Outcome<Self> {
+        if let Some(name) = &args.deployment {
+            let kubectl = Kubectl::new(&args.cluster);
+            let deployment = kubectl.get(&["modeldeployments.skein.dev", name]).await?;
+            let model = deployment.pointer("/spec/model/name").and_then(Value::as_str).unwrap_or(name).to_owned();
+            let forward = Forward::open(&kubectl, name).await?;
+            return Ok(Self { url: forward.url.clone(), model: Some(model), _forward: Some(forward) });
+        }
+        match &args.url {
+            Some(url) if url.starts_with("http://") => Ok(Self { url: url.clone(), model: None, _forward: None }),
+            url => Err(bad_input!("--url is {:?}, expected http://host:port", url.as_deref().unwrap_or_default())),
+        }
     }
 }
 

@@ -8,6 +8,7 @@ mod eval_vectors;
 mod inspect;
 mod logs;
 mod plan;
+mod plan_status;
 mod quantize;
 mod router;
 mod run;

@@ -3,8 +3,9 @@
 use plan::shard::{ExecutionPlan, KvDType, Shard};
 use serde::Serialize;
 
+use super::plan_status;
 use crate::{
-    args::{Global, PlanArgs},
+    args::{Global, PlanArgs, Target},
     exit::{Outcome, bad_input},
     local::deployment,
     output,
@@ -65,7 +66,11 @@ struct Rank {
 
 /// Runs the command; a plan that does not fit is shown and is bad input.
 pub(crate) async fn plan(global: &Global, args: PlanArgs) -> Outcome {
-    let prepared = deployment::plans(global, &args.target, &args.placement, None).await?;
+    if let Some(deployment) = &args.deployment {
+        return plan_status::plan(deployment, &args.cluster, args.json).await;
+    }
+    let target = Target { model: args.model, file: args.file };
+    let prepared = deployment::plans(global, &target, &args.placement, None).await?;
     for planned in &prepared {
         let shown = describe(&planned.name, &planned.model.name, planned.replicas, &planned.plan);
         if args.json { output::json(&shown)? } else { print(&shown)? }
