@@ -25,7 +25,7 @@ use tonic::Request;
 use tracing::info;
 
 pub use self::service::FleetService;
-use crate::{autoscale::Report, resource::ModelDeployment};
+use crate::{autoscale::Report, observe::one_line, resource::ModelDeployment};
 
 /// A router that has not reported for this long counts as gone.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -336,9 +336,10 @@ impl Space {
     pub(crate) fn report(&self, stream: u64, report: wire::RouterReport) -> Vec<String> {
         let mut inner = lock(&self.inner);
         let said = |r: wire::ReplicaState| {
-            let last_failure = Some(r.last_failure).filter(|f| !f.is_empty());
-            let adapter =
-                |a: wire::AdapterState| (a.numerics, Presence { ready: a.ready, failure: Some(a.failure).filter(|f| !f.is_empty()) });
+            let last_failure = Some(one_line(&r.last_failure)).filter(|f| !f.is_empty());
+            let adapter = |a: wire::AdapterState| {
+                (a.numerics, Presence { ready: a.ready, failure: Some(one_line(&a.failure)).filter(|f| !f.is_empty()) })
+            };
             let adapters = r.adapters.into_iter().map(adapter).collect();
             let (fetch, fetched) = (r.fetch_bytes, r.fetched_bytes.min(r.fetch_bytes));
             let said = Said { ready: r.ready, last_failure, fetch, fetched, fetch_seconds: None, sequences: Some(r.sequences), adapters };

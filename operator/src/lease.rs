@@ -155,8 +155,13 @@ impl Election {
     /// Renews the lease for as long as this process holds it; completes when it does not any more.
     pub async fn keep(&self) {
         let mut renewed = Instant::now();
-        while renewed.elapsed() < HELD.1 {
+        loop {
             sleep(PERIOD).await;
+            // This process may have been stopped meanwhile, and another may lead.
+            if renewed.elapsed() >= HELD.1 {
+                warn!("the lease was not renewed in time");
+                return;
+            }
             match timeout(HELD.1.saturating_sub(renewed.elapsed()), self.renew()).await {
                 Ok(Ok(true)) => renewed = Instant::now(),
                 Ok(Ok(false)) => {
@@ -164,7 +169,7 @@ impl Election {
                     return;
                 }
                 Ok(Err(error)) => warn!(error = chain(&error), "failed to renew the lease"),
-                Err(_) => warn!("the lease was not renewed in time"),
+                Err(_) => warn!("renewing the lease takes too long"),
             }
         }
     }
@@ -209,6 +214,82 @@ fn next_term(last: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mock::{self, Objects, REFUSED};
+
+    const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/skein-system/leases/skein-operator";
+
+    fn election(objects: &Objects, identity: &str) -> Election {
+        Election::new(mock::client(objects), "skein-system", identity.to_owned())
+    }
+
+    fn holder(objects: &Objects) -> Option<String> {
+        let objects = objects.lock().expect("nobody panics with it");
+        objects.get(LEASE)?["spec"]["holderIdentity"].as_str().map(str::to_owned)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn of_two_candidates_one_wins() {
+        let objects = Objects::default();
+        let (a, b) = (election(&objects, "a"), election(&objects, "b"));
+        let (mut seen_a, mut seen_b) = (None, None);
+        let (of_a, of_b) = tokio::join!(a.attempt(&mut seen_a), b.attempt(&mut seen_b));
+        let won = [of_a.expect("an answer").is_some(), of_b.expect("an answer").is_some()];
+        assert_eq!(won.iter().filter(|won| **won).count(), 1, "{won:?}");
+        assert_eq!(holder(&objects).as_deref(), Some(if won[0] { "a" } else { "b" }));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_lease_that_is_given_back_is_taken_at_once_and_one_that_is_kept_never() {
+        let objects = Objects::default();
+        let (a, b) = (election(&objects, "a"), election(&objects, "b"));
+        let first = a.win().await;
+        tokio::select! {
+            () = a.keep() => panic!("the lease was held"),
+            _ = b.win() => panic!("the lease was taken from one that renews it"),
+            () = sleep(HELD.0 * 10) => {}
+        }
+        a.release().await.expect("it is given back");
+        let begun = Instant::now();
+        assert!(b.win().await > first);
+        assert!(begun.elapsed() <= PERIOD, "nobody waits for a lease that is free");
+        assert_eq!(holder(&objects).as_deref(), Some("b"));
+        // What is another's is not given back by the one that had it.
+        a.release().await.expect("nothing to do");
+        assert_eq!(holder(&objects).as_deref(), Some("b"));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_that_cannot_renew_ends_before_another_may_begin() {
+        let objects = Objects::default();
+        let (a, b) = (election(&objects, "a"), election(&objects, "b"));
+        a.win().await;
+        let begun = Instant::now();
+        let waiting = async {
+            let term = b.win().await;
+            (term, begun.elapsed())
+        };
+        let keeping = async {
+            objects.lock().expect("nobody panics with it").insert(REFUSED.to_owned(), "/leases/".into());
+            a.keep().await;
+            let ended = begun.elapsed();
+            objects.lock().expect("nobody panics with it").remove(REFUSED);
+            ended
+        };
+        let ((_, began), ended) = tokio::join!(waiting, keeping);
+        assert!(ended <= HELD.1 + PERIOD, "it went on for {ended:?}");
+        assert!(began >= HELD.0 && began > ended, "the other began after {began:?}, and this one ended after {ended:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_whose_lease_is_another_s_ends_with_its_next_look() {
+        let objects = Objects::default();
+        let a = election(&objects, "a");
+        a.win().await;
+        objects.lock().expect("nobody panics with it").get_mut(LEASE).expect("a lease")["spec"]["holderIdentity"] = "b".into();
+        let begun = Instant::now();
+        a.keep().await;
+        assert!(begun.elapsed() <= PERIOD);
+    }
 
     #[test]
     fn terms_ascend_with_any_clock() {

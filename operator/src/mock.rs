@@ -17,6 +17,9 @@ pub(crate) type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
 /// No object: the part of a path whose writes are refused.
 pub(crate) const REFUSED: &str = "refused";
 
+/// Kinds that are made, and asked for by name.
+const NAMED: [&str; 2] = ["secrets", "leases"];
+
 /// A client of the API server that keeps `objects`.
 pub(crate) fn client(objects: &Objects) -> Client {
     let objects = objects.clone();
@@ -61,7 +64,7 @@ async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Bod
 
 /// An object that may be asked for by name, or what is below a path.
 fn get(objects: &BTreeMap<String, Value>, path: &str) -> Answer {
-    if path.contains("/secrets/") {
+    if NAMED.iter().any(|kind| path.contains(&format!("/{kind}/"))) {
         return objects.get(path).map_or_else(|| failure(404, "NotFound"), |object| (200, object.clone()));
     }
     let inside = |p: &&String| p.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
@@ -69,9 +72,9 @@ fn get(objects: &BTreeMap<String, Value>, path: &str) -> Answer {
     (200, json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items }))
 }
 
-/// Secrets are kept; events are taken and forgotten.
+/// Secrets and leases are kept; events are taken and forgotten.
 fn create(objects: &mut BTreeMap<String, Value>, path: &str, mut object: Value) -> Answer {
-    if path.ends_with("/secrets") {
+    if NAMED.iter().any(|kind| path.ends_with(&format!("/{kind}"))) {
         let path = format!("{path}/{}", object["metadata"]["name"].as_str().expect("a name"));
         if objects.contains_key(&path) {
             return failure(409, "AlreadyExists");

@@ -53,6 +53,11 @@ pub fn replicas(object: &ModelDeployment, standing: &Standing, revisions: &BTree
     found.into_iter().map(seen).collect()
 }
 
+/// What a kubelet, a scheduler, a worker or a router said, as a part of one line.
+pub fn one_line(said: &str) -> String {
+    said.lines().map(str::trim).filter(|line| !line.is_empty()).collect::<Vec<_>>().join(": ")
+}
+
 /// Whether these pods have nodes; pods that are not there yet are not refused one.
 pub fn placement<'a>(pods: impl Iterator<Item = &'a Pod>) -> Placement {
     for pod in pods.filter(|p| p.metadata.deletion_timestamp.is_none()) {
@@ -60,9 +65,21 @@ pub fn placement<'a>(pods: impl Iterator<Item = &'a Pod>) -> Placement {
         let refused = conditions.into_iter().flatten().find(|c| c.type_ == "PodScheduled" && c.status == "False");
         if let Some(condition) = refused {
             let name = pod.metadata.name.as_deref().unwrap_or_default();
-            let said = condition.message.clone().unwrap_or_default();
+            let said = one_line(condition.message.as_deref().unwrap_or_default());
             return Placement::Waiting { short: said.contains("Insufficient"), message: format!("{name}: {said}") };
         }
     }
     Placement::Settled
+}
+
+#[cfg(test)]
+mod tests {
+    use super::one_line;
+
+    #[test]
+    fn what_others_say_is_one_line() {
+        assert_eq!(one_line("cannot load\n  caused by: no such file\n\n"), "cannot load: caused by: no such file");
+        assert_eq!(one_line("  as it is "), "as it is");
+        assert_eq!(one_line(""), "");
+    }
 }

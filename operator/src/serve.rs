@@ -131,20 +131,8 @@ async fn lead(
         bail!("the fleet's server has ended");
     }
     metrics.lead();
-    let ending = stop.child_token();
-    let reconciling = controller::run(options, ending.clone());
-    tokio::pin!(reconciling);
-    // A reconcile under way may end; one that waits for an API server that is away does not.
-    let ended = async {
-        stop.cancelled().await;
-        sleep(GRACE).await;
-    };
-    let held = tokio::select! {
-        () = &mut reconciling => true,
-        () = ended => true,
-        () = election.keep() => false,
-    };
-    if !held {
+    let reconciling = controller::run(options, stop.child_token());
+    if !while_held(&election, reconciling, stop).await {
         // Another may write now: what is under way here is dropped, and this process starts anew.
         bail!("the lease is lost");
     }
@@ -152,6 +140,22 @@ async fn lead(
         warn!(error = chain(&error), "the lease is not given back; the next operator waits for it to run out");
     }
     Ok(())
+}
+
+/// Reconciles for as long as the lease is held; whether it still is.
+async fn while_held(election: &Election, reconciling: impl Future<Output = ()>, stop: &CancellationToken) -> bool {
+    // A reconcile under way may end; one that waits for an API server that is away does not.
+    let ended = async {
+        stop.cancelled().await;
+        sleep(GRACE).await;
+    };
+    tokio::select! {
+        // The lease is looked at first: a process that was stopped for a while must not write before it has.
+        biased;
+        () = election.keep() => false,
+        () = reconciling => true,
+        () = ended => true,
+    }
 }
 
 /// Turns routers away until this process leads, so that they dial again and find who does; then serves them.
@@ -243,8 +247,85 @@ async fn text(State(health): State<Health>) -> (StatusCode, String) {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use k8s_openapi::api::core::v1::ConfigMap;
+    use kube::{
+        Api,
+        api::{Patch, PatchParams},
+    };
+    use serde_json::json;
 
     use super::*;
+    use crate::mock::{self, Objects};
+
+    /// Writes who it is, again and again, as a reconcile might.
+    async fn write(objects: &Objects, who: &str) {
+        let api = Api::<ConfigMap>::namespaced(mock::client(objects), "models");
+        loop {
+            let body = json!({ "apiVersion": "v1", "kind": "ConfigMap", "metadata": { "name": "written" }, "data": { "by": who } });
+            api.patch("written", &PatchParams::apply("test"), &Patch::Apply(body)).await.expect("it is written");
+            sleep(Duration::from_millis(100)).await;
+        }
+    }
+
+    fn writer(objects: &Objects) -> Option<String> {
+        let objects = objects.lock().expect("nobody panics with it");
+        let written = objects.get("/api/v1/namespaces/models/configmaps/written")?;
+        written["data"]["by"].as_str().map(str::to_owned)
+    }
+
+    /// Two operators, of which the one that leads is stopped, as a process may be: the other takes over, and the first one writes nothing more.
+    #[tokio::test(start_paused = true)]
+    async fn an_operator_that_lost_its_lease_stops_writing() {
+        let (objects, stop) = (Objects::default(), CancellationToken::new());
+        let election = |name: &str| Election::new(mock::client(&objects), "skein-system", name.to_owned());
+        let (first, second) = (election("first"), election("second"));
+        let earlier = first.win().await;
+        let leading = while_held(&first, write(&objects, "first"), &stop);
+        tokio::pin!(leading);
+        // While it leads, the other waits, however long.
+        tokio::select! {
+            _ = second.win() => panic!("there are two leaders"),
+            _ = &mut leading => panic!("the lease was held"),
+            () = sleep(Duration::from_secs(120)) => {}
+        }
+        assert_eq!(writer(&objects).as_deref(), Some("first"));
+        // It is stopped: nothing of it goes on.
+        let later = second.win().await;
+        assert!(later > earlier);
+        let follower = while_held(&second, write(&objects, "second"), &stop);
+        tokio::pin!(follower);
+        tokio::select! {
+            _ = &mut follower => panic!("the lease is held"),
+            () = sleep(Duration::from_secs(30)) => {}
+        }
+        assert_eq!(writer(&objects).as_deref(), Some("second"));
+        // It goes on, and learns that it leads no more before it writes.
+        assert!(!leading.await);
+        assert_eq!(writer(&objects).as_deref(), Some("second"));
+    }
+
+    /// Control: one that still holds its lease goes on writing after a stop.
+    #[tokio::test(start_paused = true)]
+    async fn an_operator_that_kept_its_lease_goes_on() {
+        let (objects, stop) = (Objects::default(), CancellationToken::new());
+        let election = Election::new(mock::client(&objects), "skein-system", "first".to_owned());
+        election.win().await;
+        let leading = while_held(&election, write(&objects, "first"), &stop);
+        tokio::pin!(leading);
+        tokio::select! {
+            _ = &mut leading => panic!("the lease was held"),
+            () = sleep(Duration::from_secs(5)) => {}
+        }
+        sleep(Duration::from_secs(4)).await;
+        objects.lock().expect("nobody panics with it").remove("/api/v1/namespaces/models/configmaps/written");
+        tokio::select! {
+            _ = &mut leading => panic!("the lease was held"),
+            () = sleep(Duration::from_secs(5)) => {}
+        }
+        assert_eq!(writer(&objects).as_deref(), Some("first"));
+        stop.cancel();
+        assert!(leading.await, "it ends as it is told to, with its lease");
+    }
 
     #[test]
     fn what_cannot_reach_a_process_in_time_is_refused() {

@@ -3,7 +3,10 @@
 use kube::runtime::events::{Event, EventType};
 
 use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY, replicas::fetched};
-use crate::resource::{AdapterPhase, CacheStatus, Condition, ReplicaPhase, ReplicaStatus, Status};
+use crate::{
+    resource::{AdapterPhase, CacheStatus, Condition, ReplicaPhase, ReplicaStatus, Status},
+    scaling::SCALING_ACTIVE,
+};
 
 /// Longest note that the API server takes.
 const NOTE: usize = 1000;
@@ -74,6 +77,8 @@ fn of_condition(before: Option<&Condition>, condition: &Condition) -> Option<(Ev
         (PROGRESSING, "False", _) => warning("RolloutStalled"),
         (PROGRESSING, "True", "RolloutComplete") if before.is_some() => Some((EventType::Normal, "RolloutCompleted")),
         (DEGRADED, "True", "ReplicaUnavailable") => warning("ReplicaRestarted"),
+        // At the start there is no router yet, which is no news.
+        (SCALING_ACTIVE, "False", "MetricsStale") if before.is_some_and(|b| b.status == "True") => warning("MetricsStale"),
         _ => None,
     }
 }

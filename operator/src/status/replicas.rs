@@ -160,7 +160,7 @@ fn trouble(missing: &[Missing<'_>]) -> (&'static str, String) {
     for (name, container) in missing.iter().flat_map(containers) {
         let waiting = container.state.as_ref().and_then(|s| s.waiting.as_ref());
         let why = waiting.and_then(|w| w.reason.as_deref()).unwrap_or_default();
-        let detail = waiting.and_then(|w| w.message.clone()).unwrap_or_default();
+        let detail = observe::one_line(waiting.and_then(|w| w.message.as_deref()).unwrap_or_default());
         match why {
             "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
                 return ("ImagePullFailed", format!("{name}: {why}: {detail}; check the operator's --image"));
@@ -200,12 +200,21 @@ fn ended(container: &ContainerStatus) -> String {
     let last = container.last_state.as_ref().and_then(|s| s.terminated.as_ref());
     match last {
         Some(last) => {
-            let said = last.message.as_deref().unwrap_or_default().trim();
-            let last_line = said.lines().next_back().unwrap_or_default();
-            let said = if said.is_empty() { String::new() } else { format!(": {last_line}") };
+            let said = last_words(last.message.as_deref().unwrap_or_default());
+            let said = if said.is_empty() { said } else { format!(": {said}") };
             format!("ended with exit code {} ({} restarts){said}; see its log", last.exit_code, container.restart_count)
         }
         None => format!("ended ({} restarts); see its log", container.restart_count),
+    }
+}
+
+/// What a process said last: from the error that ended it on, or else the last line of its log.
+fn last_words(said: &str) -> String {
+    const ERROR: &str = "error: ";
+    let from = if said.starts_with(ERROR) { Some(0) } else { said.rfind(&format!("\n{ERROR}")) };
+    match from {
+        Some(from) => observe::one_line(&said[from..]),
+        None => said.trim().lines().next_back().unwrap_or_default().trim().to_owned(),
     }
 }
 

@@ -148,14 +148,16 @@ fn running() -> Value {
 fn waiting(why: &str, said: &str) -> Value {
     json!({ "containerStatuses": [{
         "name": "worker", "ready": false, "restartCount": 2, "image": "", "imageID": "",
-        "state": { "waiting": { "reason": why, "message": "detail" } }, "lastState": { "terminated": { "exitCode": 2, "message": said } },
+        "state": { "waiting": { "reason": why, "message": "detail\n  and more" } }, "lastState": { "terminated": { "exitCode": 2, "message": said } },
     }]})
 }
 
 fn ended(reason: &str) -> Value {
     waiting(
         "CrashLoopBackOff",
-        &format!("{{\"level\":\"ERROR\",\"fields\":{{\"reason\":\"{reason}\"}}}}\nerror: the file is not that one\n"),
+        &format!(
+            "{{\"level\":\"ERROR\",\"fields\":{{\"reason\":\"{reason}\"}}}}\nerror: the file is not that one\n  caused by: another digest\n"
+        ),
     )
 }
 
@@ -264,6 +266,8 @@ fn every_condition_and_reason_is_reached() {
         is(&status, kind, truth, why);
         let order: Vec<&str> = status.conditions.iter().map(|c| c.kind.as_str()).collect();
         assert_eq!(order.len(), 10, "{order:?}");
+        let lines = status.conditions.iter().find(|c| c.message.contains('\n') || c.message.trim() != c.message);
+        assert_eq!(lines, None, "messages are one line");
     }
 }
 
@@ -328,7 +332,10 @@ fn what_is_missing_is_said() {
     assert!(message(&full, READY).contains("Insufficient cpu"));
     let wrong = one().pods(true, &ended("DigestMismatch")).status();
     is(&wrong, READY, "False", "VerificationFailed");
-    assert!(message(&wrong, WEIGHTS_READY).contains("exit code 2 (2 restarts): error: the file is not that one; see its log"));
+    assert!(
+        message(&wrong, WEIGHTS_READY)
+            .contains("exit code 2 (2 restarts): error: the file is not that one: caused by: another digest; see its log")
+    );
     // A message without a reason says nothing of weights.
     is(&one().pods(true, &waiting("CrashLoopBackOff", "thread panicked")).status(), WEIGHTS_READY, "False", "Downloading");
     let asleep = {

@@ -144,6 +144,8 @@ fn kubelet(cluster: &Cluster) -> Value {
         "cgroupRoot": cgroups::name(cluster),
         "failCgroupV1": false,
         "failSwapOn": false,
+        // Nobody answers there, which a pod that asks is told at once. Without an address pods would be said to lack one.
+        "clusterDNS": [NODE.to_string()],
         "clusterDomain": "cluster.local",
         "resolvConf": cluster.path("resolv.conf"),
         "podLogsDir": cluster.path("pod-logs"),
