@@ -4,7 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::{
-    cluster, paths,
+    cluster,
     process::{cargo, run, say},
 };
 
@@ -19,24 +19,18 @@ pub(crate) struct Options {
     deployments: usize,
 }
 
-/// Builds Skein in the profile of this program, and measures its operator.
+/// Builds what `cargo xtask test` builds, and measures the operator.
 ///
 /// # Errors
 /// If the cluster does not start, or the operator does not what it should.
 pub(crate) fn bench(options: &Options) -> Result<()> {
     cluster::prepare()?;
-    say("building skein and its operator");
-    let mut build = cargo();
-    build.args(["build", "--package", "cli", "--package", "operator"]);
-    if paths::built()?.ends_with("release") {
-        build.arg("--release");
-    }
-    run(&mut build)?;
-    let test = ["test", "--offline", "--package", "e2e", "--test", "cluster"];
-    run(cargo().args(test).arg("--no-run"))?;
+    say("building the workspace");
+    // The same packages and features as `test`: others would compile most dependencies again.
+    run(cargo().args(["test", "--workspace", "--no-run"]))?;
     say(&format!("measuring the operator with {} deployments", options.deployments));
     cluster::during(|cargo| {
-        cargo.args(test).args(["--", "--ignored", "--exact", TEST, "--nocapture"]);
+        cargo.args(["test", "--workspace", "--offline", "--test", "cluster", "--", "--ignored", "--exact", TEST, "--nocapture"]);
         cargo.env("SKEIN_TEST_DEPLOYMENTS", options.deployments.to_string());
     })
 }
