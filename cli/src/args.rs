@@ -335,6 +335,9 @@ pub(crate) struct InspectArgs {
     /// List every tensor.
     #[arg(long)]
     pub(crate) tensors: bool,
+    /// Say on one line what was read, for the operator, or why nothing was; how it reads volumes.
+    #[arg(long, hide = true, conflicts_with_all = ["json", "tensors"])]
+    pub(crate) header: bool,
 }
 
 #[derive(Clone, Debug, Args)]

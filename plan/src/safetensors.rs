@@ -6,7 +6,7 @@ mod tests;
 use std::{collections::BTreeMap, fmt, io};
 
 use serde::{
-    Deserialize,
+    Deserialize, Serialize,
     de::{MapAccess, Visitor},
 };
 
@@ -14,7 +14,7 @@ use serde::{
 const MAX_HEADER: u64 = 100_000_000;
 
 /// One tensor of a safetensors file.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tensor {
     /// Unique name.
     pub name: String,
@@ -31,7 +31,7 @@ pub struct Tensor {
 }
 
 /// The header of one safetensors file.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
     /// Tensors in file order of the header.
     pub tensors: Vec<Tensor>,

@@ -9,6 +9,7 @@ mod digest;
 mod error;
 mod http;
 mod hub;
+mod inspection;
 mod layout;
 mod locate;
 mod model;
@@ -24,6 +25,7 @@ pub use cache::{Cache, default_cache_root};
 pub use credentials::Credentials;
 pub use digest::Digest;
 pub use error::SourceError;
+pub use inspection::{Inspection, InspectionError};
 pub use model::{RawHeader, Source};
 
 use std::{fmt, path::PathBuf, sync::Arc, time::Duration};

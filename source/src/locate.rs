@@ -31,6 +31,9 @@ impl Location {
         if let Some(rest) = uri.strip_prefix("hf://") {
             return hub(rest).ok_or_else(|| fail("expected hf://org/repo, hf://org/repo@revision or hf://org/repo@revision/file"));
         }
+        if uri.starts_with("pvc://") {
+            return Err(fail("a claim is a volume of a cluster, and is read there alone"));
+        }
         match uri.split_once("://") {
             Some((scheme, _)) => Err(fail(&format!("scheme {scheme} is not supported"))),
             None => Ok(Self::Path(uri.into())),
@@ -96,7 +99,9 @@ mod tests {
         for (uri, expected) in cases {
             assert_eq!(Location::parse(uri).unwrap(), expected, "{uri}");
         }
-        for uri in ["", "file:", "s3://b/k", "hf://o", "hf:///r", "hf://o/..", "hf://o/r@main/../x", "hf://o/r@/x", "hf://o/r@a b/x"] {
+        for uri in
+            ["", "file:", "s3://b/k", "pvc://c/k", "hf://o", "hf:///r", "hf://o/..", "hf://o/r@main/../x", "hf://o/r@/x", "hf://o/r@a b/x"]
+        {
             assert!(Location::parse(uri).is_err(), "{uri}");
         }
     }

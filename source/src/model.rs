@@ -18,6 +18,8 @@ use plan::{
     safetensors,
 };
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     SourceError, SourceOptions,
     beside::Beside,
@@ -29,7 +31,7 @@ use crate::{
 };
 
 /// The headers of a model's files as read, before they are understood.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum RawHeader {
     /// A GGUF file, or all parts of one.
     Gguf {
@@ -39,6 +41,7 @@ pub enum RawHeader {
     /// One or more safetensors files, or PyTorch files that list their tensors as those do.
     Safetensors {
         /// `config.json`.
+        #[serde(with = "text")]
         config: Vec<u8>,
         /// Files and their headers.
         parts: Vec<(ModelFile, safetensors::Header)>,
@@ -46,6 +49,17 @@ pub enum RawHeader {
 }
 
 impl RawHeader {
+    /// Whether every tensor lies in its file: what else is said of them is checked when they are understood.
+    pub(crate) fn is_whole(&self) -> bool {
+        let within = |file: &ModelFile, offset: u64, bytes: u64| offset.checked_add(bytes).is_some_and(|end| end <= file.bytes);
+        match self {
+            Self::Gguf { parts } => parts.iter().all(|(file, header)| header.tensors.iter().all(|t| within(file, t.offset, t.bytes))),
+            Self::Safetensors { parts, .. } => {
+                parts.iter().all(|(file, header)| header.tensors.iter().all(|t| within(file, t.offset, t.bytes)))
+            }
+        }
+    }
+
     /// The model they describe.
     ///
     /// # Errors
@@ -74,6 +88,19 @@ impl RawHeader {
             },
             Self::Safetensors { config, parts } => adapter_from_peft(config, parts, base),
         }
+    }
+}
+
+/// Small files of JSON, written down as text.
+mod text {
+    use serde::{Deserialize, Deserializer, Serializer, ser::Error};
+
+    pub(super) fn serialize<S: Serializer>(bytes: &[u8], to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_str(std::str::from_utf8(bytes).map_err(S::Error::custom)?)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<u8>, D::Error> {
+        String::deserialize(from).map(String::into_bytes)
     }
 }
 

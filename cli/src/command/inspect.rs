@@ -2,16 +2,18 @@
 
 use std::collections::BTreeMap;
 
+use anyhow::Context;
 use plan::{
     dtype::DType,
     model::{Architecture, Format, ModelHeader, TensorInfo},
 };
 use serde::Serialize;
+use source::{Inspection, Keep, SourceOptions};
 
 use crate::{
     args::{Global, InspectArgs},
-    exit::Outcome,
-    model::Model,
+    exit::{Failure, Outcome},
+    model::{self, Model},
     output,
 };
 
@@ -58,9 +60,24 @@ struct File<'a> {
 
 /// Runs the command.
 pub(crate) async fn inspect(global: &Global, args: InspectArgs) -> Outcome {
+    if args.header {
+        return say_header(global, args.model).await;
+    }
     let model = Model::open(global, &args.model).await?;
     let inspected = describe(&model.name, &model.header, args.tensors);
     if args.json { output::json(&inspected) } else { print(&inspected) }
+}
+
+/// Says the headers to a program, or why there are none. Standard error stays empty: in the log of a container it would be in between.
+async fn say_header(global: &Global, model: String) -> Outcome {
+    let options = SourceOptions { keep: Keep::Nothing, ..model::source_options(global)? };
+    let read = tokio::task::spawn_blocking(move || Inspection::of(&model, options));
+    let inspection = read.await.context("reading the header was cut off")?;
+    output::line(&inspection.line())?;
+    match inspection {
+        Inspection::Header(_) => Ok(()),
+        Inspection::Refused { .. } => Err(Failure::Told { input: true }),
+    }
 }
 
 /// What the headers say.

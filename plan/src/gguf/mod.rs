@@ -16,8 +16,10 @@ pub use write::Writer;
 
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 /// A metadata value.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named after the format's own types")]
 pub enum Value {
     U8(u8),
@@ -36,7 +38,7 @@ pub enum Value {
 }
 
 /// A metadata array.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Array {
     /// Type of every element; never [`Kind::Array`].
     pub kind: Kind,
@@ -107,7 +109,7 @@ impl Value {
 }
 
 /// One metadata entry.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Entry {
     /// Unique key.
     pub key: String,
@@ -118,7 +120,7 @@ pub struct Entry {
 }
 
 /// One entry of the tensor table.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Tensor {
     /// Unique name.
     pub name: String,
@@ -135,7 +137,7 @@ pub struct Tensor {
 }
 
 /// Everything before the tensor data.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Header {
     /// Version of the layout: 2 or 3.
     pub version: u32,

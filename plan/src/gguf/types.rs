@@ -1,9 +1,11 @@
 //! Type numbers of GGUF: metadata values and tensor elements.
 
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
 use crate::dtype::DType;
 
 /// Type of a metadata value; the discriminant is the number in the file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "named after the format's own types")]
 pub enum Kind {
     U8 = 0,
@@ -73,7 +75,7 @@ impl Kind {
     }
 }
 
-/// An element type of ggml, whether or not Skein computes with it.
+/// An element type of ggml, whether or not Skein computes with it. Written down as its number.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct GgmlType {
     /// Number in the file.
@@ -121,6 +123,19 @@ const TYPES: [(u32, &str, u64, u64); 32] = [
     (35, "TQ2_0", 256, 66),
     (39, "MXFP4", 32, 17),
 ];
+
+impl Serialize for GgmlType {
+    fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u32(self.id)
+    }
+}
+
+impl<'de> Deserialize<'de> for GgmlType {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        let id = u32::deserialize(from)?;
+        Self::from_id(id).ok_or_else(|| D::Error::custom(format!("tensor type id {id} is unknown")))
+    }
+}
 
 impl GgmlType {
     /// The type with number `id`.
