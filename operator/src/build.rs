@@ -8,7 +8,11 @@ pub(crate) mod tests;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::{manifest::DeploymentSpec, shard::Stage, worker::WorkerSpec};
+use plan::{
+    manifest::{DeploymentSpec, ModelSpec},
+    shard::Stage,
+    worker::WorkerSpec,
+};
 use serde_json::{Map, Value, json};
 
 use self::pod::{CACHE, CREDENTIALS, SPEC, restricted, volume_mount, with_args, with_identity};
@@ -213,12 +217,7 @@ fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[
         "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
     });
     let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
-    if !spec.workers.node_selector.is_empty() {
-        pod["nodeSelector"] = json!(spec.workers.node_selector);
-    }
-    if !spec.workers.tolerations.is_empty() {
-        pod["tolerations"] = json!(spec.workers.tolerations);
-    }
+    pod::place(&mut pod, &spec.workers);
     let mut cache = json!({ "name": "cache", "emptyDir": {} });
     match (&spec.cache.pvc_name, spec.cache.size_limit) {
         (Some(claim), _) => cache = json!({ "name": "cache", "persistentVolumeClaim": { "claimName": claim } }),
@@ -226,6 +225,9 @@ fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[
         (None, None) => {}
     }
     pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, cache]);
+    if let Some((claim, _)) = ModelSpec::volume(&spec.model.uri) {
+        pod::with_claim(&mut pod, claim);
+    }
     if let Some(secret) = &spec.model.credentials_secret_ref {
         pod::with_secret(&mut pod, ("credentials", CREDENTIALS), &secret.name);
     }

@@ -34,6 +34,7 @@ use crate::{
     cache::{Cache, Changed, Owner, Patience, api, version},
     dereference::{Fetched, dereference},
     fleet::{Hub, Space},
+    inspect::{Inspections, Inspector},
     issuer::{IssueError, Issuer},
     metrics::Metrics,
     models::{Models, chain},
@@ -85,6 +86,8 @@ pub struct Context {
     /// Who certifies processes, where they prove their names.
     issuer: Option<Arc<Issuer>>,
     setbacks: Setbacks,
+    /// What is known of models on claims.
+    inspections: Inspections,
     /// What rollouts remember, by unique id.
     rollouts: Mutex<HashMap<String, Memory>>,
     stops: Stops,
@@ -168,6 +171,7 @@ pub async fn run(options: Options, stop: CancellationToken) {
         cache,
         written: Mutex::default(),
         setbacks: Setbacks::default(),
+        inspections: Inspections::default(),
         rollouts: Mutex::default(),
         stops,
         scaling: Scaling::default(),
@@ -311,7 +315,8 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     if object.condition(MODEL_RESOLVED).is_none() && !object.spec["model"]["uri"].as_str().is_some_and(|uri| context.models.knows(uri)) {
         context.say(object, status::resolving(object)).await?;
     }
-    let fetched = dereference((&context.client, &context.cache), &context.models, &space, &others, object).await?;
+    let mut fetched = dereference((&context.client, &context.cache), &context.models, &space, &others, object).await?;
+    context.inspector().inspect(object, &mut fetched).await?;
     let renew = context.renew(object, &fetched.standing).await;
     let done = advance(object, context, &space, &fetched).await?;
     Ok(Done { again: done.again.into_iter().chain(renew).min(), ..done })
@@ -390,6 +395,12 @@ impl Context {
         Writer { client: &self.client, cache: &self.cache }
     }
 
+    /// What looks at models on claims.
+    fn inspector(&self) -> Inspector<'_> {
+        let Self { client, cache, settings, models, inspections, .. } = self;
+        Inspector { client, cache, settings, models, inspections }
+    }
+
     /// Notes the version of a deployment whose status was written.
     fn wrote(&self, object: &ModelDeployment, version: u64) {
         let mut written = self.written.lock().unwrap_or_else(PoisonError::into_inner);
@@ -428,7 +439,9 @@ impl Context {
                 // What is wrong with credentials is put right in steps, and outside of the spec; other messages may differ each time.
                 let said = if rejection.reason == "Unauthorized" { rejection.message.as_str() } else { "" };
                 let what = format!("{} of generation {}: {said}", rejection.reason, object.metadata.generation.unwrap_or(0));
-                Some(self.setbacks.pause(object.uid(), &what, SOURCE_BACKOFF))
+                // Who looks for a header on a claim keeps pauses of his own: each try is a pod.
+                let own = self.inspections.pause(object.uid());
+                Some(own.unwrap_or_else(|| self.setbacks.pause(object.uid(), &what, SOURCE_BACKOFF)))
             }
         };
         Ok(Done { result: rejection.reason, again })

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object (`[]` for the entries of a list), rule, message.
-const RULES: [(&str, &str, &str); 25] = [
+const RULES: [(&str, &str, &str); 27] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -19,8 +19,18 @@ const RULES: [(&str, &str, &str); 25] = [
     ),
     (
         "spec.model.uri",
-        "self.startsWith('hf://') || self.startsWith('http://') || self.startsWith('https://') || self.startsWith('file:')",
-        "uri must begin with hf://, http://, https:// or file:",
+        "self.startsWith('hf://') || self.startsWith('http://') || self.startsWith('https://') || self.startsWith('pvc://') || self.startsWith('file:')",
+        "uri must begin with hf://, http://, https://, pvc:// or file:",
+    ),
+    (
+        "spec.model.uri",
+        "!self.startsWith('pvc://') || (self.matches('^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)+/?$') && !self.matches('/[.][.]?(/|$)'))",
+        "uri must be pvc://CLAIM/PATH, without empty parts, . and ..",
+    ),
+    (
+        "spec.model",
+        "!has(self.credentialsSecretRef) || !self.uri.startsWith('pvc://')",
+        "credentialsSecretRef must be absent where uri is pvc://, which is no server's",
     ),
     (
         "spec.adapters",

@@ -17,6 +17,7 @@ use source::Credentials;
 use crate::{
     cache::{Cache, Owner},
     fleet::{Load, Space},
+    inspect,
     lost::{self, Named},
     models::{Models, Opened, Unresolved},
     names,
@@ -30,7 +31,7 @@ const ADAPTERS: usize = 64;
 /// Everything a reconcile knows beside the resource itself.
 #[derive(Debug)]
 pub struct Fetched {
-    /// The header of the model; `None` where the spec names no remote source.
+    /// The header of the model; `None` where the spec names a source that this process cannot read.
     pub header: Option<Result<Arc<ModelHeader>, Unresolved>>,
     /// The adapters that the spec names, where the header of the model is known.
     pub adapters: Vec<Opened>,
@@ -53,6 +54,8 @@ pub struct Standing {
     pub config_maps: Vec<String>,
     /// Its workers.
     pub pods: Vec<Pod>,
+    /// Names of its pods that read headers.
+    pub inspectors: Vec<String>,
     /// Pods of nodes that cannot be reached.
     pub lost: Vec<Named>,
     /// What routers say of its replicas.
@@ -106,7 +109,7 @@ pub async fn dereference(
     let standing = async {
         let owner = Owner::new(namespace, name);
         let (pods, load) = (cache.pods.of(&owner), space.load(name));
-        let pods: Vec<Pod> = pods.iter().map(|pod| Pod::clone(pod)).collect();
+        let (inspectors, pods): (Vec<Pod>, Vec<Pod>) = pods.iter().map(|pod| Pod::clone(pod)).partition(inspect::is_inspector);
         let revisions = cache.revisions.of(&owner);
         Ok::<_, kube::Error>(Standing {
             lost: lost(client, &pods, &load).await?,
@@ -114,6 +117,7 @@ pub async fn dereference(
             stateful_sets: cache.stateful_sets.of(&owner).iter().map(|set| StatefulSet::clone(set)).collect(),
             config_maps: cache.config_maps.names(&owner),
             pods,
+            inspectors: inspectors.into_iter().filter_map(|pod| pod.metadata.name).collect(),
             load,
         })
     };
@@ -162,7 +166,7 @@ async fn lost(client: &Client, pods: &[Pod], load: &Load) -> Result<Vec<Named>, 
 }
 
 /// The adapters that a spec names; what is wrong with how it names them, its validation says.
-async fn adapters(models: &Models, object: &ModelDeployment, model: (&str, &Arc<ModelHeader>)) -> Vec<Opened> {
+pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (&str, &Arc<ModelHeader>)) -> Vec<Opened> {
     let named = object.spec["adapters"].as_array().into_iter().flatten().take(ADAPTERS).filter_map(|adapter| {
         let text = |field: &str| adapter[field].as_str().map(str::to_owned);
         Some((text("name")?, text("uri")?, text("digest")))

@@ -18,7 +18,7 @@ pub(crate) type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
 pub(crate) const REFUSED: &str = "refused";
 
 /// Kinds that are made, and asked for by name.
-const NAMED: [&str; 2] = ["secrets", "leases"];
+const NAMED: [&str; 4] = ["secrets", "leases", "pods", "persistentvolumeclaims"];
 
 /// A client of the API server that keeps `objects`.
 pub(crate) fn client(objects: &Objects) -> Client {
@@ -58,13 +58,15 @@ async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Bod
         }
         _ => failure(405, "MethodNotAllowed"),
     };
-    let response = Response::builder().status(status).body(Body::from(answer.to_string().into_bytes()));
+    // A log is text.
+    let text = answer.as_str().map_or_else(|| answer.to_string(), str::to_owned);
+    let response = Response::builder().status(status).body(Body::from(text.into_bytes()));
     Ok(response.expect("a response"))
 }
 
-/// An object that may be asked for by name, or what is below a path.
+/// An object that is asked for by name, as what keeps a header is too, or what is below a path.
 fn get(objects: &BTreeMap<String, Value>, path: &str) -> Answer {
-    if NAMED.iter().any(|kind| path.contains(&format!("/{kind}/"))) {
+    if NAMED.iter().any(|kind| path.contains(&format!("/{kind}/"))) || path.ends_with("-header") {
         return objects.get(path).map_or_else(|| failure(404, "NotFound"), |object| (200, object.clone()));
     }
     let inside = |p: &&String| p.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));
@@ -72,7 +74,7 @@ fn get(objects: &BTreeMap<String, Value>, path: &str) -> Answer {
     (200, json!({ "apiVersion": "v1", "kind": "List", "metadata": {}, "items": items }))
 }
 
-/// Secrets and leases are kept; events are taken and forgotten.
+/// Secrets, leases and pods are kept; events are taken and forgotten.
 fn create(objects: &mut BTreeMap<String, Value>, path: &str, mut object: Value) -> Answer {
     if NAMED.iter().any(|kind| path.ends_with(&format!("/{kind}"))) {
         let path = format!("{path}/{}", object["metadata"]["name"].as_str().expect("a name"));

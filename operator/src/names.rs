@@ -94,6 +94,16 @@ pub fn specification(name: &str, uid: &str, revision: &str, stage: usize, part: 
     format!("{}-{}-s{stage}-{part}", cut(name), digest(&[uid, revision], 8))
 }
 
+/// Name of the pod that reads the headers of a deployment's model, and is `pod`.
+pub fn inspector(name: &str, uid: &str, pod: &str) -> String {
+    format!("{}-{}-inspect", cut(name), digest(&[uid, pod], 8))
+}
+
+/// Name of the object that keeps what was read of a deployment's model at `uri`.
+pub fn header(name: &str, uid: &str, uri: &str) -> String {
+    format!("{}-{}-header", cut(name), digest(&[uid, uri], 8))
+}
+
 /// Name of the object that keeps a revision.
 pub fn revision(name: &str, uid: &str, revision: &str) -> String {
     format!("{}-{}-{revision}", cut(name), digest(&[uid, revision], 8))

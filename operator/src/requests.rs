@@ -43,7 +43,7 @@ impl Service<Request<Body>> for Counted {
 }
 
 /// Resources that the operator has to do with.
-const RESOURCES: [&str; 15] = [
+const RESOURCES: [&str; 17] = [
     "configmaps",
     "controllerrevisions",
     "deployments",
@@ -53,8 +53,10 @@ const RESOURCES: [&str; 15] = [
     "modeldeployments/status",
     "networkpolicies",
     "nodes",
+    "persistentvolumeclaims",
     "poddisruptionbudgets",
     "pods",
+    "pods/log",
     "secrets",
     "serviceaccounts",
     "services",
@@ -109,6 +111,7 @@ mod tests {
         assert_eq!(of("PATCH", "/api/v1/namespaces/n/secrets/x", "application/merge-patch+json"), ("patch", "secrets"));
         assert_eq!(of("GET", "/api/v1/namespaces/n/pods?labelSelector=a", ""), ("list", "pods"));
         assert_eq!(of("GET", "/api/v1/pods?watch=true&labelSelector=a", ""), ("watch", "pods"));
+        assert_eq!(of("GET", "/api/v1/namespaces/n/pods/x/log?limitBytes=1", ""), ("get", "pods/log"));
         assert_eq!(of("GET", "/api/v1/nodes/x", ""), ("get", "nodes"));
         assert_eq!(of("POST", "/apis/events.k8s.io/v1/namespaces/n/events", ""), ("create", "events"));
         let status = "/apis/skein.dev/v1alpha1/namespaces/n/modeldeployments/x/status";

@@ -121,7 +121,9 @@ pub fn rejected(object: &ModelDeployment, rejection: &Rejection) -> Status {
     if rejection.condition == MODEL_RESOLVED {
         set(&mut status, object, ACCEPTED, (true, "Accepted", "the spec is valid".to_owned()));
     }
-    set(&mut status, object, rejection.condition, (false, rejection.reason, rejection.message.clone()));
+    // What is not known yet is not wrong.
+    let truth = if rejection.reason == "Resolving" { "Unknown" } else { "False" };
+    put(&mut status, object, rejection.condition, truth, rejection.reason, rejection.message.clone());
     summarize(&mut status, object);
     status
 }

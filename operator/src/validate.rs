@@ -14,6 +14,7 @@ use plan::{
 use serde_json::{Value, json};
 
 use crate::{
+    build::pod,
     dereference::Fetched,
     models::{Opened, Unresolved},
     names,
@@ -79,7 +80,8 @@ impl ValidatedDeployment {
     /// What each worker is told, stage by stage and rank by rank; replicas share it.
     pub fn worker_specs(&self) -> Vec<WorkerSpec> {
         let model = &self.manifest.spec().model;
-        let origin = Origin { replica: &self.name, uri: &model.uri, digest: model.digest.as_deref() };
+        let uri = pod::model_uri(&model.uri);
+        let origin = Origin { replica: &self.name, uri: &uri, digest: model.digest.as_deref() };
         planner::worker_specs(&self.plan, &origin, 1, CollectiveKind::Tcp)
     }
 
@@ -106,7 +108,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
         None => {
             let message = format!(
-                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, http:// or https://",
+                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, http://, https:// or pvc://",
                 model.uri
             );
             return Err(refuse(ACCEPTED, "HostPathForbidden", message, Until::Changed));
@@ -177,6 +179,8 @@ fn refuse(condition: &'static str, reason: &'static str, message: String, until:
 fn unresolvable(unresolved: &Unresolved) -> Rejection {
     let (condition, reason, next, until) = match unresolved.reason {
         "InvalidSpec" => (ACCEPTED, "InvalidSpec", "correct spec.model.uri", Until::Changed),
+        "Resolving" => (MODEL_RESOLVED, "Resolving", "the model is planned when it has ended", Until::Elsewhere),
+        "InspectionWaits" => (MODEL_RESOLVED, "SourceUnreachable", "it is looked at again", Until::Elsewhere),
         "NotFound" => (MODEL_RESOLVED, "NotFound", "check spec.model.uri; it is looked for again", Until::Source),
         "Unauthorized" => (
             MODEL_RESOLVED,

@@ -48,10 +48,14 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [apps]
   resources: [statefulsets, deployments, controllerrevisions]
   verbs: [get, list, watch, create, patch, delete]
-# Pods of nodes that cannot be reached are deleted by force, so that others take their place.
+# Pods of nodes that cannot be reached are deleted by force, so that others take their place. For a model on a claim a pod is made that reads
+# its headers, its log is read, and it is deleted.
 - apiGroups: [""]
   resources: [pods]
-  verbs: [get, list, watch, delete]
+  verbs: [get, list, watch, create, delete]
+- apiGroups: [""]
+  resources: [pods/log, persistentvolumeclaims]
+  verbs: [get]
 - apiGroups: [""]
   resources: [nodes]
   verbs: [get]

@@ -1,5 +1,8 @@
 //! What all pods have in common: Pod Security `restricted`, no credentials.
 
+use std::borrow::Cow;
+
+use plan::manifest::{ModelSpec, WorkersSpec};
 use serde_json::{Value, json};
 
 use crate::names;
@@ -11,6 +14,8 @@ pub(super) const SPEC: &str = "/etc/skein/spec";
 /// Folder of fetched weights.
 pub(super) const CACHE: &str = "/var/cache/skein";
 
+/// Folder of the claim that a model is on.
+pub(crate) const MODEL: &str = "/var/lib/skein/model";
 /// Folder of what a source is shown.
 pub(super) const CREDENTIALS: &str = "/etc/skein/credentials";
 
@@ -20,7 +25,7 @@ const IDENTITY: &str = "/etc/skein/identity";
 const SECRET_MODE: u32 = 0o440;
 
 /// A pod of one container.
-pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> Value {
+pub(crate) fn template(account: &str, grace_seconds: u32, container: Value) -> Value {
     json!({
         "serviceAccountName": account,
         "automountServiceAccountToken": false,
@@ -35,6 +40,31 @@ pub(super) fn template(account: &str, grace_seconds: u32, container: Value) -> V
         },
         "containers": [container],
     })
+}
+
+/// Has it run where a deployment's workers may.
+pub(crate) fn place(pod: &mut Value, workers: &WorkersSpec) {
+    if !workers.node_selector.is_empty() {
+        pod["nodeSelector"] = json!(workers.node_selector);
+    }
+    if !workers.tolerations.is_empty() {
+        pod["tolerations"] = json!(workers.tolerations);
+    }
+}
+
+/// Where a worker finds the model at `uri`: what is on a claim, in a folder.
+pub(crate) fn model_uri(uri: &str) -> Cow<'_, str> {
+    ModelSpec::volume(uri).map_or(Cow::Borrowed(uri), |(_, path)| Cow::Owned(format!("file:{MODEL}/{path}")))
+}
+
+/// Gives the pod's program the claim that a model is on, to read alone.
+pub(crate) fn with_claim(pod: &mut Value, claim: &str) {
+    if let Some(mounts) = pod["containers"][0]["volumeMounts"].as_array_mut() {
+        mounts.push(volume_mount("model", MODEL, true));
+    }
+    if let Some(volumes) = pod["volumes"].as_array_mut() {
+        volumes.push(json!({ "name": "model", "persistentVolumeClaim": { "claimName": claim, "readOnly": true } }));
+    }
 }
 
 /// Appends arguments of a container.
@@ -63,7 +93,7 @@ pub(super) fn with_secret(pod: &mut Value, (name, folder): (&str, &str), secret:
 }
 
 /// What a container may not do.
-pub(super) fn restricted() -> Value {
+pub(crate) fn restricted() -> Value {
     json!({ "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true, "capabilities": { "drop": ["ALL"] } })
 }
 

@@ -11,7 +11,7 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{pool::build_pool, *};
+use super::{pod::MODEL, pool::build_pool, *};
 use crate::validate::tests::{object, spec, valid};
 
 /// What the operator was started with.
@@ -183,6 +183,20 @@ fn caches_and_credentials_are_mounted_as_the_spec_says() {
     assert_eq!(volume(&limited, "cache")["emptyDir"]["sizeLimit"], (1_u64 << 30).to_string());
     let claimed = pod(&|spec| spec["cache"] = json!({ "policy": "PVC", "pvcName": "weights" }));
     assert_eq!(volume(&claimed, "cache"), json!({ "name": "cache", "persistentVolumeClaim": { "claimName": "weights" } }));
+    let on_claim = pod(&|spec| spec["model"]["uri"] = json!("pvc://models/a/b.gguf"));
+    let claim = json!({ "name": "model", "persistentVolumeClaim": { "claimName": "models", "readOnly": true } });
+    assert_eq!(volume(&on_claim, "model"), claim);
+    let mounts = on_claim["containers"][0]["volumeMounts"].as_array().expect("mounts");
+    assert!(mounts.contains(&json!({ "name": "model", "mountPath": MODEL, "readOnly": true })), "{mounts:?}");
+    let other = |uri: &str| {
+        let mut spec = spec();
+        spec["model"]["uri"] = json!(uri);
+        (valid(spec.clone()).worker_specs()[0].uri.clone(), revision(&spec).name)
+    };
+    let (first, second) = (other("pvc://models/a/b.gguf"), other("pvc://others/a/b.gguf"));
+    assert_eq!(first.0, format!("file:{MODEL}/a/b.gguf"));
+    assert_eq!(first.0, second.0);
+    assert_ne!(first.1, second.1, "another claim is another model");
     let shown = pod(&|spec| spec["model"]["credentialsSecretRef"] = json!({ "name": "hub" }));
     assert_eq!(volume(&shown, "credentials")["secret"], json!({ "secretName": "hub", "defaultMode": 0o440 }));
     let args: Vec<_> = shown["containers"][0]["args"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();

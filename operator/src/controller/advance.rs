@@ -22,7 +22,7 @@ use crate::{
     cache::Owner,
     dereference::{Fetched, Standing},
     fleet::Space,
-    names, observe,
+    inspect, names, observe,
     resource::ModelDeployment,
     revision::{self, Record, Revision, replica_name},
     rollout::{self, Goal, Id, Memory, Plan, Seen, Slot, Strategy},
@@ -137,8 +137,9 @@ impl<'a> Step<'a> {
         let mut used: BTreeSet<&str> = self.seen.iter().map(|r| r.id.revision.as_str()).collect();
         used.extend(self.plan.exist.iter().map(|slot| slot.id.revision.as_str()));
         used.insert(&self.revision.name);
-        let maps: BTreeSet<&str> =
-            self.revisions.values().filter(|r| used.contains(r.name.as_str())).flat_map(|r| r.config_maps()).collect();
+        let header = inspect::kept_in(object);
+        let revisions = self.revisions.values().filter(|r| used.contains(r.name.as_str()));
+        let maps: BTreeSet<&str> = revisions.flat_map(|r| r.config_maps()).chain(header.as_deref()).collect();
         let config_maps = self.standing.config_maps.iter().filter(|name| !maps.contains(name.as_str())).cloned().collect();
         used.extend(self.goal.current.as_deref());
         let limit = self.valid.manifest.spec().rollout.revision_history_limit;

@@ -155,6 +155,7 @@ async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
         scaling: Scaling::default(),
         issuer: Some(Arc::new(issuer)),
         setbacks: Setbacks::default(),
+        inspections: Inspections::default(),
         rollouts: Mutex::default(),
         stops,
     })
@@ -334,6 +335,43 @@ async fn adapters_come_and_go_without_a_rollout() {
     world.settle().await;
     assert!(world.told().adapters.is_empty());
     assert_eq!(world.revisions(), before);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_on_a_claim_is_rolled_out_once_a_pod_has_read_it() {
+    let mut world = World::new().await;
+    world.change(|spec| spec["model"]["uri"] = json!("pvc://claim/llama"));
+    let claim = "/api/v1/namespaces/models/persistentvolumeclaims/claim";
+    world.objects.lock().expect("nobody panics with it").insert(claim.to_owned(), json!({ "metadata": { "name": "claim" } }));
+    for _ in 0..3 {
+        assert!(world.reconcile().await);
+    }
+    let resolved = world.object().condition(MODEL_RESOLVED).cloned().expect("a condition");
+    assert_eq!((resolved.status.as_str(), resolved.reason.as_str()), ("Unknown", "Resolving"));
+    assert!(resolved.message.contains("-inspect reads the headers of pvc://claim/llama"), "{}", resolved.message);
+    assert_eq!((world.count("/pods/"), world.count("/statefulsets/")), (1, 0));
+    let pod = having(&world, "/pods/").into_keys().next().expect("a pod");
+    {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
+        let said = source::Inspection::of(&path.display().to_string(), source::SourceOptions::default()).line();
+        let mut objects = world.objects.lock().expect("nobody panics with it");
+        objects.get_mut(&pod).expect("it stands")["status"] = json!({ "phase": "Succeeded" });
+        objects.insert(format!("{pod}/log"), json!(said));
+    }
+    world.settle().await;
+    world.objects.lock().expect("nobody panics with it").remove(&format!("{pod}/log"));
+    assert_eq!((world.reason(status::PROGRESSING), world.reason(MODEL_RESOLVED)), ("RolloutComplete".into(), "Resolved".into()));
+    assert_eq!((world.count("/pods/"), world.count("/statefulsets/"), having(&world, "-header").len()), (0, 2, 1));
+    let before = requests(&world);
+    assert!(world.reconcile().await);
+    assert_eq!(requests(&world), before, "what is known is not looked at again");
+    // Another process goes by what is kept, and one for another model lets go of it.
+    world.restart(None).await;
+    world.settle().await;
+    assert_eq!((world.count("/pods/"), having(&world, "-header").len()), (0, 1));
+    world.change(|spec| spec["model"]["uri"] = json!("hf://org/llama"));
+    world.settle().await;
+    assert_eq!((world.count("/pods/"), having(&world, "-header").len()), (0, 0));
 }
 
 /// Requests to the API server so far.

@@ -48,7 +48,8 @@ pub(crate) fn refusals() -> Vec<Rejection> {
     deep["parallelism"]["pipeline"] = json!(200);
     let local = json!({ "model": { "uri": "file:/models/a" } });
     let taken = Fetched { taken: Some(("llama".into(), "older".into())), ..fetched() };
-    let reasons = ["NotFound", "Unauthorized", "DigestMismatch", "SourceUnreachable", "architecture_unsupported"];
+    let reasons =
+        ["Resolving", "InspectionWaits", "NotFound", "Unauthorized", "DigestMismatch", "SourceUnreachable", "architecture_unsupported"];
     let unresolved = reasons.map(|reason| Unresolved { reason, message: "what happened".into() });
     let sources = unresolved.map(|unresolved| refusal(spec(), &Fetched { header: Some(Err(unresolved)), ..fetched() }));
     [refusal(wrong, &fetched()), refusal(deep, &fetched()), refusal(local, &Fetched { header: None, ..fetched() }), refusal(spec(), &taken)]
@@ -101,6 +102,8 @@ fn refusals_name_the_field_and_the_next_step() {
 #[test]
 fn sources_that_fail_are_tried_again() {
     for (from, condition, reason, until) in [
+        ("Resolving", MODEL_RESOLVED, "Resolving", Until::Elsewhere),
+        ("InspectionWaits", MODEL_RESOLVED, "SourceUnreachable", Until::Elsewhere),
         ("NotFound", MODEL_RESOLVED, "NotFound", Until::Source),
         ("Unauthorized", MODEL_RESOLVED, "Unauthorized", Until::Source),
         ("SourceUnreachable", MODEL_RESOLVED, "SourceUnreachable", Until::Source),

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{CachePolicy, Manifest, Memory, RolloutStrategy, SecretData, TaintEffect, TolerationOperator};
+use super::{CachePolicy, Manifest, Memory, ModelSpec, RolloutStrategy, SecretData, TaintEffect, TolerationOperator};
 use crate::{
     fleet::{ChatTemplate, RoutingPolicy},
     planner::KvMemory,
@@ -151,6 +151,7 @@ fn errors_name_line_column_field_and_expectation() {
         ("  adapters: [{name: tiny, uri: file:/a}]\n", &["spec.adapters[0].name", "another name than the model's", "tiny"]),
         ("  adapters: [{name: a, uri: file:/a}, {name: a, uri: file:/b}]\n", &["m.yaml:8:46", "spec.adapters[1].name", "a again"]),
         ("  adapters: [{name: a, uri: s3://b/k}]\n", &["spec.adapters[0].uri", "s3:// is not supported yet"]),
+        ("  adapters: [{name: a, uri: pvc://b/k}]\n", &["spec.adapters[0].uri", "a model alone may be on a claim"]),
         ("  adapters: [{name: a, uri: file:/a, digest: abc}]\n", &["spec.adapters[0].digest", "64 hexadecimal"]),
         ("  adapters: [{name: a}]\n", &["spec.adapters[0]", "uri", "missing"]),
         ("  replicas: 1\n  replicas: 2\n", &["m.yaml:9:3", "replicas"]),
@@ -243,6 +244,26 @@ fn a_secret_of_the_file_gives_the_credentials() {
     assert!(got.contains("token is not base64") && !got.contains("%secret%"), "{got}");
     let got = error(&format!("{LEAST}    credentialsSecretRef: {{name: A_b}}\n"));
     assert!(got.contains("spec.model.credentialsSecretRef.name: expected lower-case letters"), "{got}");
+}
+
+#[test]
+fn a_model_may_be_on_a_claim() {
+    let read = |uri: &str, more: &str| Manifest::parse("m.yaml", &LEAST.replace("file:/models/tiny", &format!("'{uri}'{more}")));
+    for (uri, volume) in [
+        ("pvc://models/a/b.gguf", ("models", "a/b.gguf")),
+        ("pvc://team.models/folder/", ("team.models", "folder/")),
+        ("pvc://m/..a b", ("m", "..a b")),
+    ] {
+        read(uri, "").expect("valid");
+        assert_eq!(ModelSpec::volume(uri), Some(volume));
+    }
+    assert_eq!(ModelSpec::volume("hf://a/b"), None);
+    for uri in ["pvc://", "pvc://m", "pvc://m/", "pvc:///a", "pvc://M/a", "pvc://m//a", "pvc://m/a/../b", "pvc://m/.", "pvc://m/a//"] {
+        let got = read(uri, "").expect_err("refused").to_string();
+        assert!(got.contains("spec.model.uri: expected pvc://CLAIM/PATH"), "{uri}: {got}");
+    }
+    let got = read("pvc://m/a", "\n    credentialsSecretRef: {name: a}").expect_err("refused").to_string();
+    assert!(got.contains("spec.model.credentialsSecretRef: expected none beside a pvc:// uri"), "{got}");
 }
 
 #[test]

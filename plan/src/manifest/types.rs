@@ -104,7 +104,7 @@ pub struct DeploymentSpec {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelSpec {
-    /// `hf://`, `http(s)://` or `file:`, at most 2048 characters.
+    /// `hf://`, `http(s)://`, `pvc://CLAIM/PATH` (a claim of the same namespace; on a cluster) or `file:`, at most 2048 characters.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
     /// The `model` of requests; default: the resource's name.
@@ -122,10 +122,20 @@ pub struct ModelSpec {
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
     pub format: FormatChoice,
-    /// Secret that lets this deployment in at the source: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`.
+    /// Secret that lets this deployment in at the source, which is a server: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<NameRef>,
 }
+
+impl ModelSpec {
+    /// Claim and path that a source `pvc://CLAIM/PATH` names; `None` for sources of other kinds.
+    pub fn volume(uri: &str) -> Option<(&str, &str)> {
+        uri.strip_prefix(VOLUME)?.split_once('/')
+    }
+}
+
+/// What sources on a claim begin with.
+pub(super) const VOLUME: &str = "pvc://";
 
 /// An object of the same namespace, by name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -3,7 +3,7 @@
 use super::{
     placement,
     rollout::RolloutStrategy,
-    types::{CachePolicy, ModelDeployment},
+    types::{CachePolicy, ModelDeployment, ModelSpec, VOLUME},
 };
 use crate::shard::BLOCK_TOKENS;
 
@@ -20,9 +20,9 @@ impl Problem {
     }
 }
 
-/// Schemes of `model.uri` that work, and those that will.
+/// Schemes of models and adapters that work, and those that will; models alone may be on a claim.
 const SCHEMES: [&str; 4] = ["hf://", "http://", "https://", "file:"];
-const LATER_SCHEMES: [&str; 4] = ["s3://", "gs://", "oci://", "pvc://"];
+const LATER_SCHEMES: [&str; 3] = ["s3://", "gs://", "oci://"];
 /// Longest URI, and longest name of a resource and of a model.
 const MAX_URI: usize = 2048;
 const MAX_NAME: usize = 45;
@@ -100,7 +100,14 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
 
 fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
     let model = &deployment.spec.model;
-    check_uri("spec.model.uri", &model.uri)?;
+    check_uri("spec.model.uri", &model.uri, true)?;
+    if model.uri.starts_with(VOLUME) {
+        volume(&model.uri)?;
+        if model.credentials_secret_ref.is_some() {
+            let message = "expected none beside a pvc:// uri, which is no server's".to_owned();
+            return Err(Problem::new("spec.model.credentialsSecretRef", message));
+        }
+    }
     let is_name = |n: &str| !n.is_empty() && n.len() <= MAX_MODEL_NAME && !n.chars().any(char::is_control);
     let expected = |n: &str| format!("expected 1 to {MAX_MODEL_NAME} characters, got {n:?}");
     if let Some(name) = model.name.as_ref().filter(|n| !is_name(n)) {
@@ -126,16 +133,30 @@ fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
     check_digest("spec.model.digest", model.digest.as_deref())
 }
 
-/// A source's scheme and length.
-fn check_uri(path: &str, uri: &str) -> Result<(), Problem> {
+/// A claim, and a path that stays on it.
+fn volume(uri: &str) -> Result<(), Problem> {
+    let stays = |path: &str| path.strip_suffix('/').unwrap_or(path).split('/').all(|part| !matches!(part, "" | "." | ".."));
+    match ModelSpec::volume(uri) {
+        Some((claim, path)) if is_name(claim) && stays(path) && !path.contains(char::is_control) => Ok(()),
+        _ => Err(Problem::new("spec.model.uri", format!("expected pvc://CLAIM/PATH without empty parts, . and .., got {uri:?}"))),
+    }
+}
+
+/// A source's scheme and length; `volumes`: it may be on a claim.
+fn check_uri(path: &str, uri: &str, volumes: bool) -> Result<(), Problem> {
     if uri.len() > MAX_URI {
         return Err(Problem::new(path, format!("expected at most {MAX_URI} characters, got {}", uri.len())));
     }
+    if uri.starts_with(VOLUME) {
+        let message = "a model alone may be on a claim; expected hf://, http://, https:// or file:".to_owned();
+        return if volumes { Ok(()) } else { Err(Problem::new(path, message)) };
+    }
+    let volume = if volumes { ", pvc://" } else { "" };
     if let Some(scheme) = LATER_SCHEMES.iter().find(|s| uri.starts_with(**s)) {
-        return Err(Problem::new(path, format!("{scheme} is not supported yet; expected hf://, http://, https:// or file:")));
+        return Err(Problem::new(path, format!("{scheme} is not supported yet; expected hf://, http://, https://{volume} or file:")));
     }
     if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
-        return Err(Problem::new(path, format!("expected hf://, http://, https:// or file:, got {uri:?}")));
+        return Err(Problem::new(path, format!("expected hf://, http://, https://{volume} or file:, got {uri:?}")));
     }
     Ok(())
 }
@@ -168,7 +189,7 @@ fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
         if adapters[..i].iter().any(|other| other.name == *name) {
             return Err(Problem::new(&path("name"), format!("expected a name that is not taken, got {name} again")));
         }
-        check_uri(&path("uri"), &adapter.uri)?;
+        check_uri(&path("uri"), &adapter.uri, false)?;
         check_digest(&path("digest"), adapter.digest.as_deref())?;
     }
     Ok(())

@@ -11,7 +11,7 @@ use crate::{
 };
 
 /// Names of all objects of the namespace, of every kind that can be listed, but those that tell or are there in any namespace.
-fn objects(namespace: &Namespace) -> BTreeSet<String> {
+pub(crate) fn objects(namespace: &Namespace) -> BTreeSet<String> {
     let kinds = succeed(&["api-resources", "--namespaced", "--verbs=list", "--output=name"]);
     let kinds: Vec<&str> = kinds.lines().filter(|kind| !kind.starts_with("events")).collect();
     let names = namespace.succeed(&["get", &kinds.join(","), "--output=name"]);

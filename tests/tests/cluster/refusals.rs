@@ -31,6 +31,18 @@ fn the_api_server_names_the_field_and_the_rule() {
     // What is said names the field by its path and gives the rule in words; rules over several fields stand at their parent.
     let cases = [
         (manifest("x", "ftp://there", &json!({})), "spec.model.uri: ", "uri must begin with hf://"),
+        (manifest("x", "pvc://claim", &json!({})), "spec.model.uri: ", "uri must be pvc://CLAIM/PATH"),
+        (manifest("x", "pvc://claim/a/../b", &json!({})), "spec.model.uri: ", "uri must be pvc://CLAIM/PATH"),
+        (
+            manifest("x", "pvc://claim/a", &json!({"model": {"credentialsSecretRef": {"name": "a"}}})),
+            "spec.model: ",
+            "credentialsSecretRef must be absent where uri is pvc://",
+        ),
+        (
+            manifest("x", good, &json!({"adapters": [{"name": "a", "uri": "pvc://claim/a"}]})),
+            "spec.adapters: ",
+            "the uri of each adapter must begin with hf://",
+        ),
         (manifest("x", good, &json!({"parallelism": {"pipeline": 0}})), "spec.parallelism.pipeline: ", "greater than or equal to 1"),
         (manifest("x", good, &json!({"parallelism": {"tensor": 65}})), "spec.parallelism.tensor: ", "less than or equal to 64"),
         (manifest("x", good, &json!({"parallelism": {"pipeline": 256, "tensor": 64}})), "spec.parallelism: ", "at most 1024"),
@@ -51,6 +63,7 @@ fn the_api_server_names_the_field_and_the_rule() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     // The same fields with good values are taken.
+    namespace.apply(&manifest("y", "pvc://claim.of-a-team/a/b c/", &json!({"replicas": 0})));
     namespace.apply(&manifest("x", good, &json!({"replicas": 0, "parallelism": {"pipeline": 1, "tensor": 1}})));
 }
 

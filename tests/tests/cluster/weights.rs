@@ -1,7 +1,7 @@
 //! Weights on their way to workers: who fetches what, how far it is, what is kept, and who is let in.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     os::unix::fs::{PermissionsExt, symlink},
 };
@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::{
     answers::Request,
     chart::endpoint,
+    deletion::objects,
     kubernetes::{Namespace, SYSTEM, WORKERS, condition, hub, identity, name, run_folder, succeed},
     models::{LLAMA, llama, llama_body},
     survival::process,
@@ -210,4 +211,69 @@ fn what_is_on_a_claim_is_not_fetched_again() {
     let asked = asked("e2e/llama").get(address).copied().unwrap_or_default();
     assert!(asked <= small, "{asked} bytes were asked for again, the small files have {small}");
     assert_eq!(ask(&http, &llama_body("claimed")), before);
+}
+
+/// The pods that read headers.
+const INSPECTORS: &str = "app.kubernetes.io/component=inspector";
+
+/// A model on a claim is planned by what a short-lived pod reads, and answers as `skein run` does; whatever is wrong is said, and nothing is left.
+#[test]
+#[ignore = "needs a cluster: cargo xtask test"]
+fn a_model_on_a_claim_answers_as_this_machine_does() {
+    let namespace = Namespace::shared("on-claim");
+    assert_eq!(objects(&namespace), BTreeSet::new());
+    let volume = Volume::make(&namespace, "test-on-claim");
+    let folder = volume.folder.join("models/llama");
+    fs::create_dir_all(&folder).expect("a writable volume");
+    for file in fs::read_dir(files::fixture("llama")).expect("the fixture") {
+        let file = file.expect("an entry");
+        fs::copy(file.path(), folder.join(file.file_name())).expect("a copy");
+    }
+    fs::write(volume.folder.join("damaged.gguf"), b"GGUF\x03\0\0\0").expect("a writable volume");
+    let apply = |uri: &str| {
+        let spec = json!({"model": {"uri": uri}, "parallelism": {"pipeline": 2, "tensor": 2}});
+        namespace.apply(&manifest("on-claim", &spec));
+    };
+    for (uri, kind, reason, says) in [
+        ("pvc://nowhere/llama", "ModelResolved", "NotFound", "no PersistentVolumeClaim nowhere"),
+        ("pvc://test-on-claim/models/absent", "ModelResolved", "NotFound", "pvc://test-on-claim/models/absent does not exist"),
+        ("pvc://test-on-claim/damaged.gguf", "Accepted", "UnsupportedArchitecture", "at byte 8"),
+    ] {
+        apply(uri);
+        namespace.watch_status("on-claim", &format!("what is wrong with {uri}"), |status| {
+            let found = condition(status, kind);
+            let said = found["message"].as_str().is_some_and(|message| message.contains(says));
+            (found["status"] == "False" && found["reason"] == reason && said).then_some(())
+        });
+        namespace.gone(INSPECTORS);
+    }
+    seen(&namespace, "on-claim", "DownloadFailed");
+    apply("pvc://test-on-claim/models/llama");
+    namespace.ready("on-claim", 1);
+    namespace.gone(INSPECTORS);
+    let status = namespace.deployment("on-claim")["status"].clone();
+    assert_eq!((&status["plan"]["fits"], &status["model"]["format"]), (&json!(true), &json!("Safetensors")));
+    assert_eq!(status["cache"], Value::Null, "nothing is fetched");
+    let pods = namespace.pods(WORKERS);
+    assert_eq!(pods.len(), 4);
+    for pod in &pods {
+        let volumes = pod["spec"]["volumes"].as_array().expect("volumes");
+        let model = volumes.iter().find(|volume| volume["name"] == "model").expect("the claim");
+        assert_eq!(model["persistentVolumeClaim"], json!({"claimName": "test-on-claim", "readOnly": true}));
+    }
+    let local = files::fixture("llama");
+    let args = ["run", &local.to_string_lossy(), "abc", "--raw", "--quiet", "--json", "--max-tokens", "16", "--temperature", "0"];
+    let here = program::json(&args)["text"].as_str().expect("a text").to_owned();
+    assert_eq!(ask(&namespace.http("on-claim"), &llama_body("on-claim")), here);
+    // The pod was one that `restricted` lets in, and that was made for each of the paths that could be looked for, once.
+    let events = namespace.get(&["events", "--field-selector", "involvedObject.kind=Pod,reason=Scheduled"]);
+    let events = events["items"].as_array().expect("a list");
+    let inspected: BTreeSet<&str> =
+        events.iter().filter_map(|event| event["involvedObject"]["name"].as_str()).filter(|name| name.ends_with("-inspect")).collect();
+    assert_eq!(inspected.len(), 3, "{inspected:?}");
+
+    namespace.succeed(&["delete", "modeldeployment", "on-claim"]);
+    program::until("a namespace with its claim alone", || {
+        (objects(&namespace) == BTreeSet::from(["persistentvolumeclaim/test-on-claim".to_owned()])).then_some(())
+    });
 }

@@ -151,6 +151,7 @@ fn bad_manifests_are_refused_with_line_and_column() {
     refused("no YAML", &plan("a: [b"), &["model.yaml"]);
     refused("another kind", &plan(&good.replace("ModelDeployment", "Deployment")), &["Deployment"]);
     refused("an unknown scheme", &plan(&good.replace("file://", "ftp://")), &["ftp"]);
+    refused("a claim of a cluster", &plan(&good.replace("file://", "pvc://claim")), &["pvc://claim/", "a claim is a volume of a cluster"]);
     refused("a plan that cannot be", &plan(&good.replace("pipeline: 2", "pipeline: 5")), &["5", "4"]);
     refused(
         "a plan that does not fit",
