@@ -262,8 +262,8 @@ fn many_deployments_settle_and_then_nothing_is_written() {
     let written = more(&watched, &writes(&still));
     let resting = used(&first);
     println!(
-        "{steady:?} of steady state: {} writes, {:.2} s of processor time, {} MiB",
-        written.values().sum::<f64>(),
+        "{steady:?} of steady state: {:.0} writes, {:.2} s of processor time, {} MiB",
+        written.values().sum::<f64>().abs(),
         (resting.time - busy.time).as_secs_f64(),
         resting.memory.0
     );
