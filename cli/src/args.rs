@@ -1,6 +1,7 @@
 //! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
 
 mod answer;
+mod files;
 mod kubernetes;
 mod pool;
 
@@ -19,6 +20,7 @@ use plan::{dtype::DType, worker::CollectiveKind};
 
 pub(crate) use self::{
     answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
+    files::{ConvertArgs, FloatType, InspectArgs, QuantizeArgs},
     kubernetes::{ClusterArgs, LogsArgs, StatusArgs, TopArgs},
     pool::RouterArgs,
 };
@@ -118,6 +120,8 @@ pub(crate) enum Command {
     Plan(PlanArgs),
     /// Show what a model is, from its headers alone.
     Inspect(InspectArgs),
+    /// Write a model into other files: a GGUF file, or a folder of safetensors.
+    Convert(ConvertArgs),
     /// Write a GGUF file with its matrices in another type, and say what that cost.
     Quantize(QuantizeArgs),
     /// Compute logits or perplexity.
@@ -325,22 +329,6 @@ pub(crate) struct PlanArgs {
 }
 
 #[derive(Clone, Debug, Args)]
-pub(crate) struct InspectArgs {
-    /// Folder, file or source of a model.
-    #[arg(value_name = "MODEL")]
-    pub(crate) model: String,
-    /// One JSON object on stdout.
-    #[arg(long)]
-    pub(crate) json: bool,
-    /// List every tensor.
-    #[arg(long)]
-    pub(crate) tensors: bool,
-    /// Say on one line what was read, for the operator, or why nothing was; how it reads volumes.
-    #[arg(long, hide = true, conflicts_with_all = ["json", "tensors"])]
-    pub(crate) header: bool,
-}
-
-#[derive(Clone, Debug, Args)]
 pub(crate) struct LogitsArgs {
     /// Folder, file or source of a model.
     #[arg(value_name = "MODEL")]
@@ -375,33 +363,6 @@ pub(crate) struct PplArgs {
     /// Score the first N chunks alone.
     #[arg(long, value_name = "N")]
     pub(crate) chunks: Option<NonZeroUsize>,
-    /// One JSON object on stdout.
-    #[arg(long)]
-    pub(crate) json: bool,
-    #[command(flatten)]
-    pub(crate) placement: Placement,
-}
-
-#[derive(Clone, Debug, Args)]
-pub(crate) struct QuantizeArgs {
-    /// GGUF file, folder or source of a model.
-    #[arg(value_name = "IN")]
-    pub(crate) input: String,
-    /// GGUF file to write.
-    #[arg(value_name = "OUT")]
-    pub(crate) output: PathBuf,
-    /// Type of the matrices.
-    #[arg(long, value_enum, value_name = "TYPE", ignore_case = true)]
-    pub(crate) to: LoadIn,
-    /// Text on which both models are compared; `-` reads standard input.
-    #[arg(long, value_name = "FILE")]
-    pub(crate) text: Option<PathBuf>,
-    /// Tokens of a chunk of the text; the second half of each is scored.
-    #[arg(long, default_value_t = 256, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(4..))]
-    pub(crate) context: u32,
-    /// Chunks of the text that are compared.
-    #[arg(long, default_value = "4", value_name = "N")]
-    pub(crate) chunks: NonZeroUsize,
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,

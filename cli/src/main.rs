@@ -15,6 +15,7 @@ mod model;
 mod output;
 mod stop;
 mod talk;
+mod write;
 
 use std::{process::ExitCode, time::Duration};
 

@@ -91,18 +91,8 @@ impl RopeTable {
         if let RopeScaling::Divisors(divisors) = scaling {
             assert_eq!(divisors.len(), dims / 2, "divisors of {dims} rotated values");
         }
-        let ramp = match scaling {
-            RopeScaling::Yarn { original_context, beta_fast, beta_slow, truncate, .. } => {
-                yarn_ramp(dims, base, *original_context, (*beta_fast, *beta_slow), *truncate)
-            }
-            _ => (0.0, 0.0),
-        };
-        let frequencies = (0..dims / 2)
-            .map(|i| {
-                let frequency = pow_f64(base, -((2 * i) as f64) / dims as f64);
-                frequency / divisor(scaling, i, frequency, ramp)
-            })
-            .collect();
+        let divisors = divisors(dims, base, scaling);
+        let frequencies = divisors.iter().enumerate().map(|(i, divisor)| frequency(dims, base, i) / divisor).collect();
         let chunks = (0..positions.div_ceil(CHUNK)).map(|_| OnceLock::new()).collect();
         Self { layout, dims, frequencies, amplitude: 1.0, chunks, positions }
     }
@@ -196,6 +186,29 @@ pub fn dynamic_base(base: f64, dims: usize, factor: f64, trained: f64, length: f
     assert!(dims >= 4, "{dims} rotated values have no stretched base");
     let stretch = factor * length.max(trained) / trained - (factor - 1.0);
     base * pow_f64(stretch, dims as f64 / (dims - 2) as f64)
+}
+
+/// What `scaling` divides the frequency of each pair by, `[dims / 2]`.
+///
+/// # Panics
+/// If `scaling` gives divisors for another number of pairs.
+pub fn divisors(dims: usize, base: f64, scaling: &RopeScaling) -> Vec<f64> {
+    let ramp = ramp(dims, base, scaling);
+    (0..dims / 2).map(|i| divisor(scaling, i, frequency(dims, base, i), ramp)).collect()
+}
+
+/// Angle per position of pair `i`, unscaled.
+fn frequency(dims: usize, base: f64, i: usize) -> f64 {
+    pow_f64(base, -((2 * i) as f64) / dims as f64)
+}
+
+fn ramp(dims: usize, base: f64, scaling: &RopeScaling) -> (f64, f64) {
+    match scaling {
+        RopeScaling::Yarn { original_context, beta_fast, beta_slow, truncate, .. } => {
+            yarn_ramp(dims, base, *original_context, (*beta_fast, *beta_slow), *truncate)
+        }
+        _ => (0.0, 0.0),
+    }
 }
 
 /// The pairs between which YaRN's ramp runs.

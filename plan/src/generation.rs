@@ -5,6 +5,9 @@ use serde_json::Value;
 
 use crate::card::ModelCard;
 
+/// Key under which a GGUF header carries a whole generation_config.json.
+pub const GGUF_KEY: &str = "skein.generation_config";
+
 /// Generation defaults. `generation_config.json` wins over `config.json`; a field that neither has is `None` or empty.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Defaults {

@@ -16,6 +16,7 @@ pub mod pytorch;
 pub mod safetensors;
 #[cfg(test)]
 mod samples;
+pub mod sentencepiece;
 pub mod shard;
 pub mod step;
 pub mod worker;

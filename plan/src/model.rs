@@ -445,8 +445,8 @@ impl ModelHeader {
     pub fn loaded_as(&self, to: DType) -> Self {
         let mut header = self.clone();
         for (id, tensor) in &mut header.tensors {
-            // The choice of experts turns on small differences, and heads of classifiers are small.
-            let kept = matches!(id.role, Role::Router | Role::TokenTypes | Role::Pooler | Role::Classifier);
+            // The choice of experts turns on small differences; the others are small. Files of `skein quantize` have the same.
+            let kept = matches!(id.role, Role::Router | Role::Positions | Role::TokenTypes | Role::Pooler | Role::Classifier);
             if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || kept {
                 continue;
             }

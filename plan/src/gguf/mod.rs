@@ -10,9 +10,9 @@ mod types;
 mod write;
 
 pub use read::{Keep, read};
-pub use tokenizer::{TokenType, Tokenizer};
+pub use tokenizer::{HUGGINGFACE_KEY, TokenType, Tokenizer};
 pub use types::{GgmlType, Kind};
-pub use write::Writer;
+pub use write::{ALIGNMENT, Writer};
 
 use std::io;
 

@@ -7,6 +7,9 @@ use super::{Array, GgufError, GgufProblem, Header, Keep, Kind, Value, read};
 /// Arrays of the tokenizer that are kept.
 const ARRAYS: [&str; 4] = ["tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"];
 
+/// Key of a whole tokenizer.json, as `docs/gguf.md` of ggml names it.
+pub const HUGGINGFACE_KEY: &str = "tokenizer.huggingface.json";
+
 /// What kind of entry a token is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum TokenType {
@@ -63,6 +66,10 @@ pub struct Tokenizer {
     pub chat_template: Option<String>,
     /// `tokenizer.chat_template.<name>`, by name.
     pub named_templates: BTreeMap<String, String>,
+    /// A whole tokenizer.json, where the file carries one.
+    pub huggingface: Option<String>,
+    /// A whole generation_config.json, where the file carries one.
+    pub generation: Option<String>,
 }
 
 impl Tokenizer {
@@ -114,6 +121,8 @@ impl Tokenizer {
             add_space_prefix: f.flag("tokenizer.ggml.add_space_prefix")?,
             chat_template: f.text("tokenizer.chat_template")?,
             named_templates,
+            huggingface: f.text(HUGGINGFACE_KEY)?,
+            generation: f.text(crate::generation::GGUF_KEY)?,
             tokens,
         })
     }

@@ -6,7 +6,7 @@ use super::{GgmlType, Kind, Value};
 use crate::dtype::DType;
 
 /// Alignment of the files written.
-const ALIGNMENT: u64 = 32;
+pub const ALIGNMENT: u64 = 32;
 
 /// A GGUF file (version 3) put together in memory and then written: metadata and tensors in the order in which they are added.
 #[derive(Clone, Debug, Default)]

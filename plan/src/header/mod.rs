@@ -7,6 +7,7 @@ mod gguf;
 mod hf;
 mod metadata;
 mod rope;
+mod target;
 mod tensors;
 #[cfg(test)]
 mod tests;
@@ -14,6 +15,7 @@ mod tests;
 pub use adapter::{adapter_from_gguf, adapter_from_peft};
 pub use gguf::{from_gguf, from_gguf_parts};
 pub use hf::{HfConfig, from_safetensors};
+pub use target::{Made, Metadata, Part, Target, TargetError, Turn, target};
 pub use tensors::Biases;
 
 use std::{

@@ -123,7 +123,7 @@ const BETA_FAST: f64 = 32.0;
 const BETA_SLOW: f64 = 1.0;
 
 /// YaRN's factor of cosines and sines, whose square is one over the softmax's temperature: arXiv:2309.00071, section 3.4.
-fn yarn_amplitude(factor: f64, scale: f64) -> f64 {
+pub(super) fn yarn_amplitude(factor: f64, scale: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * scale * factor.ln() + 1.0 }
 }
 

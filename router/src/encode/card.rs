@@ -27,6 +27,8 @@ pub(super) struct TokenizerConfig {
     pub(super) bos: Option<String>,
     /// Text of the last token.
     pub(super) eos: Option<String>,
+    /// Text of the padding token.
+    pub(super) pad: Option<String>,
     /// `add_bos_token`.
     pub(super) add_bos: Option<bool>,
     /// `add_eos_token`.
@@ -53,6 +55,7 @@ impl TokenizerConfig {
             class: text("tokenizer_class"),
             bos: text("bos_token"),
             eos: text("eos_token"),
+            pad: text("pad_token"),
             add_bos: flag("add_bos_token"),
             add_eos: flag("add_eos_token"),
             template: value.get("chat_template").and_then(Value::as_str).map(str::to_owned),

@@ -3,8 +3,8 @@
 /// Why a model card gives no tokenizer.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The card holds neither a GGUF header nor a tokenizer.json.
-    #[error("model has no tokenizer: expected a GGUF header or tokenizer.json, found {0}")]
+    /// The card holds no GGUF header, tokenizer.json or tokenizer.model.
+    #[error("model has no tokenizer: expected a GGUF header, tokenizer.json or tokenizer.model, found {0}")]
     Missing(String),
     /// A file of the card cannot be read.
     #[error("cannot read {file}: {problem}")]

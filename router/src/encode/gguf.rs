@@ -7,7 +7,7 @@ use super::error::TokenizerError;
 use super::pieces::{Pieces, byte_level, named_byte};
 use super::pipeline::{Pipeline, pre_tokenization};
 use super::specials::{Special, Specials};
-use super::spm::{BOUNDARY, Spm};
+use super::spm::{BOUNDARY, Rules, Spm};
 use super::vocabulary::{END_TEXTS, Encoder, Vocabulary};
 
 /// Builds the vocabulary that `stored` describes.
@@ -100,10 +100,11 @@ fn score_merged_encoder(stored: &Stored, kind: impl Fn(usize) -> TokenType, spec
     // Adding 0 makes −0 and 0 equal; a score that is not a number loses against all others.
     let scores = stored.scores.iter().map(|&s| if s.is_nan() { f32::NEG_INFINITY } else { s + 0.0 }).collect();
     let space_prefix = stored.add_space_prefix.unwrap_or(true);
-    Ok(Spm { ids, scores, bytes, unknown: stored.unknown, specials, space_prefix, longest })
+    Ok(Spm { ids, scores, bytes, unknown: stored.unknown, specials, space_prefix, longest, rules: Rules::LlamaCpp })
 }
 
-fn merges(stored: &Stored) -> Result<Vec<(String, String)>, TokenizerError> {
+/// The pairs that are merged, best first.
+pub(super) fn merges(stored: &Stored) -> Result<Vec<(String, String)>, TokenizerError> {
     let pair = |line: &String| {
         // The left half may itself begin with a space.
         let at = line.char_indices().skip(1).find(|&(_, c)| c == ' ').map(|(at, _)| at);

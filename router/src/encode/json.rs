@@ -112,6 +112,79 @@ pub(super) fn vocabulary(bytes: &[u8], config: &TokenizerConfig) -> Result<Vocab
     Ok(Vocabulary { encoder, pieces, control, prefix, suffix, bos, eos, ends, strip_space })
 }
 
+/// Builds the vocabulary of a tokenizer.json that a GGUF header carries; what that says of the tokens around a text counts.
+///
+/// # Errors
+/// As [`vocabulary`].
+pub(super) fn of_gguf(json: &str, stored: &plan::gguf::Tokenizer, config: TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
+    let text = |id: Option<TokenId>| id.and_then(|id| stored.tokens.get(id as usize)).cloned();
+    let config = TokenizerConfig { bos: text(stored.bos), eos: text(stored.eos), ..config };
+    let mut vocabulary = vocabulary(json.as_bytes(), &config)?;
+    if let Some(add) = stored.add_bos {
+        vocabulary.prefix = vocabulary.bos.filter(|_| add).into_iter().collect();
+    }
+    if let Some(add) = stored.add_eos {
+        vocabulary.suffix = vocabulary.eos.filter(|_| add).into_iter().collect();
+    }
+    vocabulary.ends.extend([stored.eot, stored.eom].into_iter().flatten());
+    Ok(vocabulary)
+}
+
+/// What a tokenizer.json lists, as it is written there.
+pub(super) struct Known {
+    inner: tokenizers::Tokenizer,
+    file: File,
+}
+
+impl Known {
+    /// Reads it.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) fn read(bytes: &[u8]) -> Result<Self, TokenizerError> {
+        let wrong = |problem: String| TokenizerError::File { file: "tokenizer.json", problem };
+        let file = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
+        Ok(Self { inner: tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| wrong(e.to_string()))?, file })
+    }
+
+    /// The text of an added token, and whether it is special.
+    pub(super) fn added(&self, id: TokenId) -> Option<(&str, bool)> {
+        self.file.added_tokens.iter().find(|a| a.id == id).map(|a| (a.content.as_str(), a.special))
+    }
+
+    /// Texts of the added tokens.
+    pub(super) fn added_texts(&self) -> impl Iterator<Item = &str> {
+        self.file.added_tokens.iter().map(|a| a.content.as_str())
+    }
+
+    /// Whether added tokens are matched by their text alone.
+    pub(super) fn plain_added(&self) -> bool {
+        self.file.added_tokens.iter().all(|a| !a.lstrip && !a.rstrip && !a.single_word)
+    }
+
+    /// The text of a token.
+    pub(super) fn text(&self, id: TokenId) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token.
+    pub(super) fn id(&self, text: &str) -> Option<TokenId> {
+        self.inner.token_to_id(text)
+    }
+
+    /// Whether it is of SentencePiece's kind, merged: boundaries for spaces, and bytes for what has no token.
+    pub(super) fn is_score_merged(&self) -> bool {
+        let bpe = matches!(self.inner.get_model(), tokenizers::ModelWrapper::BPE(model) if model.byte_fallback);
+        bpe && decoder(&self.file.decoder).is_ok_and(|(form, _)| form == Form::Boundary)
+    }
+}
+
+/// Ids that the post-processor of `json` puts before and after a text.
+pub(super) fn around_text(json: &Value, tokenizer: &super::Tokenizer) -> (Vec<TokenId>, Vec<TokenId>) {
+    let id_of = |text: &str| (0..tokenizer.vocab() as TokenId).find(|&id| tokenizer.piece(id) == text.as_bytes());
+    around(&json["post_processor"], &id_of)
+}
+
 /// Ids a tokenizer.json may name; far above any model's vocabulary, so that a wild id cannot ask for a table of gigabytes.
 const MOST_TOKENS: usize = 1 << 22;
 

@@ -1,22 +1,25 @@
 //! Text to ids and back: tokenizers of GGUF files and tokenizer.json, chat templates, generation defaults.
 
 mod card;
+mod carry;
 mod error;
 mod gguf;
 mod guard;
 mod json;
 mod pieces;
 mod pipeline;
+mod sentencepiece;
 mod specials;
 mod spm;
 mod template;
 mod vocabulary;
 
-use plan::card::{GGUF_HEADER, ModelCard};
+use plan::card::{CardFile, GGUF_HEADER, ModelCard};
 use plan::fleet::ChatTemplate;
 use plan::step::TokenId;
 use serde_json::{Map, Value};
 
+pub use carry::{files as tokenizer_files, gguf_entries};
 pub use error::{ChatError, EncodeError, TokenizerError};
 pub use plan::generation::Defaults as GenerationDefaults;
 
@@ -59,13 +62,13 @@ impl Default for ChatOptions<'_> {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer of a model: tokenizer.json where there is one, else the GGUF header's.
+    /// Builds the tokenizer of a model: tokenizer.json where there is one, else the GGUF header's, else tokenizer.model.
     ///
     /// # Errors
     /// When the card has neither, a file cannot be read, or the tokenizer is of a kind that is not known.
     pub fn from_card(card: &ModelCard) -> Result<Self, TokenizerError> {
         let mut config = TokenizerConfig::read(card)?;
-        let defaults = card::defaults(card)?;
+        let mut defaults = card::defaults(card)?;
         let vocabulary = if let Some(bytes) = card.file("tokenizer.json") {
             json::vocabulary(bytes, &config)?
         } else if let Some(bytes) = card.file(GGUF_HEADER) {
@@ -73,7 +76,16 @@ impl Tokenizer {
             let mut stored = plan::gguf::Tokenizer::parse(bytes).map_err(wrong)?;
             config.template = config.template.or(stored.chat_template.take()).or_else(|| stored.named_templates.remove("default"));
             config.tool_template = config.tool_template.or_else(|| stored.named_templates.remove("tool_use"));
-            gguf::vocabulary(stored)?
+            if let Some(settings) = stored.generation.take() {
+                let file = CardFile { name: "generation_config.json".to_owned(), bytes: settings.into_bytes() };
+                defaults = card::defaults(&ModelCard { files: vec![file] })?;
+            }
+            match stored.huggingface.take() {
+                Some(json) => json::of_gguf(&json, &stored, config.clone())?,
+                None => gguf::vocabulary(stored)?,
+            }
+        } else if let Some(bytes) = card.file(sentencepiece::FILE) {
+            sentencepiece::vocabulary(bytes, card, &config)?
         } else {
             let names: Vec<&str> = card.files.iter().map(|f| f.name.as_str()).collect();
             return Err(TokenizerError::Missing(if names.is_empty() { "no files".to_owned() } else { names.join(", ") }));

@@ -125,8 +125,10 @@ fn cut(text: &NormalizedString, found: &[Found]) -> tokenizers::Result<Cut> {
     Ok(cut)
 }
 
-const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const DIGIT: &str = r"\p{N}";
+/// GPT-2's.
+pub(super) const WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+/// Digits alone.
+pub(super) const DIGIT: &str = r"\p{N}";
 const LLAMA3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN35: &str =
@@ -140,6 +142,12 @@ pub(super) struct PreTokenization {
     pub(super) whole_words: bool,
     /// BOS goes before a text when the file does not say.
     pub(super) add_bos: bool,
+}
+
+/// The name of the rule with these patterns.
+pub(super) fn name_of(patterns: &[&str]) -> Option<&'static str> {
+    let names = ["llama-bpe", "qwen2", "qwen35", "gpt-2", "smollm"];
+    names.into_iter().find(|name| pre_tokenization(name).is_ok_and(|rule| rule.patterns == patterns))
 }
 
 /// The splitting rule called `pre`.

@@ -1,4 +1,4 @@
-//! SentencePiece vocabularies merged by score (`tokenizer.ggml.model` = `llama`).
+//! SentencePiece vocabularies merged by score (`tokenizer.ggml.model` = `llama`, and `tokenizer.model`).
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -27,6 +27,22 @@ pub(super) struct Spm {
     pub(super) space_prefix: bool,
     /// Bytes of the longest token in `ids`.
     pub(super) longest: usize,
+    /// Whose rules these are.
+    pub(super) rules: Rules,
+}
+
+/// What is done where SentencePiece and llama.cpp differ.
+pub(super) enum Rules {
+    /// Tokens matched whole are taken out of the text first, the longest ones first; what is left is text with a space before it.
+    LlamaCpp,
+    /// Control tokens alone are taken out first. The space goes before the text; then these tokens are matched from the left. Neighbours
+    /// without a token are one unknown.
+    SentencePiece {
+        /// Tokens that are always matched, boundary as space.
+        defined: Box<Specials>,
+        /// What has no token is spelled in bytes.
+        bytes: bool,
+    },
 }
 
 struct Symbol {
@@ -71,7 +87,11 @@ impl Spm {
     /// Appends the ids of `text`.
     pub(super) fn encode(&self, text: &str, parse: Parse<'_>, ids: &mut Vec<TokenId>) {
         let mut at = 0;
-        for found in self.specials.find_longest(text, parse) {
+        let found = match self.rules {
+            Rules::LlamaCpp => self.specials.find_longest(text, parse),
+            Rules::SentencePiece { .. } => self.specials.find_leftmost(text, parse, Some),
+        };
+        for found in found {
             self.fragment(&text[at..found.range.start], ids);
             ids.push(found.id);
             at = found.range.end;
@@ -89,7 +109,14 @@ impl Spm {
             plain.push(' ');
         }
         plain.extend(text.chars().map(|c| if c == BOUNDARY { ' ' } else { c }));
-        self.merge(&plain, ids);
+        let Rules::SentencePiece { defined, .. } = &self.rules else { return self.merge(&plain, ids) };
+        let mut at = 0;
+        for found in defined.find_leftmost(&plain, Parse::Never, Some) {
+            self.merge(&plain[at..found.range.start], ids);
+            ids.push(found.id);
+            at = found.range.end;
+        }
+        self.merge(&plain[at..], ids);
     }
 
     fn merge(&self, text: &str, ids: &mut Vec<TokenId>) {
@@ -126,6 +153,9 @@ impl Spm {
             let token = &text[symbol.start as usize..(symbol.start + symbol.len) as usize];
             match self.ids.get(token) {
                 Some(&id) => ids.push(id),
+                None if matches!(self.rules, Rules::SentencePiece { bytes: false, .. }) => {
+                    ids.extend(self.unknown.filter(|unknown| ids.last() != Some(unknown)));
+                }
                 None => ids.extend(token.bytes().filter_map(|b| self.bytes[usize::from(b)].or(self.unknown))),
             }
         }

@@ -1,12 +1,13 @@
 //! Tokenizers against recorded ids, templates against hostile input.
 
+mod carried;
 mod chat;
+mod random;
 mod stored;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use plan::card::CardFile;
 use serde_json::json;
 
 use super::*;
@@ -29,6 +30,10 @@ fn llama() -> Tokenizer {
 
 /// The reference model's tokenizer, from its header in Skein's cache.
 fn gemma() -> Tokenizer {
+    Tokenizer::from_card(&gemma_card()).unwrap()
+}
+
+fn gemma_card() -> ModelCard {
     use std::io::Read;
     let home = || std::env::var_os("HOME").map(|h| PathBuf::from(h).join(".cache"));
     let xdg = || std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home).map(|c| c.join("skein"));
@@ -38,7 +43,7 @@ fn gemma() -> Tokenizer {
     let file = std::fs::File::open(&blob).unwrap_or_else(|e| panic!("{}: {e}; run `cargo xtask model` first", blob.display()));
     file.take(16 << 20).read_to_end(&mut bytes).unwrap();
     let files = vec![CardFile { name: GGUF_HEADER.to_owned(), bytes }];
-    Tokenizer::from_card(&ModelCard { files }).unwrap()
+    ModelCard { files }
 }
 
 /// A card of these files.

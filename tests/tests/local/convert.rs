@@ -14,18 +14,25 @@ fn logits(model: &str, more: &[&str]) -> (Vec<u32>, Vec<f32>) {
     (floats(&got, "last_logits").iter().map(|x| x.to_bits()).collect(), floats(&got, "last_logits"))
 }
 
+/// What is converted as it is loaded are the weights that are written anew, so the numbers are the same bits, on any split.
 #[test]
-fn loading_in_fewer_bits_gives_the_same_bits_on_any_split() {
-    let model = files::fixture("llama").display().to_string();
-    let (_, exact) = logits(&model, &[]);
-    for (bits, most) in [("8bit", 0.3), ("4bit", 3.0), ("q4_0", 3.0)] {
-        let (alone, values) = logits(&model, &["--load-in", bits]);
-        let off = values.iter().zip(&exact).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
-        assert!(off > 0.0 && off < most, "{bits}: logits are off by {off}");
-        for way in [["--pp", "2"], ["--tp", "2"]] {
-            let (split, _) = logits(&model, &["--load-in", bits, way[0], way[1]]);
-            assert!(split == alone, "{bits} with {}", way.join(" "));
+fn loading_in_fewer_bits_is_running_what_was_quantized_before() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let model = place.path().join("model.gguf").display().to_string();
+    // GGUF turns rows of llamas, which is seen in the last bits of a product: both models are of one kind.
+    json(&["convert", &files::fixture("llama").display().to_string(), &model, "--json"]);
+    let (exact, _) = logits(&model, &[]);
+    let mut all = vec![exact];
+    for bits in ["8bit", "4bit", "q4_0"] {
+        let written = place.path().join(format!("{bits}.gguf")).display().to_string();
+        json(&["quantize", &model, &written, "--to", bits, "--json"]);
+        let (before, _) = logits(&written, &[]);
+        for way in [&[][..], &["--pp", "2"], &["--tp", "2"]] {
+            let (loaded, _) = logits(&model, &[&["--load-in", bits], way].concat());
+            assert!(loaded == before, "{bits} {way:?}");
         }
+        assert!(!all.contains(&before), "{bits} changes nothing");
+        all.push(before);
     }
 }
 
@@ -36,21 +43,24 @@ fn number(value: &Value, field: &str) -> f64 {
 #[test]
 fn the_reference_model_in_8_bits_is_close_to_its_source() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let (input, output) = (files::reference().display().to_string(), folder.path().join("q8.gguf"));
+    let input = files::reference().display().to_string();
     let text = folder.path().join("text.txt");
     std::fs::write(&text, "The geese take turns in front, and when one of them falls back another closes the gap. ".repeat(16))
         .expect("a file");
-    let (output, text) = (output.display().to_string(), text.display().to_string());
+    let text = text.display().to_string();
     let more = ["--text", &text, "--context", "96", "--chunks", "2", "--json"];
-    let quantize = |to: &str| json(&[&["quantize", &input, &output, "--to", to], &more[..]].concat());
+    let output = |to: &str| folder.path().join(format!("{to}.gguf")).display().to_string();
+    let quantize = |to: &str| json(&[&["quantize", &input, &output(to), "--to", to], &more[..]].concat());
     let eight = quantize("q8_0");
     assert!(number(&eight, "kl_divergence") <= 0.01 && number(&eight, "kl_divergence") >= 0.0, "{eight}");
     let four = quantize("q4_0");
     assert!(number(&four, "kl_divergence") > number(&eight, "kl_divergence"), "{four}");
     assert!(number(&four, "bytes_after") < 0.7 * number(&eight, "bytes_after"), "{four}");
     println!("q8_0: {eight}\nq4_0: {four}");
-    // What is not GGUF is refused.
-    let refused = run(&["quantize", &files::fixture("llama").display().to_string(), &output, "--to", "q8_0"]);
-    assert_eq!(refused.status.code(), Some(2));
-    assert!(refused.stderr.contains("is not GGUF"), "{}", refused.stderr);
+    // Nothing is written over, and nothing but GGUF holds blocks.
+    for (out, said) in [(output("q8_0"), "exists already"), (folder.path().join("q8").display().to_string(), "does not end with .gguf")] {
+        let refused = run(&["quantize", &input, &out, "--to", "q8_0"]);
+        assert_eq!(refused.status.code(), Some(2));
+        assert!(refused.stderr.contains(said), "{}", refused.stderr);
+    }
 }

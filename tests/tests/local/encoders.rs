@@ -113,6 +113,30 @@ fn bert_from_other_files() {
     assert!(bits(&vectors(place.path(), &input, &[])) != got, "another value went unseen");
 }
 
+/// Within the format that a model has: another file of it, other types.
+#[test]
+fn encoders_are_written_in_their_own_format() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let path = |name: &str| place.path().join(name).display().to_string();
+    for name in ["bert", "distilbert-sst2"] {
+        let fixture = files::fixture(name);
+        let (_, expected) = texts(name).pop_first().expect("a text");
+        let input = ids(&expected, "input_ids");
+        json(&["convert", &fixture.display().to_string(), &path(name), "--json"]);
+        assert!(bits(&vectors(&place.path().join(name), &input, &[])) == bits(&vectors(&fixture, &input, &[])), "{name}");
+        let refused = program::run(&["convert", &fixture.display().to_string(), &path("refused.gguf")]);
+        assert!(refused.status.code() == Some(2) && refused.stderr.contains("cannot be written as GGUF yet"), "{}", refused.stderr);
+    }
+    let (_, expected) = texts("bert").pop_first().expect("a text");
+    let input = ids(&expected, "input_ids");
+    Folder::read(&files::fixture("bert")).expect("the fixture").write_gguf(Path::new(&path("bert.gguf")), "bert").expect("a file");
+    json(&["quantize", &path("bert.gguf"), &path("q8.gguf"), "--to", "q8_0", "--json"]);
+    let (exact, eight) = (path("bert.gguf"), path("q8.gguf"));
+    let loaded = bits(&vectors(Path::new(&exact), &input, &["--load-in", "8bit"]));
+    assert!(bits(&vectors(Path::new(&eight), &input, &[])) == loaded, "quantized before, or as it is loaded");
+    assert!(loaded != bits(&vectors(Path::new(&exact), &input, &[])), "8 bits change nothing");
+}
+
 #[test]
 fn what_encoders_cannot_do_is_refused() {
     let refused = |args: &[&str], words: &str| {

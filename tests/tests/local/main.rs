@@ -9,6 +9,7 @@ mod encoders;
 mod exact;
 mod families;
 mod fetch;
+mod formats;
 mod input;
 mod instructions;
 mod pool;

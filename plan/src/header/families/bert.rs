@@ -30,6 +30,7 @@ pub(super) const BERT: Family = Family {
     also: &[CLASSIFIES, "BertForMaskedLM"],
     model_type: "bert",
     from_hf,
+    to_hf: None,
     hf_base: "bert.",
     hf_layers: "bert.encoder.layer.",
     hf_name,

@@ -8,6 +8,8 @@
 //! ```
 //! Most layers are local: a sliding window, and a rotary base of their own. Stored norms `w` mean `1 + w` in safetensors; GGUF has the 1 added.
 
+use serde_json::{Map, Value as Json, json};
+
 use super::{Family, llama::LLAMA};
 use crate::{
     gguf::Value,
@@ -18,6 +20,7 @@ use crate::{
         hf::HfConfig,
         metadata::Meta,
         rope::{DEFAULT_BASE, RopeFields, hf_rope, rope_fields},
+        target,
         tensors::{self, Biases, Name},
     },
     model::{Activation, Architecture, LayerConfig, ModelConfig, Role, Rope, RopeLayout, RopeScaling},
@@ -29,6 +32,7 @@ pub(super) const GEMMA3: Family = Family {
     also: &[],
     model_type: "gemma3_text",
     from_hf,
+    to_hf: Some(to_hf),
     hf_name,
     gguf: Some("gemma3"),
     from_gguf,
@@ -76,6 +80,27 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     config.layers = is_local.into_iter().map(|local| if local { windowed.clone() } else { full.clone() }).collect();
     let attention = fields.flag("attention_bias")?.unwrap_or(false);
     Ok(HfConfig { config, biases: Biases { qkv: attention, o: attention, mlp: false } })
+}
+
+fn to_hf(family: &Family, config: &ModelConfig, biases: &Biases) -> Map<String, Json> {
+    let mut map = target::decoder(family, config, biases);
+    map.remove("hidden_act");
+    map.remove("mlp_bias");
+    let kind = |layer: &LayerConfig| if layer.window.is_some() { "sliding_attention" } else { "full_attention" };
+    let local = config.layers.iter().find(|layer| layer.window.is_some()).map_or(DEFAULT_BASE, |layer| layer.rope.base);
+    // The scalar whose root the scores are divided by; a whole number in every file.
+    let scalar = (1.0 / f64::from(config.attention_scale)).powi(2).round();
+    for (name, value) in [
+        ("hidden_activation", json!("gelu_pytorch_tanh")),
+        ("layer_types", config.layers.iter().map(kind).collect()),
+        ("query_pre_attn_scalar", json!(scalar as u64)),
+        ("rope_local_base_freq", json!(local)),
+        ("attn_logit_softcapping", Json::Null),
+        ("final_logit_softcapping", Json::Null),
+    ] {
+        map.insert(name.to_owned(), value);
+    }
+    map
 }
 
 /// Which layers are local; `layer_types` wins over any pattern.

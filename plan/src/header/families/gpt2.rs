@@ -9,6 +9,8 @@
 //! Every product has a bias. Hugging Face stores matrices by columns, query, key and value side by side; GGUF stores them by rows, one below
 //! the other.
 
+use serde_json::{Map, Value, json};
+
 use super::Family;
 use crate::{
     header::{
@@ -17,6 +19,7 @@ use crate::{
         gguf, hf,
         hf::HfConfig,
         metadata::Meta,
+        target,
         tensors::{self, Biases, Name},
     },
     model::{Activation, Architecture, LayerConfig, ModelConfig, Role, Rope},
@@ -28,6 +31,7 @@ pub(super) const GPT2: Family = Family {
     also: &[],
     model_type: "gpt2",
     from_hf,
+    to_hf: Some(to_hf),
     hf_base: "transformer.",
     hf_layers: "transformer.h.",
     hf_name,
@@ -82,6 +86,23 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     };
     Ok(HfConfig { config, biases: Biases { qkv: true, o: true, mlp: true } })
+}
+
+fn to_hf(family: &Family, config: &ModelConfig, _: &Biases) -> Map<String, Value> {
+    let fields = [
+        ("architectures", json!([family.class])),
+        ("model_type", json!(family.model_type)),
+        ("activation_function", json!("gelu_new")),
+        ("layer_norm_epsilon", target::number(config.norm_eps)),
+        ("n_embd", json!(config.hidden)),
+        ("n_head", json!(config.heads)),
+        ("n_inner", json!(config.ffn)),
+        ("n_layer", json!(config.layers.len())),
+        ("n_positions", json!(config.context)),
+        ("tie_word_embeddings", json!(config.tied_embeddings)),
+        ("vocab_size", json!(config.vocab)),
+    ];
+    fields.into_iter().map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn hf_name(role: Role) -> Name {

@@ -10,7 +10,7 @@
 
 use super::Family;
 use crate::{
-    header::{HeaderError, fields::Fields, gguf, hf, hf::HfConfig, metadata::Meta, tensors, tensors::Biases},
+    header::{HeaderError, fields::Fields, gguf, hf, hf::HfConfig, metadata::Meta, target, tensors, tensors::Biases},
     model::{Architecture, ModelConfig, RopeLayout},
 };
 
@@ -20,6 +20,7 @@ pub(super) const LLAMA: Family = Family {
     also: &[],
     model_type: "llama",
     from_hf,
+    to_hf: Some(target::decoder),
     hf_base: "model.",
     hf_layers: "model.layers.",
     hf_name: tensors::hf_name,

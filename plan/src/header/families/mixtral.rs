@@ -6,6 +6,8 @@
 //! ```
 //! In GGUF its files are those of `llama`.
 
+use serde_json::{Map, Value, json};
+
 use super::{Family, llama::LLAMA};
 use crate::{
     header::{
@@ -13,13 +15,22 @@ use crate::{
         fields::Fields,
         hf,
         hf::HfConfig,
+        target,
         tensors::{self, Biases, Name},
     },
-    model::{Architecture, Experts, Role},
+    model::{Architecture, Experts, ModelConfig, Role},
 };
 
-pub(super) const MIXTRAL: Family =
-    Family { name: "mixtral", class: "MixtralForCausalLM", model_type: "mixtral", from_hf, hf_name, gguf: None, ..LLAMA };
+pub(super) const MIXTRAL: Family = Family {
+    name: "mixtral",
+    class: "MixtralForCausalLM",
+    model_type: "mixtral",
+    from_hf,
+    to_hf: Some(to_hf),
+    hf_name,
+    gguf: None,
+    ..LLAMA
+};
 
 fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let mut config = hf::decoder(fields, Architecture::Mixtral)?;
@@ -28,6 +39,16 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     config.experts = Some(Experts { count, used, ffn: config.ffn, normalize: true });
     config.layers.iter_mut().for_each(|layer| layer.experts = true);
     Ok(HfConfig { config, biases: Biases::default() })
+}
+
+fn to_hf(family: &Family, config: &ModelConfig, biases: &Biases) -> Map<String, Value> {
+    let mut map = target::decoder(family, config, biases);
+    if let Some(experts) = config.experts {
+        map.insert("num_local_experts".to_owned(), json!(experts.count));
+        map.insert("num_experts_per_tok".to_owned(), json!(experts.used));
+        map.insert("intermediate_size".to_owned(), json!(experts.ffn));
+    }
+    map
 }
 
 fn hf_name(role: Role) -> Name {

@@ -15,16 +15,19 @@ mod qwen2;
 mod qwen3;
 mod qwen3_moe;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{
     HeaderError,
     fields::{FILE, Fields},
     hf::HfConfig,
     metadata::Meta,
-    tensors::Name,
+    tensors::{Biases, Name},
 };
-use crate::model::{Architecture, ModelConfig, Role};
+use crate::model::{Architecture, Format, ModelConfig, Role};
+
+/// Makes the fields of `config.json`.
+pub(super) type ToHf = fn(&Family, &ModelConfig, &Biases) -> Map<String, Value>;
 
 /// A family of models.
 pub(super) struct Family {
@@ -38,6 +41,8 @@ pub(super) struct Family {
     pub(super) model_type: &'static str,
     /// Its shape from `config.json`.
     pub(super) from_hf: fn(&Fields<'_>) -> Result<HfConfig, HeaderError>,
+    /// `config.json` of its models, its layers rotated as files of that kind have them; none where models stay in the format they have.
+    pub(super) to_hf: Option<ToHf>,
     /// What comes before the names of the model without its head; files of such a model may leave it out.
     pub(super) hf_base: &'static str,
     /// What comes before a layer's number in Hugging Face's names.
@@ -112,6 +117,18 @@ pub(super) fn of_gguf(meta: &Meta<'_>) -> Result<&'static Family, HeaderError> {
         got: meta.arch.to_owned(),
         expected: one_of(FAMILIES.into_iter().filter_map(|family| family.gguf)),
     })
+}
+
+/// The family whose files of a format hold a model: files of Mistral and Mixtral are Llama's in GGUF.
+pub(super) fn in_format(config: &ModelConfig, format: Format) -> &'static Family {
+    let own = of(config.architecture);
+    let llama = config.architecture == Architecture::Llama;
+    match format {
+        Format::GGUF if own.gguf.is_none() => &llama::LLAMA,
+        Format::Safetensors if llama && config.experts.is_some() => &mixtral::MIXTRAL,
+        Format::Safetensors if llama && config.layers.iter().any(|l| l.window.is_some()) => &mistral::MISTRAL,
+        _ => own,
+    }
 }
 
 /// A list of names in words.

@@ -1,0 +1,176 @@
+//! Random strings: the ids of the Python packages tokenizers and sentencepiece.
+
+use plan::gguf::Writer;
+use sha2::{Digest, Sha256};
+
+use super::*;
+
+#[derive(serde::Deserialize)]
+struct Golden {
+    strings: u64,
+    /// SHA-256 of all ids.
+    ids: String,
+    /// Bit n: string n is decoded to itself.
+    same: String,
+    cases: Vec<One>,
+}
+
+#[derive(serde::Deserialize)]
+struct One {
+    text: String,
+    ids: Vec<TokenId>,
+    decoded: String,
+}
+
+/// Ranges of code points that characters are drawn from.
+const POOLS: [(u32, u32); 16] = [
+    (0x20, 0x7e),
+    (0x61, 0x7a),
+    (0x30, 0x39),
+    (0x20, 0x20),
+    (0x09, 0x0d),
+    (0x00, 0x1f),
+    (0xa0, 0x17f),
+    (0x300, 0x36f),
+    (0x5d0, 0x6ff),
+    (0x2000, 0x206f),
+    (0x2581, 0x2581),
+    (0x3040, 0x30ff),
+    (0x4e00, 0x9fff),
+    (0xac00, 0xd7a3),
+    (0x1f300, 0x1faff),
+    (0x10_fff0, 0x10_ffff),
+];
+
+/// Vigna's SplitMix64.
+fn splitmix(state: &mut u64) -> u64 {
+    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    let mut z = *state;
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// String `number` of tests/python/golden_tokenizers.py.
+fn string(number: u64) -> String {
+    let mut state = number;
+    let length = 1 + splitmix(&mut state) % 24;
+    let mut character = || {
+        let (low, high) = POOLS[(splitmix(&mut state) % 16) as usize];
+        char::from_u32(low + (splitmix(&mut state) % u64::from(high - low + 1)) as u32).unwrap()
+    };
+    (0..length).map(|_| character()).collect()
+}
+
+/// Asserts that `tokenizer` gives the ids of a golden file, and decodes to themselves the texts that the reference does.
+fn matches(name: &str, tokenizer: &Tokenizer) {
+    let golden: Golden = serde_json::from_value(golden_json(name)).unwrap();
+    for One { text, ids, decoded } in &golden.cases {
+        assert_eq!(tokenizer.encode(text, false).unwrap(), *ids, "{name}: {text:?}");
+        if text == decoded {
+            assert_eq!(decode::text(tokenizer, ids, false), *text, "{name}");
+        }
+    }
+    let (mut digest, mut same) = (Sha256::new(), 0);
+    for number in 0..golden.strings {
+        let text = string(number);
+        let ids = tokenizer.encode(&text, false).unwrap();
+        let list: Vec<String> = ids.iter().map(u32::to_string).collect();
+        digest.update(list.join(",") + "\n");
+        let byte = (number / 8 * 2) as usize;
+        if u8::from_str_radix(&golden.same[byte..byte + 2], 16).unwrap() >> (number % 8) & 1 == 1 {
+            assert_eq!(decode::text(tokenizer, &ids, false), text, "{name}: string {number}");
+            same += 1;
+        }
+    }
+    let hex: String = digest.finalize().iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(hex, golden.ids, "{name}");
+    assert!(same * 3 > golden.strings || name.contains("plain"), "{name}: {same} strings are decoded to themselves");
+}
+
+fn boundary(prefixed: bool) -> ModelCard {
+    let mut json = golden_json("boundary.tokenizer.json");
+    let other = golden_json("boundary-prefixed.json");
+    for key in ["normalizer", "pre_tokenizer", "decoder"].iter().filter(|_| prefixed) {
+        json[*key] = other[*key].clone();
+    }
+    card_of(&[("tokenizer.json", &json)])
+}
+
+fn spm(name: &str) -> ModelCard {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/encode/golden").join(name);
+    ModelCard { files: vec![CardFile { name: "tokenizer.model".to_owned(), bytes: std::fs::read(path).unwrap() }] }
+}
+
+#[test]
+fn tokenizer_json_gives_the_ids_of_tokenizers() {
+    for name in ["llama", "qwen2", "gpt2"] {
+        matches(&format!("random-{name}.json"), &Tokenizer::from_card(&card(name)).unwrap());
+    }
+    matches("random-boundary.json", &Tokenizer::from_card(&boundary(false)).unwrap());
+    matches("random-boundary-prefixed.json", &Tokenizer::from_card(&boundary(true)).unwrap());
+}
+
+/// The keys of a GGUF header alone, with the pre-tokenizers llama-bpe, qwen2 and gpt-2.
+#[test]
+fn byte_level_headers_give_the_ids_of_tokenizers() {
+    for name in ["llama", "qwen2", "gpt2"] {
+        let mut file = Writer::new();
+        for (key, value) in gguf_entries(&card(name), 0).unwrap() {
+            if key != plan::gguf::HUGGINGFACE_KEY {
+                file.metadata(&key, value);
+            }
+        }
+        let bytes = file.to_bytes().unwrap();
+        let header = ModelCard { files: vec![CardFile { name: GGUF_HEADER.to_owned(), bytes }] };
+        matches(&format!("random-{name}.json"), &Tokenizer::from_card(&header).unwrap());
+    }
+}
+
+#[test]
+fn tokenizer_model_gives_the_ids_of_sentencepiece() {
+    let tokenizer = Tokenizer::from_card(&spm("spm-bytes.model")).unwrap();
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos(), tokenizer.strips_space()), (Some(1), Some(2), true, true));
+    matches("random-spm-bytes.json", &tokenizer);
+    let tokenizer = Tokenizer::from_card(&spm("spm-plain.model")).unwrap();
+    assert!(!tokenizer.strips_space());
+    matches("random-spm-plain.json", &tokenizer);
+}
+
+/// What GGUF's keys say of a tokenizer.model gives the same ids, but where tokens that are always matched meet the space before a text.
+#[test]
+fn a_tokenizer_model_goes_to_gguf() {
+    let mut file = Writer::new();
+    for (key, value) in gguf_entries(&spm("spm-bytes.model"), 0).unwrap() {
+        file.metadata(&key, value);
+    }
+    let header = ModelCard { files: vec![CardFile { name: GGUF_HEADER.to_owned(), bytes: file.to_bytes().unwrap() }] };
+    let (before, after) = (Tokenizer::from_card(&spm("spm-bytes.model")).unwrap(), Tokenizer::from_card(&header).unwrap());
+    let ids = |t: &Tokenizer, text: &str| t.encode_prompt(text, false).unwrap();
+    let plain = (0..500).map(string).filter(|text| !text.contains(['\u{2581}', ' ']));
+    let (mut same, mut all) = (0, 0);
+    for text in plain {
+        (same, all) = (same + usize::from(ids(&before, &text) == ids(&after, &text)), all + 1);
+    }
+    assert!(all > 50 && same == all, "{same} of {all}");
+    assert_eq!((before.end_ids(), before.bos(), before.strips_space()), (after.end_ids(), after.bos(), after.strips_space()));
+}
+
+#[test]
+#[should_panic(expected = "random-qwen2.json")]
+fn the_comparison_sees_another_vocabulary() {
+    matches("random-qwen2.json", &Tokenizer::from_card(&card("llama")).unwrap());
+}
+
+#[test]
+fn added_tokens_and_settings_of_tokenizer_config_count() {
+    let mut card = spm("spm-bytes.model");
+    let config = json!({"bos_token": "</s>", "add_bos_token": false, "add_eos_token": true,
+        "added_tokens_decoder": {"601": {"content": "<|im_end|>", "special": true}, "602": {"content": "<x>", "special": false}}});
+    card.files.push(CardFile { name: "tokenizer_config.json".to_owned(), bytes: config.to_string().into_bytes() });
+    let tokenizer = Tokenizer::from_card(&card).unwrap();
+    assert_eq!((tokenizer.vocab(), tokenizer.bos(), tokenizer.end_ids()), (603, Some(2), &[2, 601][..]));
+    let ids = tokenizer.encode_prompt("a<|im_end|><x>", true).unwrap();
+    assert_eq!(ids[ids.len() - 3..], [601, 602, 2][..]);
+    assert!(!tokenizer.encode("a<|im_end|>", false).unwrap().contains(&601));
+}

@@ -1,0 +1,112 @@
+"""Makes the golden ids of tokenizers: those of the Python packages tokenizers and sentencepiece.
+
+    python tests/python/golden_tokenizers.py [--train]
+
+Needs `pip install tokenizers==0.23.3 sentencepiece==0.2.3`. Writes router/src/encode/golden/random-*.json: fixed texts with their ids, and the
+SHA-256 of the ids of 10,000 strings that the tests make again by the same rule; bit n of `same` says that string n is decoded to itself. `--train` makes the two
+SentencePiece models anew, of the text in tests/fixtures/text; other machines may get other ones.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+
+import sentencepiece
+import tokenizers
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+GOLDEN = ROOT / "router/src/encode/golden"
+MODELS = ROOT / "tests/fixtures/models"
+TEXT = ROOT / "tests/fixtures/text/wikitext2-valid-300k.txt"
+STRINGS = 10_000
+MASK = (1 << 64) - 1
+
+# Ranges of code points that characters are drawn from.
+POOLS = [
+    (0x20, 0x7E), (0x61, 0x7A), (0x30, 0x39), (0x20, 0x20), (0x09, 0x0D), (0x00, 0x1F), (0xA0, 0x17F), (0x300, 0x36F),
+    (0x5D0, 0x6FF), (0x2000, 0x206F), (0x2581, 0x2581), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0x1F300, 0x1FAFF), (0x10FFF0, 0x10FFFF),
+]
+
+TEXTS = [
+    "", " ", "  ", "\n", "\t", "a", " a", "a ", "Hello, world!", "The geese take turns in front, and close the gap.",
+    "def f(x):\n    return [i ** 2 for i in range(x) if i % 2 == 0]\n", "fn main() {\n\tprintln!(\"{:>8.3}\", 3.14e-2);\n}\r\n",
+    "<div class=\"a\">&amp;</div>", "SELECT * FROM t WHERE x != 'y' -- z", "https://example.org/a?b=c&d=%20#e", "1234567890 3.14159 1,000,000 0x1F",
+    "日本語のテキスト。", "中文,没有空格", "한국어 텍스트", "Привет, мир", "שלום עולם", "مرحبا بالعالم", "ไทย", "हिन्दी",
+    "e\u0301 n\u0303 a\u0308\u0323", "\u1e69 s\u0323\u0307", "\U0001f469\u200d\U0001f4bb \U0001f1e9\U0001f1ea \U0001f44d\U0001f3fd", "\u0000\u0001\u0007\u001b[0m\u007f",
+    "\ufeffbom", "zero\u200bwidth\u00a0space\u2028line", "I'm you'LL they'd WE'VE don't", "   leading and trailing   ", "tabs\t\tand\n\n\nlines", "▁boundary ▁▁ marks▁",
+    "<s>x</s>", "<unk>", "<0x0A><0xFF>", "<|begin_of_text|>", "<|im_start|>user", "<tool>call</tool>", "a<tool>", "x  y   z    w", "ﬁ ligature ½ ²", "\U0010ffff",
+]
+
+
+def splitmix(state):
+    """Vigna's SplitMix64: the next state, and a number."""
+    state = (state + 0x9E3779B97F4A7C15) & MASK
+    z = state
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return state, z ^ (z >> 31)
+
+
+def string(number):
+    """String `number`: 1 to 24 characters."""
+    state, length = splitmix(number)
+    out = []
+    for _ in range(1 + length % 24):
+        state, pool = splitmix(state)
+        state, at = splitmix(state)
+        low, high = POOLS[pool % len(POOLS)]
+        out.append(chr(low + at % (high - low + 1)))
+    return "".join(out)
+
+
+def write(name, about, encode, decode, control=frozenset()):
+    ids, same = hashlib.sha256(), 0
+    for number in range(STRINGS):
+        encoded = encode(string(number))
+        ids.update((",".join(map(str, encoded)) + "\n").encode())
+        same |= (decode(encoded) == string(number)) << number
+    # Text that spells a control token stays text in Skein, even where a package finds the token.
+    cases = [{"text": text, "ids": encode(text), "decoded": decode(encode(text))} for text in TEXTS + [string(i) for i in range(32)] if not control & set(encode(text))]
+    golden = {"about": about + "; made by tests/python/golden_tokenizers.py", "strings": STRINGS, "ids": ids.hexdigest(), "same": same.to_bytes(STRINGS // 8, "little").hex()}
+    lines = ",\n".join("  " + json.dumps(case) for case in cases)
+    head = json.dumps(golden, indent=1)[:-2]
+    (GOLDEN / name).write_text(f"{head},\n \"cases\": [\n{lines}\n ]\n}}\n")
+    print(name, ids.hexdigest()[:16])
+
+
+def of_json(name, file, change=None):
+    made = json.loads(file.read_text())
+    if change:
+        made.update(change)
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(made))
+    tokenizer.encode_special_tokens = True
+    control = {token["id"] for token in made["added_tokens"] if token["special"]}
+    about = f"{file.relative_to(ROOT)}; Python package tokenizers {tokenizers.__version__}: encode(text, add_special_tokens=False) with encode_special_tokens True, decode"
+    write(name, about, lambda text: tokenizer.encode(text, add_special_tokens=False).ids, lambda ids: tokenizer.decode(ids, skip_special_tokens=False), control)
+
+
+def of_sentencepiece(name, model, options):
+    path = GOLDEN / model
+    if "--train" in sys.argv:
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(TEXT.relative_to(ROOT)), model_prefix=str(path.with_suffix("").relative_to(ROOT)), model_type="bpe", normalization_rule_name="identity",
+            remove_extra_whitespaces=False, num_threads=1, minloglevel=2, **options)
+        path.with_suffix(".vocab").unlink()
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    about = f"{path.relative_to(ROOT)}; Python package sentencepiece {sentencepiece.__version__}: encode(text), decode"
+    write(name, about, lambda text: processor.encode(text), lambda ids: processor.decode(ids))
+
+
+os.chdir(ROOT)
+for model in ["llama", "qwen2", "gpt2"]:
+    of_json(f"random-{model}.json", MODELS / model / "tokenizer.json")
+boundary = GOLDEN / "boundary.tokenizer.json"
+prefixed = json.loads((GOLDEN / "boundary-prefixed.json").read_text())
+of_json("random-boundary.json", boundary)
+of_json("random-boundary-prefixed.json", boundary, {key: prefixed[key] for key in ["normalizer", "pre_tokenizer", "decoder"]})
+of_sentencepiece("random-spm-bytes.json", "spm-bytes.model", dict(vocab_size=600, byte_fallback=True, user_defined_symbols=["<tool>", "▁▁", "▁▁▁▁"]))
+of_sentencepiece(
+    "random-spm-plain.json", "spm-plain.model",
+    dict(vocab_size=400, add_dummy_prefix=False, character_coverage=0.999, pad_id=3, user_defined_symbols=["<tool>", "\n"]))
