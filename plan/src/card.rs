@@ -8,7 +8,7 @@ pub const GGUF_HEADER: &str = "header.gguf";
 /// One file of a card.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CardFile {
-    /// `header.gguf`, `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json`, `tokenizer.model` or `chat_template.jinja`.
+    /// `header.gguf`, or the path in the model's folder: `config.json`, `tokenizer.json`, `1_Pooling/config.json` and others.
     pub name: String,
     /// Its bytes.
     pub bytes: Vec<u8>,

@@ -132,7 +132,11 @@ impl Cache {
         let fail = |e| SourceError::file("write", &folder, e);
         fs::create_dir(&temporary).map_err(fail)?;
         for (name, bytes) in files {
-            File::create_new(temporary.join(name)).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all())).map_err(fail)?;
+            let path = temporary.join(name);
+            if let Some(folder) = path.parent() {
+                fs::create_dir_all(folder).map_err(fail)?;
+            }
+            File::create_new(path).and_then(|mut f| f.write_all(bytes).and_then(|()| f.sync_all())).map_err(fail)?;
         }
         match fs::rename(&temporary, &folder) {
             // Another process was faster.

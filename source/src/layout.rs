@@ -23,8 +23,17 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
 const PYTORCH: &str = "pytorch_model.bin";
 /// Files that become the model card, beside a GGUF header; ascending.
-pub(crate) const CARD_FILES: [&str; 6] =
-    ["chat_template.jinja", "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"];
+pub(crate) const CARD_FILES: [&str; 9] = [
+    "1_Pooling/config.json",
+    "chat_template.jinja",
+    "config.json",
+    "config_sentence_transformers.json",
+    "generation_config.json",
+    "modules.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+];
 
 /// The settings of an adapter of PEFT, and its weights in either form.
 pub(crate) const ADAPTER_CONFIG: &str = "adapter_config.json";

@@ -54,6 +54,9 @@ pub(super) fn write(writing: &Writing<'_>, metadata: Option<&Metadata>, tensors:
 }
 
 fn put(path: &Path, bytes: &[u8]) -> Outcome {
+    if let Some(folder) = path.parent() {
+        fs::create_dir_all(folder).with_context(|| format!("failed to create {}", folder.display()))?;
+    }
     let written = fs::File::create_new(path).and_then(|mut file| file.write_all(bytes).and_then(|()| file.sync_all()));
     Ok(written.with_context(|| format!("failed to write {}", path.display()))?)
 }

@@ -23,7 +23,7 @@ use super::connections::Protocol;
 use super::error::ApiError;
 use super::request::{Dialect, Request};
 use super::run::Run;
-use super::{Shared, connections, models, stopped, websocket};
+use super::{Shared, connections, models, stopped, vectors, websocket};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// How long an event stream may be silent before a comment keeps it alive.
@@ -48,6 +48,10 @@ fn routes(shared: Arc<Shared>) -> axum::Router {
         .route("/v1/models/{*id}", get(models::get))
         .route("/v1/completions", post(completions))
         .route("/v1/chat/completions", post(chat))
+        .route("/v1/embeddings", post(vectors::embeddings))
+        .route("/v1/rerank", post(vectors::rerank))
+        .route("/v1/score", post(vectors::score))
+        .route("/v1/classify", post(vectors::classify))
         .route("/v1/stream", get(websocket::open))
         .route("/health", get(health))
         .route("/live", get(live))
@@ -84,8 +88,21 @@ async fn around(State(shared): State<Arc<Shared>>, mut request: HttpRequest, nex
 
 /// The route of a path, from a closed list, for metrics.
 fn route(path: &str) -> &'static str {
-    const ROUTES: [&str; 9] =
-        ["/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/stream", "/health", "/live", "/ready", "/metrics", "/version"];
+    const ROUTES: [&str; 13] = [
+        "/v1/models",
+        "/v1/completions",
+        "/v1/chat/completions",
+        "/v1/embeddings",
+        "/v1/rerank",
+        "/v1/score",
+        "/v1/classify",
+        "/v1/stream",
+        "/health",
+        "/live",
+        "/ready",
+        "/metrics",
+        "/version",
+    ];
     match ROUTES.into_iter().find(|r| *r == path) {
         Some(route) => route,
         None if path.starts_with("/v1/models/") => "/v1/models/{id}",
@@ -134,7 +151,7 @@ async fn generate(shared: Arc<Shared>, dialect: Dialect, request: HttpRequest) -
 }
 
 /// The body, if its type and size are right.
-async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, ApiError> {
+pub(super) async fn read_body(shared: &Shared, request: HttpRequest) -> Result<Vec<u8>, ApiError> {
     let json = |headers: &HeaderMap| {
         let Some(value) = headers.get(header::CONTENT_TYPE) else { return Err("no content type".to_owned()) };
         let text = value.to_str().unwrap_or("text that is not ASCII");

@@ -148,6 +148,11 @@ impl Metrics {
         }
     }
 
+    /// A request to an encoder, with texts of so many tokens in all.
+    pub(super) fn submitted_texts(&self, model: &str, tokens: u64) {
+        self.prompt_tokens.get_or_create(&named(model)).observe(tokens as f64);
+    }
+
     pub(super) fn answered(&self, route: &'static str, status: u16) {
         self.answered.get_or_create(&Answered { route, status }).inc();
     }

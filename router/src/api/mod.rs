@@ -14,6 +14,7 @@ mod request;
 mod run;
 #[cfg(test)]
 mod tests;
+mod vectors;
 mod websocket;
 
 use std::future::Future;

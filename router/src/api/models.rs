@@ -13,13 +13,15 @@ use serde_json::{Value, json};
 use super::Shared;
 use super::error::ApiError;
 use crate::edge::{Edge, ModelStatus, SubmitError};
-use crate::encode::Tokenizer;
+use crate::encode::{Tokenizer, VectorSettings};
 
 /// A model with what is needed to talk to it.
 #[derive(Clone)]
 pub(crate) struct Model {
     pub(crate) status: ModelStatus,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// How it makes vectors and labels; encoders alone.
+    pub(crate) vectors: Option<Arc<VectorSettings>>,
     /// Its own, or with one of its adapters behind a colon.
     pub(crate) name: String,
 }
@@ -30,7 +32,10 @@ impl Model {
         if !self.status.limits.is_encoder() {
             return Ok(());
         }
-        let message = format!("{} is an encoder, which generates no text", self.status.name);
+        let message = format!(
+            "{} is an encoder, which generates no text: use /v1/embeddings, /v1/rerank, /v1/score or /v1/classify",
+            self.status.name
+        );
         Err(ApiError { code: "unsupported_endpoint", ..ApiError::parameter("model", message) })
     }
 }
@@ -38,7 +43,14 @@ impl Model {
 struct Entry {
     card: Arc<ModelCard>,
     template: Option<ChatTemplate>,
+    built: Built,
+}
+
+/// What is made of a card.
+#[derive(Clone)]
+struct Built {
     tokenizer: Arc<Tokenizer>,
+    vectors: Option<Arc<VectorSettings>>,
 }
 
 /// Tokenizers by deployment, built once per card and template.
@@ -55,34 +67,38 @@ impl Models {
         let (status, adapter) = find(edge, name)?;
         let name = adapter.map_or_else(|| status.name.clone(), |adapter| format!("{}:{adapter}", status.name));
         let card = edge.card(&status.name).await?;
-        if let Some(tokenizer) = self.ready(&status, &card) {
-            return Ok(Model { status, tokenizer, name });
+        let model = |status, Built { tokenizer, vectors }: Built| Model { status, tokenizer, vectors, name };
+        if let Some(built) = self.ready(&status, &card) {
+            return Ok(model(status, built));
         }
         let _one = self.building.lock().await;
-        if let Some(tokenizer) = self.ready(&status, &card) {
-            return Ok(Model { status, tokenizer, name });
+        if let Some(built) = self.ready(&status, &card) {
+            return Ok(model(status, built));
         }
-        let (template, source) = (status.serving.chat_template.clone(), Arc::clone(&card));
+        let (template, source, encoder) = (status.serving.chat_template.clone(), Arc::clone(&card), status.limits.is_encoder());
         let build = move || {
             let tokenizer = Tokenizer::from_card(&source)?;
-            Ok::<_, ApiError>(Arc::new(match &template {
+            let tokenizer = Arc::new(match &template {
                 Some(template) => tokenizer.with_template(template),
                 None => tokenizer,
-            }))
+            });
+            let vectors = encoder.then(|| VectorSettings::from_card(&source)).transpose()?.map(Arc::new);
+            Ok::<_, ApiError>(Built { tokenizer, vectors })
         };
-        let tokenizer = tokio::task::spawn_blocking(build).await.map_err(|e| ApiError::internal(e.to_string()))??;
-        let entry = Entry { card, template: status.serving.chat_template.clone(), tokenizer: Arc::clone(&tokenizer) };
-        let mut built = self.built.lock().unwrap_or_else(PoisonError::into_inner);
-        built.retain(|name, _| edge.models().iter().any(|m| &m.deployment == name));
-        built.insert(status.deployment.clone(), entry);
-        Ok(Model { status, tokenizer, name })
+        let built = tokio::task::spawn_blocking(build).await.map_err(|e| ApiError::internal(e.to_string()))??;
+        let entry = Entry { card, template: status.serving.chat_template.clone(), built: built.clone() };
+        let mut all = self.built.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|name, _| edge.models().iter().any(|m| &m.deployment == name));
+        all.insert(status.deployment.clone(), entry);
+        drop(all);
+        Ok(model(status, built))
     }
 
-    fn ready(&self, status: &ModelStatus, card: &Arc<ModelCard>) -> Option<Arc<Tokenizer>> {
+    fn ready(&self, status: &ModelStatus, card: &Arc<ModelCard>) -> Option<Built> {
         let built = self.built.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = built.get(&status.deployment)?;
         let same = Arc::ptr_eq(&entry.card, card) || entry.card == *card;
-        (same && entry.template == status.serving.chat_template).then(|| Arc::clone(&entry.tokenizer))
+        (same && entry.template == status.serving.chat_template).then(|| entry.built.clone())
     }
 }
 

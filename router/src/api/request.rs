@@ -40,7 +40,8 @@ pub(crate) enum Input {
     Messages { messages: Vec<Value>, add_generation_prompt: bool, variables: Map<String, Value> },
 }
 
-/// A prompt as it came.
+/// A text as it came.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Source {
     Text(String),
     Ids(Vec<TokenId>),
@@ -63,7 +64,7 @@ impl Request {
         }
         let request = match dialect {
             Dialect::Completions => {
-                let input = Input::Prompts(read_prompts(&mut fields)?);
+                let input = Input::Prompts(read_sources(&mut fields, "prompt", MOST_PROMPTS)?);
                 parameters.logprobs = fields.integer("logprobs", 0, MOST_LOGPROBS)?.map(|n| n as u32);
                 let echo = fields.flag("echo")?.unwrap_or(false);
                 let n = parameters.n as i64;
@@ -106,7 +107,7 @@ pub(crate) fn job(shared: &Shared, model: Model, prompts: Vec<Prompt>, parameter
 /// Tokenizes; takes as long as the text is, so it runs off the event loop.
 pub(crate) fn encode(tokenizer: &Tokenizer, input: Input, system: Option<&str>) -> Result<Vec<Prompt>, ApiError> {
     match input {
-        Input::Prompts(sources) => sources.into_iter().map(|s| encode_prompt(tokenizer, s)).collect(),
+        Input::Prompts(sources) => sources.into_iter().map(|s| encode_source(tokenizer, s, "prompt")).collect(),
         Input::Messages { mut messages, add_generation_prompt, variables } => {
             if let Some(system) = system
                 && messages.iter().all(|m| m.get("role").and_then(Value::as_str) != Some("system"))
@@ -123,32 +124,33 @@ pub(crate) fn encode(tokenizer: &Tokenizer, input: Input, system: Option<&str>) 
     }
 }
 
-fn encode_prompt(tokenizer: &Tokenizer, source: Source) -> Result<Prompt, ApiError> {
+/// The ids of a text of parameter `name`.
+pub(crate) fn encode_source(tokenizer: &Tokenizer, source: Source, name: &str) -> Result<Prompt, ApiError> {
     let (ids, text) = match source {
         Source::Text(text) => (tokenizer.encode_prompt(&text, true)?, Some(Arc::from(text))),
         Source::Ids(ids) => (ids, None),
     };
     let vocab = tokenizer.vocab();
     if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-        return Err(ApiError::parameter("prompt", format!("prompt holds token {id}, expected ids below {vocab}")));
+        return Err(ApiError::parameter(name, format!("{name} holds token {id}, expected ids below {vocab}")));
     }
     if ids.is_empty() {
-        return Err(ApiError::parameter(
-            "prompt",
-            "prompt is empty, and this model puts no token before a text: expected at least one token",
-        ));
+        let message = format!("{name} is empty, and this model puts no token before a text: expected at least one token");
+        return Err(ApiError::parameter(name, message));
     }
     Ok(Prompt { ids: ids.into(), text })
 }
 
-fn missing(name: &str) -> ApiError {
+/// The refusal of a request without a parameter that it must have.
+pub(crate) fn missing(name: &str) -> ApiError {
     ApiError { code: "missing_parameter", ..ApiError::parameter(name, format!("parameter {name:?} is missing")) }
 }
 
-fn read_prompts(fields: &mut Fields) -> Result<Vec<Source>, ApiError> {
-    let value = fields.take("prompt").ok_or_else(|| missing("prompt"))?;
-    let expected = format!("a string, a list of token ids, or a list of at most {MOST_PROMPTS} of either");
-    let refuse = || wrong("prompt", &value, &expected);
+/// The texts of parameter `name`, or their ids.
+pub(crate) fn read_sources(fields: &mut Fields, name: &str, most: usize) -> Result<Vec<Source>, ApiError> {
+    let value = fields.take(name).ok_or_else(|| missing(name))?;
+    let expected = format!("a string, a list of token ids, or a list of at most {most} of either");
+    let refuse = || wrong(name, &value, &expected);
     let ids = |list: &[Value]| list.iter().map(token_id).collect::<Option<Vec<TokenId>>>();
     let list = match &value {
         Value::String(text) => return Ok(vec![Source::Text(text.clone())]),
@@ -163,7 +165,7 @@ fn read_prompts(fields: &mut Fields) -> Result<Vec<Source>, ApiError> {
         Value::Array(list) if !list.is_empty() => ids(list).map(Source::Ids),
         _ => None,
     };
-    if list.len() > MOST_PROMPTS {
+    if list.len() > most {
         return Err(refuse());
     }
     list.iter().map(one).collect::<Option<Vec<_>>>().ok_or_else(refuse)

@@ -2,9 +2,12 @@
 
 use std::sync::Arc;
 
-use plan::step::{Output, OutputValue, Sampling};
+use plan::step::{Output, OutputValue, Sampling, TokenId, Want, WantKind};
 
-use super::{Edge, EvaluateError, Evaluated, Evaluation, StreamEvent, stream::Item};
+use super::{
+    Edge, EvaluateError, Evaluated, Evaluation, StreamError, StreamEvent, SubmitError,
+    stream::{Course, Item},
+};
 use crate::scheduler::Submission;
 
 impl Edge {
@@ -43,5 +46,38 @@ impl Edge {
             }
         }
         Ok(outputs)
+    }
+}
+
+impl Edge {
+    /// Queues an encoder's reading of `ids` for one vector of it. `second` is where the second text of a pair begins; 0: there is one.
+    ///
+    /// # Errors
+    /// Those of [`Edge::submit`].
+    pub(crate) fn vector(&self, model: &str, ids: Arc<[TokenId]>, second: u32, kind: WantKind) -> Result<PendingVector, SubmitError> {
+        let wants = Arc::new([Want { offset: 0, kind }]);
+        self.course(model, Submission::encode(ids, second, wants)).map(PendingVector)
+    }
+}
+
+/// A vector on its way. Dropping it cancels the sequence.
+#[derive(Debug)]
+pub(crate) struct PendingVector(Course);
+
+impl PendingVector {
+    /// Waits for it.
+    ///
+    /// # Errors
+    /// What breaks a stream.
+    pub(crate) async fn get(mut self) -> Result<Vec<f32>, StreamError> {
+        while let Some(item) = self.0.next().await {
+            match item {
+                Item::Output(Output { value: OutputValue::Vector(vector), .. }) => return Ok(vector),
+                Item::Output(other) => return Err(StreamError::Engine(format!("a vector was wanted, {:?} came", other.value))),
+                Item::Event(StreamEvent::Failed(error)) => return Err(error),
+                Item::Event(_) => {}
+            }
+        }
+        Err(StreamError::Engine("the sequence ended without its vector".to_owned()))
     }
 }

@@ -16,7 +16,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::replica::simulated::{CostModel, Fault, SimulatedConnector, SimulatedModel};
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 211 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0 };
 const COST: CostModel = CostModel { step: Duration::from_millis(5), token: Duration::from_micros(50) };
 
 struct World {

@@ -66,6 +66,7 @@ pub(super) fn vocabulary(stored: Stored) -> Result<Vocabulary, TokenizerError> {
         control,
         prefix: bos.filter(|_| stored.add_bos.unwrap_or(add_bos)).into_iter().collect(),
         suffix: eos.filter(|_| stored.add_eos.unwrap_or(false)).into_iter().collect(),
+        pair: None,
         bos,
         eos,
         ends,

@@ -10,7 +10,7 @@ use super::pieces::{Pieces, byte_level, named_byte};
 use super::pipeline::Pipeline;
 use super::specials::{Special, Specials};
 use super::spm::BOUNDARY;
-use super::vocabulary::{END_TEXTS, Encoder, Vocabulary};
+use super::vocabulary::{END_TEXTS, Encoder, Pair, Vocabulary};
 
 /// The parts of tokenizer.json that the `tokenizers` crate does not give away.
 #[derive(Deserialize)]
@@ -108,8 +108,9 @@ pub(super) fn vocabulary(bytes: &[u8], config: &TokenizerConfig) -> Result<Vocab
     let raw = Specials::new(special(false).collect());
     let normalized = special(true).map(|s| Special { text: normalize(&inner, &s.text), ..s });
     let normalized = Specials::new(normalized.collect());
+    let pair = pair(&file.post_processor, &id_of);
     let encoder = Encoder::Pipeline(Box::new(Pipeline::from_json(inner, raw, normalized)));
-    Ok(Vocabulary { encoder, pieces, control, prefix, suffix, bos, eos, ends, strip_space })
+    Ok(Vocabulary { encoder, pieces, control, prefix, suffix, pair, bos, eos, ends, strip_space })
 }
 
 /// Builds the vocabulary of a tokenizer.json that a GGUF header carries; what that says of the tokens around a text counts.
@@ -247,8 +248,7 @@ fn around(processor: &Value, id_of: &impl Fn(&str) -> Option<TokenId>) -> (Vec<T
             for item in processor.get("single").and_then(Value::as_array).into_iter().flatten() {
                 passed |= item.get("Sequence").is_some();
                 let Some(name) = item.pointer("/SpecialToken/id").and_then(Value::as_str) else { continue };
-                let table = processor.pointer("/special_tokens").and_then(|t| t.get(name)).and_then(|t| t.get("ids"));
-                let ids = table.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_u64).map(|id| id as TokenId);
+                let ids = template_ids(processor, name);
                 if passed { after.extend(ids) } else { before.extend(ids) }
             }
         }
@@ -260,4 +260,37 @@ fn around(processor: &Value, id_of: &impl Fn(&str) -> Option<TokenId>) -> (Vec<T
         _ => {}
     }
     (before, after)
+}
+
+/// Ids that a template's processor has for a special token.
+fn template_ids(processor: &Value, name: &str) -> Vec<TokenId> {
+    let table = processor.pointer("/special_tokens").and_then(|t| t.get(name)).and_then(|t| t.get("ids"));
+    table.and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_u64).map(|id| id as TokenId).collect()
+}
+
+/// Ids that the post-processor puts around two texts, where it knows what to do with two.
+fn pair(processor: &Value, id_of: &impl Fn(&str) -> Option<TokenId>) -> Option<Pair> {
+    let kind = processor.get("type").and_then(Value::as_str)?;
+    match kind {
+        "Sequence" => processor.get("processors")?.as_array()?.iter().find_map(|step| pair(step, id_of)),
+        "TemplateProcessing" => {
+            let (mut pair, mut texts) = (Pair::default(), Vec::new());
+            for item in processor.get("pair")?.as_array()? {
+                if let Some(text) = item.pointer("/Sequence/id").and_then(Value::as_str) {
+                    texts.push(text);
+                    continue;
+                }
+                let ids = template_ids(processor, item.pointer("/SpecialToken/id").and_then(Value::as_str)?);
+                [&mut pair.before, &mut pair.between, &mut pair.after].get_mut(texts.len())?.extend(ids);
+            }
+            (texts == ["A", "B"]).then_some(pair)
+        }
+        "BertProcessing" | "RobertaProcessing" => {
+            let id = |key: &str| processor.get(key).and_then(|v| v.get(0)).and_then(Value::as_str).and_then(id_of);
+            let (cls, sep) = (id("cls")?, id("sep")?);
+            let between = if kind == "BertProcessing" { vec![sep] } else { vec![sep, sep] };
+            Some(Pair { before: vec![cls], between, after: vec![sep] })
+        }
+        _ => None,
+    }
 }

@@ -12,6 +12,7 @@ mod sentencepiece;
 mod specials;
 mod spm;
 mod template;
+mod vectors;
 mod vocabulary;
 
 use plan::card::{CardFile, GGUF_HEADER, ModelCard};
@@ -22,6 +23,7 @@ use serde_json::{Map, Value};
 pub use carry::{files as tokenizer_files, gguf_entries};
 pub use error::{ChatError, EncodeError, TokenizerError};
 pub use plan::generation::Defaults as GenerationDefaults;
+pub use vectors::{Activation, Classes, Embedding, VectorSettings};
 
 use card::TokenizerConfig;
 use guard::Guard;
@@ -142,6 +144,23 @@ impl Tokenizer {
         let mut ids = self.with_prefix(self.encode(text, parse_special)?);
         ids.extend_from_slice(&self.vocabulary.suffix);
         Ok(ids)
+    }
+
+    /// Ids of two texts that are read together, between the tokens that the model wants around them, and where the second one begins.
+    /// Control tokens spelled in them are parsed only if `parse_special`.
+    ///
+    /// # Errors
+    /// When the model's files do not say how two texts are put together, or the tokenizer's own rules fail on them.
+    pub fn encode_pair(&self, first: &str, second: &str, parse_special: bool) -> Result<(Vec<TokenId>, usize), EncodeError> {
+        let unsaid = || EncodeError("the model's files do not say how two texts are put together".to_owned());
+        let around = self.vocabulary.pair.as_ref().ok_or_else(unsaid)?;
+        let mut ids = around.before.clone();
+        ids.extend(self.encode(first, parse_special)?);
+        ids.extend_from_slice(&around.between);
+        let begin = ids.len();
+        ids.extend(self.encode(second, parse_special)?);
+        ids.extend_from_slice(&around.after);
+        Ok((ids, begin))
     }
 
     /// The prompt of a conversation: `{role, content, …}` objects rendered by the chat template. Control tokens are

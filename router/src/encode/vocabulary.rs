@@ -28,6 +28,14 @@ pub(super) enum Encoder {
     Pipeline(Box<Pipeline>),
 }
 
+/// Ids around two texts that are read together.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Pair {
+    pub(super) before: Vec<TokenId>,
+    pub(super) between: Vec<TokenId>,
+    pub(super) after: Vec<TokenId>,
+}
+
 /// What every tokenizer consists of.
 pub(super) struct Vocabulary {
     /// Text to ids.
@@ -40,6 +48,8 @@ pub(super) struct Vocabulary {
     pub(super) prefix: Vec<TokenId>,
     /// Ids after a text.
     pub(super) suffix: Vec<TokenId>,
+    /// Ids around two texts, where the files say it.
+    pub(super) pair: Option<Pair>,
     /// First token of a text.
     pub(super) bos: Option<TokenId>,
     /// Last token of a text.

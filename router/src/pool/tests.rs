@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 211 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0 };
 /// Slow enough to look at streams in their midst.
 const COST: CostModel = CostModel { step: Duration::from_millis(4), token: Duration::ZERO };
 /// What anything but a dead router takes; far more than it should, on a busy machine.

@@ -21,6 +21,8 @@ pub use session::{CostModel, Fault, Pipeline, SimulatedConnector, SimulatedRepli
 pub struct SimulatedModel {
     /// Ids are below this.
     pub vocab: u32,
+    /// Labels, where it is an encoder that classifies.
+    pub labels: u32,
 }
 
 impl SimulatedModel {
@@ -92,6 +94,22 @@ impl SimulatedModel {
         all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
         all.truncate(top as usize);
         Logprobs { token: of(target), top: all }
+    }
+
+    /// Values of a vector that nothing cuts.
+    pub const WIDTH: u32 = 8;
+
+    /// The vector that a simulated encoder makes of a whole input, the second text of which begins at `second`.
+    pub fn vector(&self, ids: &[TokenId], second: u32, kind: &WantKind) -> Vec<f32> {
+        let state = ids.iter().fold(Self::START, |s, id| Self::advance(s, *id));
+        let (pooling, width, normalize) = match kind {
+            WantKind::Pooled(pooled) => (pooled.over as u64 + 1, Some(pooled.dimensions).filter(|n| *n > 0), pooled.normalize),
+            _ => (0, Some(self.labels), false),
+        };
+        let value = |i: u32| (mix(state ^ mix(pooling << 48 | u64::from(second) << 32 | u64::from(i))) % 2001) as f32 / 1000.0 - 1.0;
+        let values: Vec<f32> = (0..width.unwrap_or(Self::WIDTH)).map(value).collect();
+        let length = values.iter().map(|x| x * x).sum::<f32>().sqrt();
+        if normalize { values.iter().map(|x| x / length).collect() } else { values }
     }
 
     fn logits(&self, state: u64) -> Vec<f32> {
@@ -212,6 +230,11 @@ impl SimulatedEngine {
                 return Err(format!("sequence {id} begins twice"));
             }
         }
+        if self.kv.groups.is_empty() && !self.sequences.contains_key(&id) {
+            // An encoder's sequences are whole in one step, without settings.
+            let whole = Begin { ids: Vec::new(), prompt_len: 0, sampling: Sampling::default() };
+            self.sequences.insert(id, self.begin(&whole, 0, part.adapter)?);
+        }
         let tracked = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} never began"))?;
         if part.adapter != tracked.adapter || (part.adapter != 0 && !self.adapters.contains_key(&part.adapter)) {
             return Err(format!("sequence {id} of slot {} goes on with slot {}", tracked.adapter, part.adapter));
@@ -311,7 +334,10 @@ impl SimulatedEngine {
                 }
                 WantKind::Score { target, top } => OutputValue::Score(self.model.logprobs(state, *target, *top)),
                 WantKind::Logits => OutputValue::Logits(self.model.logits(state)),
-                WantKind::Pooled(_) | WantKind::Classes => OutputValue::Vector(vec![(state % 1024) as f32]),
+                kind @ (WantKind::Pooled(_) | WantKind::Classes) => match &part.input {
+                    Input::Ids(ids) => OutputValue::Vector(self.model.vector(ids, part.second, kind)),
+                    Input::Sampled { .. } => return Err(format!("a vector is wanted of a token of sequence {id} that is not known")),
+                },
             };
             outputs.push(Output { sequence: id, position, value });
         }

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::replica::simulated::{CostModel, Pipeline, SimulatedEngine, SimulatedModel};
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 97 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 97, labels: 0 };
 
 fn limits(groups: &[(Option<u32>, usize)], batch: usize, tokens: usize) -> ReplicaLimits {
     let groups = groups.iter().map(|(window, blocks)| KvGroup { window: *window, layers: vec![0], blocks: *blocks }).collect();

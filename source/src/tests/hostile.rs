@@ -142,6 +142,7 @@ pub(super) fn safetensors() -> Vec<(&'static str, Vec<u8>)> {
         ("/model.safetensors", read("model-00001-of-00005.safetensors")),
         ("/config.json", read("config.json")),
         ("/tokenizer.json", read("tokenizer.json")),
+        ("/1_Pooling/config.json", b"{}".to_vec()),
     ]
 }
 
@@ -157,7 +158,7 @@ fn a_pinned_safetensors_file_brings_its_small_files_along_and_is_never_asked_for
     let before = server.requests();
     let again = Source::open(&uri, pinned.clone()).unwrap();
     assert_eq!((again.card().unwrap(), server.requests()), (card.clone(), before));
-    assert_eq!(card.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["config.json", "tokenizer.json"]);
+    assert_eq!(card.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["1_Pooling/config.json", "config.json", "tokenizer.json"]);
     assert_eq!(whole(&again), files[0].1);
     // Another source of the same weights may have another configuration: it is asked.
     let other = Source::open(&format!("{}/other/model.safetensors", server.url), pinned).unwrap();

@@ -18,4 +18,5 @@ mod runner;
 mod split;
 mod streams;
 mod survival;
+mod vectors;
 mod weights;

@@ -6,6 +6,7 @@ mod logprobs;
 mod requests;
 mod service;
 mod streams;
+mod vectors;
 mod wire;
 
 use std::net::SocketAddr;
@@ -31,7 +32,7 @@ use crate::encode::Tokenizer;
 use crate::replica::simulated::{CostModel, Fault, SimulatedConnector, SimulatedModel, SimulatedReplica};
 
 /// Its vocabulary is the fixture's.
-const MODEL: SimulatedModel = SimulatedModel { vocab: 512 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 512, labels: 0 };
 const PROMPT: &str = "The capital of France is";
 /// End tokens of the fixture.
 const ENDS: [TokenId; 2] = [1, 4];
@@ -39,19 +40,27 @@ const CONTEXT: usize = 512;
 
 /// A card of the llama fixture; `change` sees each file before it goes in.
 fn card(change: impl Fn(&str, &mut Value)) -> ModelCard {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
-    let file = |name: &str| {
+    card_of("llama", &["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"], change)
+}
+
+/// A card of these files of a fixture.
+fn card_of(fixture: &str, files: &[&str], change: impl Fn(&str, &mut Value)) -> ModelCard {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(fixture);
+    let file = |name: &&str| {
         let bytes = std::fs::read(folder.join(name)).expect("a file of the fixture");
         let mut value = serde_json::from_slice(&bytes).expect("JSON");
         change(name, &mut value);
-        CardFile { name: name.to_owned(), bytes: value.to_string().into_bytes() }
+        CardFile { name: (*name).to_owned(), bytes: value.to_string().into_bytes() }
     };
-    ModelCard { files: ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"].map(file).into() }
+    ModelCard { files: files.iter().map(file).collect() }
 }
 
 /// How a [`World`] is built.
 struct Setup {
     card: ModelCard,
+    model: SimulatedModel,
+    /// None: an encoder.
+    groups: Vec<KvGroup>,
     cost: CostModel,
     options: ApiOptions,
     replicas: usize,
@@ -63,8 +72,11 @@ struct Setup {
 
 impl Default for Setup {
     fn default() -> Self {
+        let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
         Self {
             card: card(|_, _| ()),
+            model: MODEL,
+            groups: vec![group(None, 900), group(Some(64), 600)],
             cost: CostModel::FREE,
             options: ApiOptions { drain: Duration::from_secs(5), ..ApiOptions::default() },
             replicas: 1,
@@ -87,6 +99,7 @@ struct World {
     http: SocketAddr,
     grpc: SocketAddr,
     tokenizer: Tokenizer,
+    model: SimulatedModel,
     stop: CancellationToken,
     server: JoinHandle<Result<(), ServeError>>,
 }
@@ -108,9 +121,8 @@ impl World {
 
     /// A world whose replicas may not be ready yet.
     async fn start(setup: Setup) -> Self {
-        let group = |window, blocks| KvGroup { window, layers: vec![0], blocks };
         let limits = ReplicaLimits {
-            kv: KvGeometry { dtype: KvDType::F32, groups: vec![group(None, 900), group(Some(64), 600)] },
+            kv: KvGeometry { dtype: KvDType::F32, groups: setup.groups },
             max_context: CONTEXT,
             max_batch_sequences: 64,
             max_batch_tokens: 128,
@@ -146,7 +158,7 @@ impl World {
             },
         };
         let tokenizer = Tokenizer::from_card(&setup.card).expect("a tokenizer");
-        let connector = Arc::new(SimulatedConnector::new(MODEL, 2, setup.cost, Arc::new(setup.card)));
+        let connector = Arc::new(SimulatedConnector::new(setup.model, 2, setup.cost, Arc::new(setup.card)));
         let (fleet, receiver) = watch::channel(FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() });
         let options = EdgeOptions { connector: connector.clone(), resume: Duration::from_secs(10), deadline: None };
         let edge = Edge::start(receiver, options);
@@ -157,7 +169,7 @@ impl World {
         let stop = CancellationToken::new();
         let shutdown = stop.clone().cancelled_owned();
         let server = tokio::spawn(serve(edge.clone(), http, grpc, setup.options, shutdown));
-        Self { edge, connector, _fleet: fleet, http: http_at, grpc: grpc_at, tokenizer, stop, server }
+        Self { edge, connector, _fleet: fleet, http: http_at, grpc: grpc_at, tokenizer, model: setup.model, stop, server }
     }
 
     fn replica(&self) -> Arc<SimulatedReplica> {
