@@ -23,7 +23,7 @@ pub(crate) const SINGLE: &str = "model.safetensors";
 pub(crate) const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
 const PYTORCH: &str = "pytorch_model.bin";
 /// Files that become the model card, beside a GGUF header; ascending.
-pub(crate) const CARD_FILES: [&str; 9] = [
+pub(crate) const CARD_FILES: [&str; 10] = [
     "1_Pooling/config.json",
     "chat_template.jinja",
     "config.json",
@@ -33,6 +33,7 @@ pub(crate) const CARD_FILES: [&str; 9] = [
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "vocab.txt",
 ];
 
 /// The settings of an adapter of PEFT, and its weights in either form.

@@ -100,7 +100,7 @@ def of_sentencepiece(name, model, options):
 
 
 os.chdir(ROOT)
-for model in ["llama", "qwen2", "gpt2"]:
+for model in ["llama", "qwen2", "gpt2", "bert"]:
     of_json(f"random-{model}.json", MODELS / model / "tokenizer.json")
 boundary = GOLDEN / "boundary.tokenizer.json"
 prefixed = json.loads((GOLDEN / "boundary-prefixed.json").read_text())

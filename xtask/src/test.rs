@@ -9,7 +9,7 @@ use anyhow::{Result, anyhow};
 use clap::{Args, ValueEnum};
 
 use crate::{
-    model,
+    minilm, model,
     process::{cargo, run, say},
     python,
 };
@@ -40,7 +40,11 @@ enum Kind {
 /// If something cannot be prepared or a test fails; the tests of the second kind run in any case.
 pub(crate) fn all(options: &Options) -> Result<()> {
     let wanted = |kind| options.only.is_none_or(|only| only == kind);
-    let clients = Preparation::start("the model and the Python clients", || model::ensure().and_then(|_| python::clients()));
+    let clients = Preparation::start("the models and the Python clients", || {
+        model::ensure()?;
+        minilm::ensure()?;
+        python::clients()
+    });
     let cluster = wanted(Kind::Cluster).then(|| Preparation::start("the cluster's programs", prepare_cluster));
     say("building the workspace");
     // The end-to-end tests start the programs themselves: the tests of their own packages make cargo build them, once, with everybody's features.

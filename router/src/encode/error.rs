@@ -3,8 +3,8 @@
 /// Why a model card gives no tokenizer.
 #[derive(Debug, thiserror::Error)]
 pub enum TokenizerError {
-    /// The card holds no GGUF header, tokenizer.json or tokenizer.model.
-    #[error("model has no tokenizer: expected a GGUF header, tokenizer.json or tokenizer.model, found {0}")]
+    /// The card holds no GGUF header, tokenizer.json, tokenizer.model or vocab.txt.
+    #[error("model has no tokenizer: expected a GGUF header, tokenizer.json, tokenizer.model or vocab.txt, found {0}")]
     Missing(String),
     /// A file of the card cannot be read.
     #[error("cannot read {file}: {problem}")]
@@ -15,7 +15,7 @@ pub enum TokenizerError {
         problem: String,
     },
     /// A GGUF tokenizer of a kind that is not known.
-    #[error("tokenizer.ggml.model {0:?} is not supported, expected \"llama\" or \"gpt2\"")]
+    #[error("tokenizer.ggml.model {0:?} is not supported, expected \"llama\", \"gpt2\" or \"bert\"")]
     Model(String),
     /// A pre-tokenizer whose splitting rule is not known; guessing one would change ids silently.
     #[error("pre-tokenizer tokenizer.ggml.pre {0:?} is not known")]

@@ -14,6 +14,7 @@ mod spm;
 mod template;
 mod vectors;
 mod vocabulary;
+mod wordpiece;
 
 use plan::card::{CardFile, GGUF_HEADER, ModelCard};
 use plan::fleet::ChatTemplate;
@@ -64,7 +65,8 @@ impl Default for ChatOptions<'_> {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer of a model: tokenizer.json where there is one, else the GGUF header's, else tokenizer.model.
+    /// Builds the tokenizer of a model: tokenizer.json where there is one, else the GGUF header's, else tokenizer.model, else
+    /// vocab.txt.
     ///
     /// # Errors
     /// When the card has neither, a file cannot be read, or the tokenizer is of a kind that is not known.
@@ -84,10 +86,13 @@ impl Tokenizer {
             }
             match stored.huggingface.take() {
                 Some(json) => json::of_gguf(&json, &stored, config.clone())?,
+                None if stored.model == wordpiece::MODEL => wordpiece::from_gguf(&stored, &config)?,
                 None => gguf::vocabulary(stored)?,
             }
         } else if let Some(bytes) = card.file(sentencepiece::FILE) {
             sentencepiece::vocabulary(bytes, card, &config)?
+        } else if let Some(bytes) = card.file(wordpiece::FILE) {
+            wordpiece::from_lines(bytes, card, &config)?
         } else {
             let names: Vec<&str> = card.files.iter().map(|f| f.name.as_str()).collect();
             return Err(TokenizerError::Missing(if names.is_empty() { "no files".to_owned() } else { names.join(", ") }));

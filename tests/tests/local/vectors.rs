@@ -1,6 +1,9 @@
 //! Serving encoders: embeddings, scores, ranks and labels over HTTP, from one process and from several.
 
-use std::process::{Command, Stdio};
+use std::{
+    path::Path,
+    process::{Command, Stdio},
+};
 
 use e2e::{
     client, files,
@@ -101,6 +104,57 @@ async fn pairs_are_scored_and_ranked() {
     let ranked = post(&server, "rerank", &json!({"model": "encoder", "query": first, "documents": [second, first]})).await;
     let order: Vec<u64> = ranked["results"].as_array().expect("a list").iter().filter_map(|r| r["index"].as_u64()).collect();
     assert_eq!(order, [1, 0], "{ranked}");
+}
+
+/// A sentence model people use, as its files say: pooled and normalised by modules.json, from its folder and from vocab.txt alone.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_sentence_model_embeds_as_its_reference() {
+    let golden = files::golden("minilm.json");
+    let cases = golden["cases"].as_array().expect("cases");
+    let inputs: Vec<&Value> = cases.iter().map(|case| &case["text"]).collect();
+    let cosine = |a: &[f32], b: &[f32]| {
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+        dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+    };
+    let folder = files::sentence_model();
+    // A folder that was written anew has all that makes it a sentence model.
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let copy = place.path().join("copy");
+    program::json(&["convert", &folder.display().to_string(), &copy.display().to_string(), "--json"]);
+    let lines = vocabulary_alone(&copy);
+    let mut all = Vec::new();
+    for (model, split) in [(folder.as_path(), (1, 1)), (lines.path(), (2, 2))] {
+        let server = Server::start(&manifest("encoder", model, &parallelism(split.0, split.1)));
+        let answer = post(&server, "embeddings", &json!({"model": "encoder", "input": inputs})).await;
+        for (index, case) in cases.iter().enumerate() {
+            let (got, expected) = (floats(&answer["data"][index], "embedding"), floats(case, "embedding"));
+            let (off, most) = (1.0 - cosine(&got, &expected), distance(&got, &expected));
+            println!("{}: cosine 1 - {off:e}, off by at most {most:e}", case["text"]);
+            assert!(off.abs() <= 1e-6 && most <= 1e-5, "{}: {off} {most}", case["text"]);
+            let other = floats(&cases[(index + 1) % cases.len()], "embedding");
+            assert!(1.0 - cosine(&got, &other) > 1e-2, "another text went unseen");
+        }
+        let tokens: usize = cases.iter().map(|case| case["ids"].as_array().expect("ids").len()).sum();
+        assert_eq!(answer["usage"]["prompt_tokens"].as_u64(), Some(tokens as u64));
+        all.push(answer["data"].clone());
+    }
+    assert!(all[0] == all[1], "a split, or another file of the vocabulary, changed bits");
+}
+
+/// The sentence model with a vocab.txt in place of its tokenizer.json.
+fn vocabulary_alone(folder: &Path) -> tempfile::TempDir {
+    let made = tempfile::tempdir().expect("a temporary folder");
+    std::fs::create_dir(made.path().join("1_Pooling")).expect("a folder");
+    for name in ["config.json", "model.safetensors", "modules.json", "tokenizer_config.json", "1_Pooling/config.json"] {
+        std::fs::copy(folder.join(name), made.path().join(name)).expect("a copy");
+    }
+    let json = std::fs::read(folder.join("tokenizer.json")).expect("tokenizer.json");
+    let json: Value = serde_json::from_slice(&json).expect("JSON");
+    let vocabulary = json["model"]["vocab"].as_object().expect("a vocabulary");
+    let mut lines = vec![""; vocabulary.len()];
+    vocabulary.iter().for_each(|(token, id)| lines[id.as_u64().expect("an id") as usize] = token);
+    std::fs::write(made.path().join("vocab.txt"), lines.join("\n") + "\n").expect("a writable folder");
+    made
 }
 
 /// The official client, which asks for base64 by itself.
