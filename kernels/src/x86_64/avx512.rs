@@ -315,10 +315,13 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
     unsafe {
         let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), bias.offsets.as_ptr());
         let mut acc = [_mm512_setzero_ps(); N];
+        // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
+        let mut next = front.wrapping_add(AHEAD);
         for _ in 0..blocks {
-            for at in (0..W::BODY).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + at).cast());
+            for at in (0..W::BODY + F::BYTES).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
             }
+            next = next.wrapping_add(W::BODY + F::BYTES);
             let mut sums = [_mm512_setzero_si512(); N];
             if !F::MINS {
                 for c in 0..N {
