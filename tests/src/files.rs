@@ -6,6 +6,7 @@ use std::{
 };
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 /// SHA-256 of the reference model, Gemma 3 270M Q4_K_M.
 pub const REFERENCE_SHA256: &str = "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818";
@@ -26,6 +27,31 @@ pub fn fixture(name: &str) -> PathBuf {
 /// If it is missing or no JSON.
 pub fn expected(name: &str) -> Value {
     json(&fixture(name).join("expected.json"))
+}
+
+/// Copies the files of a fixture into a folder.
+///
+/// # Panics
+/// If there is no such fixture, or the folder cannot be written.
+pub fn copy_fixture(name: &str, to: &Path) {
+    for file in fs::read_dir(fixture(name)).expect("the fixture") {
+        let file = file.expect("an entry");
+        fs::copy(file.path(), to.join(file.file_name())).expect("a copy");
+    }
+}
+
+/// A folder with the files of a fixture, in whose `config.json` one text is replaced.
+///
+/// # Panics
+/// If there is no such fixture, or no such text in it.
+pub fn changed_fixture(name: &str, from: &str, to: &str) -> TempDir {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_fixture(name, folder.path());
+    let config = folder.path().join("config.json");
+    let text = fs::read_to_string(&config).expect("config.json");
+    assert!(text.contains(from), "{from}");
+    fs::write(&config, text.replace(from, to)).expect("a writable file");
+    folder
 }
 
 /// The golden file called `name`.

@@ -104,10 +104,7 @@ fn ranks_fetch_their_own_bytes_and_go_on_where_they_were_killed() {
 fn credentials_let_a_deployment_in() {
     const SECRET: &str = "a-token-that-nobody-sees";
     let folder = hub("e2e/private");
-    for file in fs::read_dir(files::fixture("llama")).expect("the fixture") {
-        let file = file.expect("an entry");
-        fs::copy(file.path(), folder.join(file.file_name())).expect("a copy");
-    }
+    files::copy_fixture("llama", &folder);
     fs::write(folder.join(".authorization"), format!("Bearer {SECRET}")).expect("a writable folder");
     let namespace = Namespace::shared("private");
     let refused = |what: &str, words: &str| {
@@ -225,10 +222,7 @@ fn a_model_on_a_claim_answers_as_this_machine_does() {
     let volume = Volume::make(&namespace, "test-on-claim");
     let folder = volume.folder.join("models/llama");
     fs::create_dir_all(&folder).expect("a writable volume");
-    for file in fs::read_dir(files::fixture("llama")).expect("the fixture") {
-        let file = file.expect("an entry");
-        fs::copy(file.path(), folder.join(file.file_name())).expect("a copy");
-    }
+    files::copy_fixture("llama", &folder);
     fs::write(volume.folder.join("damaged.gguf"), b"GGUF\x03\0\0\0").expect("a writable volume");
     let apply = |uri: &str| {
         let spec = json!({"model": {"uri": uri}, "parallelism": {"pipeline": 2, "tensor": 2}});

@@ -1,6 +1,6 @@
 //! Encoders: their fixtures against the reference implementation's numbers, from every kind of file, whole and split.
 
-use std::{collections::BTreeMap, fs, path::Path};
+use std::{collections::BTreeMap, path::Path};
 
 use e2e::{
     files,
@@ -39,25 +39,11 @@ fn texts(name: &str) -> BTreeMap<String, Value> {
     serde_json::from_value(files::expected(name)["texts"].clone()).expect("texts")
 }
 
-/// A folder with the files of a fixture, one text replaced in its `config.json`.
-fn changed(name: &str, from: &str, to: &str) -> tempfile::TempDir {
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    for file in fs::read_dir(files::fixture(name)).expect("the fixture") {
-        let file = file.expect("an entry");
-        fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
-    }
-    let config = folder.path().join("config.json");
-    let text = fs::read_to_string(&config).expect("config.json");
-    assert!(text.contains(from), "{from}");
-    fs::write(&config, text.replace(from, to)).expect("a writable file");
-    folder
-}
-
 /// Asserts that a fixture gives its reference outputs, that all splits and instructions give the same bits, and that a wrong setting
 /// would be seen.
 fn matches_reference(name: &str, wrong: (&str, &str)) {
     let model = files::fixture(name);
-    let folder = changed(name, wrong.0, wrong.1);
+    let folder = files::changed_fixture(name, wrong.0, wrong.1);
     for (text, expected) in texts(name) {
         let input = ids(&expected, "input_ids");
         let got = vectors(&model, &input, &[]);
@@ -78,7 +64,7 @@ fn bert_matches_its_reference() {
     // The form of GELU shows.
     let (_, expected) = texts("bert").pop_first().expect("a text");
     let input = ids(&expected, "input_ids");
-    let folder = changed("bert", "\"hidden_act\": \"gelu\"", "\"hidden_act\": \"gelu_new\"");
+    let folder = files::changed_fixture("bert", "\"hidden_act\": \"gelu\"", "\"hidden_act\": \"gelu_new\"");
     let (other, exact) = (vectors(folder.path(), &input, &[]), vectors(&files::fixture("bert"), &input, &[]));
     assert!(bits(&other) != bits(&exact) && distance(&other, &expected) > distance(&exact, &expected));
 }
@@ -158,7 +144,7 @@ fn what_encoders_cannot_do_is_refused() {
         ("\"BertModel\"", "\"NomicBertModel\"", "NomicBertModel"),
         ("\"BertModel\"", "\"BertForSequenceClassification\"", "classifier.weight"),
     ] {
-        let folder = changed("bert", from, to);
+        let folder = files::changed_fixture("bert", from, to);
         refused(&["eval", "logits", folder.path().to_str().expect("a path in UTF-8"), "--input-ids", "1,2"], words);
     }
 }

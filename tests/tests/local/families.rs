@@ -1,6 +1,6 @@
 //! Every family: its fixture against the reference implementation's numbers, from either kind of file, whole and split.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use e2e::{
     files,
@@ -49,15 +49,7 @@ fn matches_reference(name: &str, wrong: (&str, &str)) -> Value {
     let expected = files::expected(name);
     let got = matches(&files::fixture(name), &expected, name);
 
-    let folder = tempfile::tempdir().expect("a temporary folder");
-    for file in fs::read_dir(files::fixture(name)).expect("the fixture") {
-        let file = file.expect("an entry");
-        fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
-    }
-    let config = folder.path().join("config.json");
-    let text = fs::read_to_string(&config).expect("config.json");
-    assert!(text.contains(wrong.0));
-    fs::write(&config, text.replace(wrong.0, wrong.1)).expect("a writable file");
+    let folder = files::changed_fixture(name, wrong.0, wrong.1);
     let other = logits(folder.path(), &ids(&expected, "input_ids"), 0, &[]);
     let off = distance(&floats(&other, "last_logits"), &floats(&expected, "last_logits"));
     assert!(off > 1e-4, "{name}: {} in place of {} went unseen ({off})", wrong.1, wrong.0);

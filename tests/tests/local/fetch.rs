@@ -102,10 +102,7 @@ fn processes_with_one_cache_fetch_each_byte_once() {
 #[test]
 fn another_version_of_a_file_is_not_mixed_with_the_one_before() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    for file in fs::read_dir(files::fixture("llama-pt")).expect("the fixture") {
-        let file = file.expect("an entry");
-        fs::copy(file.path(), folder.path().join(file.file_name())).expect("a copy");
-    }
+    files::copy_fixture("llama-pt", folder.path());
     let mirror = Mirror::start(folder.path());
     let cache = tempfile::tempdir().expect("a temporary folder");
     let uri = format!("{}model.pt", mirror.url);

@@ -31,10 +31,7 @@ fn eval(model: &Path) -> Finished {
 /// A copy of the tiny llama in which `file` was changed.
 fn changed(file: &str, change: impl FnOnce(Vec<u8>) -> Vec<u8>) -> tempfile::TempDir {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    for entry in fs::read_dir(files::fixture("llama")).expect("the fixture") {
-        let entry = entry.expect("an entry");
-        fs::copy(entry.path(), folder.path().join(entry.file_name())).expect("a copy");
-    }
+    files::copy_fixture("llama", folder.path());
     let path = folder.path().join(file);
     let bytes = fs::read(&path).expect("the file");
     fs::write(path, change(bytes)).expect("a writable file");
