@@ -208,9 +208,9 @@ fn every_internal_port_is_for_those_alone_whose_name_it_expects() {
         replica: label(pod, "skein.dev/replica-name").to_owned(),
         stage: label(pod, "skein.dev/stage").parse().expect("a number"),
     };
-    let workers = namespace.pods(WORKERS);
+    let workers = namespace.running(WORKERS);
     let mut all: Vec<Door> = workers.iter().flat_map(|pod| doors(pod, &worker(pod))).collect();
-    all.extend(namespace.pods(ROUTERS).iter().flat_map(|pod| doors(pod, &router)));
+    all.extend(namespace.running(ROUTERS).iter().flat_map(|pod| doors(pod, &router)));
     all.extend(doors(&operator(), &Name::Operator));
     // Four workers with a port for steps and links; of the ranks of each stage all but the last are called by others. Two routers, one operator.
     let of = |protocol: Protocol| all.iter().filter(|door| door.protocol == protocol).count();

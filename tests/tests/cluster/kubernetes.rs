@@ -173,6 +173,14 @@ impl Namespace {
         self.get(&["pods", "--selector", selector])["items"].as_array().expect("a list").clone()
     }
 
+    /// The pods that `selector` selects, once the API server knows that their containers run: others hear that of the containers themselves,
+    /// and earlier than it does of the node.
+    pub(crate) fn running(&self, selector: &str) -> Vec<Value> {
+        let runs = "--for=jsonpath={.status.containerStatuses[0].state.running}";
+        self.succeed(&["wait", runs, "pods", "--selector", selector, "--timeout=120s"]);
+        self.pods(selector)
+    }
+
     /// Watches objects until one of them, as it was added or changed, gives a value.
     ///
     /// # Panics

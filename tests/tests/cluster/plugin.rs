@@ -26,7 +26,7 @@ fn the_plugin_shows_the_tree_the_load_and_the_logs() {
     namespace.ready(SAMPLE_NAME, 1);
     let tree = skein(&["status", SAMPLE_NAME]);
     assert!(tree.status.success() && tree.stdout.starts_with("gemma3-270m  Ready  1 of 1 replicas"), "{}{}", tree.stdout, tree.stderr);
-    for pod in namespace.pods(WORKERS) {
+    for pod in namespace.running(WORKERS) {
         let address = pod["status"]["podIP"].as_str().expect("an address");
         assert!(tree.stdout.contains(address), "{} ({address}) in\n{}", name(&pod), tree.stdout);
     }

@@ -42,7 +42,7 @@ fn streams_survive_killed_workers() {
     let namespace = sample("killed");
     let load = Load::start(&namespace.http(SAMPLE_NAME), 4, requests());
     load.more(4);
-    for pod in namespace.pods(WORKERS) {
+    for pod in namespace.running(WORKERS) {
         process(&pod).signal("KILL");
         namespace.watch(&["pod", name(&pod)], "a restarted container", |now| {
             let container = &now["status"]["containerStatuses"][0];
@@ -50,7 +50,7 @@ fn streams_survive_killed_workers() {
         });
         load.more(4);
     }
-    let before = namespace.pods(WORKERS);
+    let before = namespace.running(WORKERS);
     let (gone, stay) = before.split_first().expect("four workers");
     namespace.succeed(&["delete", "pod", name(gone), "--grace-period=0", "--force"]);
     namespace.watch(&["pods", "--selector", WORKERS], "a pod in its place", |pod| {
@@ -103,7 +103,7 @@ fn a_minute_without_the_api_server_goes_unnoticed() {
     /// Longer than leases, watches and the operator's retries.
     const AWAY: Duration = Duration::from_secs(60);
     let namespace = sample("headless");
-    let before = namespace.pods(WORKERS);
+    let before = namespace.running(WORKERS);
     let load = Load::start(&namespace.http(SAMPLE_NAME), 2, requests());
     load.more(4);
     component("stop", "kube-apiserver");
@@ -135,7 +135,7 @@ fn a_worker_at_a_new_address_is_found_without_the_operator() {
     let operator = |replicas: &str| succeed(&["--namespace", SYSTEM, "scale", "deployment/skein-operator", "--replicas", replicas]);
     let load = Load::start(&namespace.http(SAMPLE_NAME), 2, requests());
     load.more(4);
-    let before = namespace.pods(WORKERS);
+    let before = namespace.running(WORKERS);
     operator("0");
     program::until("the operator's end", || {
         let pods = ["--namespace", SYSTEM, "get", "pods", "--selector", "app.kubernetes.io/name=skein-operator", "--output=name"];

@@ -70,7 +70,7 @@ fn ranks_fetch_their_own_bytes_and_go_on_where_they_were_killed() {
         // Of both workers, in the middle.
         (known && total > 200_000_000 && done > total * 6 / 10 && done < total).then_some(total)
     });
-    let pods = namespace.pods(WORKERS);
+    let pods = namespace.running(WORKERS);
     process(&pods[0]).signal("KILL");
     fs::remove_file(&pace).expect("the mirror's pace");
     namespace.ready("weights", 1);
@@ -83,7 +83,7 @@ fn ranks_fetch_their_own_bytes_and_go_on_where_they_were_killed() {
     let plan = program::json(&["plan", &local.to_string_lossy(), "--tp", "2", "--json"]);
     let [tensors, shared] = ["tensor_bytes", "shared_bytes"].map(|field| plan[field].as_u64().expect("a number"));
     assert_eq!(total, tensors + shared, "each rank fetches its tensors and nothing else");
-    let after = namespace.pods(WORKERS);
+    let after = namespace.running(WORKERS);
     assert_eq!((identity(&after[0]).1, identity(&after[1]).1), (1, 0), "one was killed, and none restarted by itself");
     let asked = asked("e2e/weights");
     let of = |pod: &Value| asked.get(pod["status"]["podIP"].as_str().expect("an address")).copied().unwrap_or_default();
@@ -134,6 +134,7 @@ fn credentials_let_a_deployment_in() {
     secret("token", SECRET);
     namespace.ready("private", 1);
     ask(&namespace.http("private"), &llama_body("private"));
+    namespace.running(WORKERS);
     // It is in a file of the pod, and neither in its description nor in a log.
     let pods = namespace.succeed(&["get", "pods,modeldeployments,statefulsets,controllerrevisions,configmaps", "--output=yaml"]);
     let logs = namespace.succeed(&["logs", "--selector", WORKERS, "--tail=-1"]);
@@ -197,7 +198,7 @@ fn what_is_on_a_claim_is_not_fetched_again() {
     namespace
         .succeed(&[&["wait", "--for=delete", "pod", "--timeout=120s"][..], &gone.iter().map(String::as_str).collect::<Vec<_>>()].concat());
     namespace.ready("claimed", 1);
-    let pods = namespace.pods(WORKERS);
+    let pods = namespace.running(WORKERS);
     let address = pods[0]["status"]["podIP"].as_str().expect("an address");
     // The tokenizer and the configuration, which are fetched when they are asked for.
     let small: u64 = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]
