@@ -33,6 +33,8 @@ const PAUSE: Duration = Duration::from_millis(200);
 
 /// Failed tests after which the cluster itself is taken to be at fault: the others would each wait for nothing.
 const FAILURES: usize = 4;
+/// Characters that are printed of each look at the namespace of a failed test.
+const LOOKED: usize = 5_000;
 static FAILED: AtomicUsize = AtomicUsize::new(0);
 
 /// Tests that disturb the whole cluster have it for themselves.
@@ -263,12 +265,15 @@ impl Drop for Namespace {
                 &["--namespace", name, "get", "pods,modeldeployments", "--output=wide"],
                 &["--namespace", name, "get", "modeldeployments", "--output=jsonpath={range .items[*]}{.status.conditions}{\"\\n\"}{end}"],
                 &["--namespace", name, "get", "events", "--sort-by=.metadata.creationTimestamp"],
-                &["--namespace", SYSTEM, "logs", "deployment/skein-operator", "--tail=40"],
+                &["--namespace", SYSTEM, "logs", "deployment/skein-operator", "--tail=25"],
             ];
             for look in looks {
                 let done = kubectl(look);
+                let text = done.stdout + &done.stderr;
+                // Of many objects the last: what is printed before the panic must not bury it.
+                let last: String = text.chars().skip(text.chars().count().saturating_sub(LOOKED)).collect();
                 // Best effort: the test has failed already, and its panic is what counts.
-                let _ = writeln!(std::io::stderr(), "--- kubectl {}\n{}{}", look.join(" "), done.stdout, done.stderr);
+                let _ = writeln!(std::io::stderr(), "--- kubectl {}\n{last}", look.join(" "));
             }
         }
         // Waited for, so that what goes away does not take the next test's processors.

@@ -207,15 +207,23 @@ fn many_deployments_settle_and_then_nothing_is_written() {
             metrics(&first).filter(|m| enough(m)).map(|_| began.elapsed().as_secs_f64())
         })
     };
-    let (made, applied, settled) = thread::scope(|scope| {
+    let (made, applied) = thread::scope(|scope| {
         let making = scope.spawn(|| {
             make(&namespace, many);
             began.elapsed().as_secs_f64()
         });
         let unsaid = |reason: &str| matches!(reason, "" | "Starting" | "Resolving");
         let applied = look("every deployment's objects to be applied", &|m| counted(m, |r| !unsaid(r)) >= others + many);
-        let settled = look("every deployment's pods to run", &|m| counted(m, |r| r == "Downloading") >= many);
-        (making.join().expect("they are made"), applied, settled)
+        (making.join().expect("they are made"), applied)
+    });
+    look("every deployment's pods to have nodes", &|m| counted(m, |r| r == "Downloading") >= many);
+    // Whoever plays the pods, and the routers, may come later than that.
+    let settled = wait::until(limit, "every deployment's pods to run", || {
+        thread::park_timeout(4 * LOOK);
+        let list = namespace.get(&["modeldeployments"]);
+        let all = list["items"].as_array().expect("a list");
+        let runs = |status: &Value| status["replicaStates"][0]["readyWorkers"] == 1 && condition(status, "RouterReady")["status"] == "True";
+        all.iter().all(|object| runs(&object["status"])).then(|| began.elapsed().as_secs_f64())
     });
     // Until the last events are told, there is something to write.
     let mut last = (Instant::now(), writes(&metrics(&first).expect("the operator's metrics")));

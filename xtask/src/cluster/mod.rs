@@ -28,6 +28,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use folder::Cluster;
 use startup::Content;
+
+use crate::process::forget_package;
 pub(crate) use testing::{during, prepare};
 pub(crate) use tools::HELM;
 
@@ -126,6 +128,7 @@ fn exec(cluster: &Cluster, command: &[OsString]) -> Result<()> {
     require(cluster)?;
     let (program, args) = command.split_first().context("no command was given")?;
     let mut inside = cluster.inside(program)?;
+    forget_package(&mut inside);
     let here = std::env::current_dir().context("the working folder is gone")?;
     Err(inside.args(args).current_dir(here).stdin(std::process::Stdio::inherit()).exec()).context("failed to start nsenter")
 }
