@@ -6,7 +6,7 @@ use k8s_openapi::{
     NamespaceResourceScope,
     api::{
         apps::v1::{ControllerRevision, StatefulSet},
-        core::v1::{ConfigMap, Pod, Service},
+        core::v1::{ConfigMap, Pod, Service, ServiceAccount},
         networking::v1::NetworkPolicy,
         policy::v1::PodDisruptionBudget,
     },
@@ -22,7 +22,7 @@ use crate::{
     build::{Object, Resources},
     cache::{self, Cache, Owner},
     lost::Named,
-    names::MANAGER,
+    names::{self, MANAGER},
 };
 
 /// A write that the API server refused, or did not answer.
@@ -154,6 +154,15 @@ impl Writer<'_> {
         for revision in &unwanted.revisions {
             self.delete::<ControllerRevision>(owner, revision, &DeleteParams::background()).await?;
         }
+        Ok(())
+    }
+
+    /// Deletes a deployment's own routers, by their account, which everything of theirs goes with.
+    ///
+    /// # Errors
+    /// When the API server refuses, or does not answer.
+    pub async fn remove_routers(&self, owner: &Owner) -> Result<(), ApplyError> {
+        self.delete::<ServiceAccount>(owner, &names::own_router(&owner.name), &DeleteParams::background()).await?;
         Ok(())
     }
 }

@@ -15,7 +15,10 @@ use plan::{
 };
 use serde_json::{Map, Value, json};
 
-use self::pod::{CACHE, CREDENTIALS, SPEC, restricted, volume_mount, with_args, with_identity};
+use self::{
+    pod::{CACHE, CREDENTIALS, SPEC, restricted, volume_mount, with_args, with_identity},
+    pool::Routers,
+};
 use crate::{
     names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
@@ -75,6 +78,15 @@ pub struct Resources {
     pub stateful_sets: Vec<Object>,
 }
 
+/// Where a deployment's requests and workers find routers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reach<'a> {
+    /// Its own routers serve it; else those of its namespace.
+    pub own: bool,
+    /// Where workers find a router that does not find them. It is no part of a revision, since it changes nothing about a worker.
+    pub meeting: Option<&'a str>,
+}
+
 /// Data of a ConfigMap.
 type Data = Map<String, Value>;
 
@@ -95,8 +107,7 @@ pub struct TooLarge {
 }
 
 /// Builds everything: `slots` are the replicas that are to exist, each of one of the `revisions`; `present` is the spec's. A replica of a
-/// revision that is not known stays as it is. `meeting` is where workers find a router that does not find them; it is no part of a revision,
-/// since it changes nothing about a worker.
+/// revision that is not known stays as it is.
 ///
 /// # Errors
 /// When a worker's specification does not fit into a ConfigMap.
@@ -106,9 +117,9 @@ pub fn build(
     present: &Revision,
     revisions: &BTreeMap<&str, &Revision>,
     slots: &[Slot],
-    meeting: Option<&str>,
+    reach: Reach<'_>,
 ) -> Result<Resources, TooLarge> {
-    let deployment = Build { object, owner: object.owner(true), meeting };
+    let deployment = Build { object, owner: object.owner(true), reach };
     let specs = valid.worker_specs();
     let mut config_maps = Vec::new();
     for stage in 0..valid.plan.stages.len() {
@@ -237,7 +248,7 @@ fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[
 struct Build<'a> {
     object: &'a ModelDeployment,
     owner: OwnerReference,
-    meeting: Option<&'a str>,
+    reach: Reach<'a>,
 }
 
 impl Build<'_> {
@@ -277,7 +288,7 @@ impl Build<'_> {
         let mut selector = json!({ DEPLOYMENT: self.object.name() });
         identity.iter().for_each(|(key, value)| selector[*key] = (*value).into());
         let mut pod = record.stages[stage].pod.clone();
-        if let Some(meeting) = self.meeting {
+        if let Some(meeting) = self.reach.meeting {
             with_args(&mut pod["containers"][0], ["--announce", meeting]);
         }
         if !record.plain {
@@ -316,7 +327,7 @@ impl Build<'_> {
             "podSelector": { "matchLabels": self.workers() },
             "policyTypes": ["Ingress"],
             "ingress": [
-                { "from": [{ "podSelector": { "matchLabels": pool::selector() } }], "ports": [{ "port": WORKER_PORT, "protocol": "TCP" }] },
+                { "from": [{ "podSelector": { "matchLabels": pool::any_router() } }], "ports": [{ "port": WORKER_PORT, "protocol": "TCP" }] },
                 { "from": [{ "podSelector": { "matchLabels": self.workers() } }] },
             ],
         });
@@ -338,17 +349,19 @@ impl Build<'_> {
         )
     }
 
-    /// The deployment's own address, which is the pool's.
+    /// The deployment's own address, which leads to the routers that serve it.
     fn service(&self) -> Object {
-        self.object(("v1", "Service"), self.object.name().to_owned(), self.labels("router", &[]), json!({ "spec": router_service() }))
+        let name = self.object.name();
+        let routers = Routers { own_of: self.reach.own.then_some(name), count: 0 };
+        self.object(("v1", "Service"), name.to_owned(), self.labels("router", &[]), json!({ "spec": router_service(routers) }))
     }
 }
 
-/// A service in front of the namespace's pool.
-fn router_service() -> Value {
+/// A service in front of routers.
+fn router_service(routers: Routers<'_>) -> Value {
     json!({
         "type": "ClusterIP",
-        "selector": pool::selector(),
+        "selector": routers.selector(),
         "ports": [
             { "name": "http", "port": SERVICE_PORT, "targetPort": "http", "protocol": "TCP", "appProtocol": "http" },
             { "name": "grpc", "port": ROUTER_PORTS.1, "targetPort": "grpc", "protocol": "TCP", "appProtocol": "kubernetes.io/h2c" },

@@ -40,7 +40,7 @@ pub use self::{
 };
 use crate::{
     models::chain,
-    names::{DEPLOYMENT, MANAGER, REPLICA_NAME},
+    names::{DEPLOYMENT, MANAGER, REPLICA_NAME, ROUTER_OF},
 };
 
 /// Objects of a first list that are read at once: what a list takes is held in memory whole.
@@ -77,8 +77,12 @@ pub struct Changed {
 
 /// Namespace and labels say whose an object is.
 fn owner(metadata: &ObjectMeta) -> Owner {
-    let name = metadata.labels.as_ref().and_then(|labels| labels.get(DEPLOYMENT)).cloned().unwrap_or_default();
-    Owner { namespace: metadata.namespace.clone().unwrap_or_default(), name }
+    let label = |key| metadata.labels.as_ref().and_then(|labels| labels.get(key)).map(String::as_str);
+    let namespace = metadata.namespace.as_deref().unwrap_or_default();
+    match label(ROUTER_OF) {
+        Some(deployment) => Owner::routers_of(namespace, deployment),
+        None => Owner::new(namespace, label(DEPLOYMENT).unwrap_or_default()),
+    }
 }
 
 /// The version of an object, which grows with every change in the cluster. One that cannot be read is older than every other.

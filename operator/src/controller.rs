@@ -33,7 +33,7 @@ use crate::{
     build::{Settings, TooLarge},
     cache::{Cache, Changed, Owner, Patience, api, version},
     dereference::{Fetched, dereference},
-    fleet::{Hub, Space},
+    fleet::Hub,
     inspect::{Inspections, Inspector},
     issuer::{IssueError, Issuer},
     metrics::Metrics,
@@ -43,6 +43,7 @@ use crate::{
     resource::{ModelDeployment, Status},
     revision::Revision,
     rollout::Memory,
+    routers::{self, Served},
     scaling::Scaling,
     setbacks::{Bounds, Setbacks},
     status::{self, MODEL_RESOLVED},
@@ -130,9 +131,11 @@ pub async fn run(options: Options, stop: CancellationToken) {
         .inspect(move |event| {
             let (pools, hub, store, issuer) = &asked;
             match event {
-                Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => pools.ask(object.namespace()),
+                Ok(watcher::Event::Apply(object) | watcher::Event::InitApply(object)) => ask(pools, object),
                 Ok(watcher::Event::Delete(object)) => {
                     pools.ask(object.namespace());
+                    hub.forget_own(object.namespace(), object.name());
+                    pools.ask_own(object.namespace(), object.name());
                     hub.space(object.namespace()).refresh(&expected(store, object.namespace()));
                     if let Some(issuer) = issuer {
                         issuer.note_expiry("worker", (object.namespace(), object.name()), None);
@@ -204,7 +207,7 @@ async fn keep(issuer: Arc<Issuer>, deployments: Store<ModelDeployment>, pools: A
     loop {
         issuer.changed().await;
         for object in deployments.state() {
-            pools.ask(object.namespace());
+            ask(&pools, &object);
             hub.wake(object.namespace(), vec![object.name().to_owned()]).await;
         }
     }
@@ -222,10 +225,12 @@ fn census(deployments: &Store<ModelDeployment>) -> BTreeMap<String, i64> {
 
 /// Watches what was made, and has those looked at whose objects are news.
 async fn follow(client: Client, namespace: Option<String>, cache: Arc<Cache>, pools: Arc<Pools>, hub: Arc<Hub>) {
-    let changed = |Changed { owner: Owner { namespace, name } }: Changed| {
+    let changed = |Changed { owner: Owner { namespace, name, routers } }: Changed| {
         let (pools, hub) = (&pools, &hub);
         async move {
-            if name.is_empty() {
+            if routers {
+                pools.ask_own(&namespace, &name);
+            } else if name.is_empty() {
                 pools.ask(&namespace);
             } else {
                 hub.wake(&namespace, vec![name]).await;
@@ -233,6 +238,14 @@ async fn follow(client: Client, namespace: Option<String>, cache: Arc<Cache>, po
         }
     };
     cache.follow(&client, namespace.as_deref(), changed).await;
+}
+
+/// Has the pools reconciled that serve a deployment, or did.
+fn ask(pools: &Pools, object: &ModelDeployment) {
+    pools.ask(object.namespace());
+    if routers::wants_own(object) || object.status.as_ref().is_some_and(|s| s.routers.is_some()) {
+        pools.ask_own(object.namespace(), object.name());
+    }
 }
 
 /// Takes from a deployment what nobody here looks at, and what is larger than all the rest: who wrote which field, and the manifest once more.
@@ -309,43 +322,43 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
         context.written.lock().unwrap_or_else(PoisonError::into_inner).remove(object.uid());
         return Ok(Done { result: "Deleted", again: None });
     }
-    let space = context.hub.space(object.namespace());
+    let served = Served::now(&context.hub, &context.cache, object, context.settings.pool_size, Timestamp::now().as_second());
     let others = context.deployments.state();
     // What is known already is not said to be read.
     if object.condition(MODEL_RESOLVED).is_none() && !object.spec["model"]["uri"].as_str().is_some_and(|uri| context.models.knows(uri)) {
         context.say(object, status::resolving(object)).await?;
     }
-    let mut fetched = dereference((&context.client, &context.cache), &context.models, &space, &others, object).await?;
+    let mut fetched = dereference((&context.client, &context.cache), &context.models, &served, &others, object).await?;
     context.inspector().inspect(object, &mut fetched).await?;
     let renew = context.renew(object, &fetched.standing).await;
-    let done = advance(object, context, &space, &fetched).await?;
+    let done = advance(object, context, &served, &fetched).await?;
     Ok(Done { again: done.again.into_iter().chain(renew).min(), ..done })
 }
 
 /// What is left once everything is read.
-async fn advance(object: &mut ModelDeployment, context: &Context, space: &Space, fetched: &Fetched) -> Result<Done, ReconcileError> {
+async fn advance(object: &mut ModelDeployment, context: &Context, served: &Served, fetched: &Fetched) -> Result<Done, ReconcileError> {
     let mut valid = match validate(object, fetched) {
         Ok(valid) => valid,
-        Err(rejection) => return context.reject(object, space, fetched, &rejection).await,
+        Err(rejection) => return context.reject(object, served, fetched, &rejection).await,
     };
     let now = Timestamp::now().as_second();
     let ready = fetched.standing.load.replicas.values().filter(|said| said.ready).count() as u32;
-    let decision = context.scaling.decide(object, &mut valid.manifest, ready, &space.reports(object.name()), now);
+    let decision = context.scaling.decide(object, &mut valid.manifest, ready, &served.reports(object.name()), now);
     let revision = Revision::of(&valid, object, &context.settings, &fetched.standing.revisions, collisions(object));
     let (revision, collisions) = match revision {
         Ok(found) => found,
-        Err(error) => return context.reject(object, space, fetched, &too_large(&error)).await,
+        Err(error) => return context.reject(object, served, fetched, &too_large(&error)).await,
     };
     // The plan stands in status before any pod exists.
     if object.status.as_ref().is_none_or(|s| s.update_revision.as_ref() != Some(&revision.name)) {
         context.say(object, status::planned(object, &valid, &revision, collisions)).await?;
     }
-    context.pools.ask(object.namespace());
-    let step = match Step::new(object, &valid, &revision, &fetched.standing, (context, space)) {
+    ask(&context.pools, object);
+    let step = match Step::new(object, &valid, &revision, &fetched.standing, (context, served)) {
         Ok(step) => step,
-        Err(error) => return context.reject(object, space, fetched, &too_large(&error)).await,
+        Err(error) => return context.reject(object, served, fetched, &too_large(&error)).await,
     };
-    let applied = step.take(object, space, context).await;
+    let applied = step.take(object, served, context).await;
     if let Err(ReconcileError::Apply(error)) = &applied {
         let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
         let planned = status::planned(object, &valid, &revision, collisions);
@@ -370,7 +383,8 @@ async fn advance(object: &mut ModelDeployment, context: &Context, space: &Space,
         true => IDLE,
     };
     let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
-    Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).fold(idle, Duration::min)) })
+    let routers = served.routing.until.map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0).max(1)));
+    Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).chain(routers).fold(idle, Duration::min)) })
 }
 
 /// When a deployment that is not ready is looked at again though nothing happens: after a quarter of the time for which it has not been.
@@ -421,16 +435,16 @@ impl Context {
     async fn reject(
         &self,
         object: &mut ModelDeployment,
-        space: &Space,
+        served: &Served,
         fetched: &Fetched,
         rejection: &Rejection,
     ) -> Result<Done, ReconcileError> {
         // What runs goes on, whatever the spec says now; but one whose name is another's must not answer to it.
-        if !space.knows(object.name()) {
-            let entry = if rejection.reason == "NameTaken" { None } else { advance::standing(object, fetched) };
-            space.settle(object.name(), entry, &expected(&self.deployments, object.namespace()));
+        if !served.knows(object.name()) {
+            let entry = if rejection.reason == "NameTaken" { None } else { advance::standing(object, served, fetched) };
+            served.settle(object.name(), entry, &expected(&self.deployments, object.namespace()));
         }
-        self.pools.ask(object.namespace());
+        ask(&self.pools, object);
         self.say(object, status::rejected(object, rejection)).await?;
         let again = match rejection.until {
             Until::Changed => None,

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object (`[]` for the entries of a list), rule, message.
-const RULES: [(&str, &str, &str); 27] = [
+const RULES: [(&str, &str, &str); 28] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -90,6 +90,11 @@ const RULES: [(&str, &str, &str); 27] = [
     ("spec.cache", "self.policy != 'PVC' || has(self.pvcName)", "pvcName must be set with policy PVC"),
     ("spec.cache", "self.policy == 'PVC' || !has(self.pvcName)", "pvcName needs policy PVC"),
     ("spec.cache", "self.policy != 'PVC' || !has(self.sizeLimit)", "sizeLimit is of policy EmptyDir: a claim has a size"),
+    (
+        "spec.router",
+        "self.dedicated || !has(self.replicas)",
+        "replicas needs dedicated: true; the pool's size is a setting of the operator",
+    ),
     ("spec.engine.kvCache", "self.blockTokens == 16", "blockTokens must be 16"),
     (
         "spec.rollout",

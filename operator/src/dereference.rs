@@ -16,13 +16,14 @@ use source::Credentials;
 
 use crate::{
     cache::{Cache, Owner},
-    fleet::{Load, Space},
+    fleet::Load,
     inspect,
     lost::{self, Named},
     models::{Models, Opened, Unresolved},
     names,
     resource::ModelDeployment,
     revision::Revision,
+    routers::Served,
 };
 
 /// Most adapters of a deployment.
@@ -82,7 +83,7 @@ impl Standing {
 pub async fn dereference(
     (client, cache): (&Client, &Cache),
     models: &Models,
-    space: &Space,
+    served: &Served,
     others: &[Arc<ModelDeployment>],
     object: &ModelDeployment,
 ) -> Result<Fetched, kube::Error> {
@@ -108,7 +109,7 @@ pub async fn dereference(
     };
     let standing = async {
         let owner = Owner::new(namespace, name);
-        let (pods, load) = (cache.pods.of(&owner), space.load(name));
+        let (pods, load) = (cache.pods.of(&owner), served.load(name));
         let (inspectors, pods): (Vec<Pod>, Vec<Pod>) = pods.iter().map(|pod| Pod::clone(pod)).partition(inspect::is_inspector);
         let revisions = cache.revisions.of(&owner);
         Ok::<_, kube::Error>(Standing {

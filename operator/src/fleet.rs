@@ -21,11 +21,12 @@ use tokio::{
     sync::{mpsc, watch},
     time::Instant,
 };
+use tokio_util::sync::CancellationToken;
 use tonic::Request;
 use tracing::info;
 
 pub use self::service::FleetService;
-use crate::{autoscale::Report, observe::one_line, resource::ModelDeployment};
+use crate::{autoscale::Report, cache::Owner, observe::one_line, resource::ModelDeployment};
 
 /// A router that has not reported for this long counts as gone.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -41,18 +42,23 @@ const FETCH_PARTS: u64 = 20;
 pub struct Hub {
     term: u64,
     began: Instant,
-    spaces: Mutex<HashMap<String, Arc<Space>>>,
+    /// By namespace, and by deployment where it is that of its own routers.
+    spaces: Mutex<HashMap<(String, String), Arc<Space>>>,
     wake: mpsc::Sender<ObjectRef<ModelDeployment>>,
 }
 
-/// One namespace.
+/// What the routers of one pool are told: those of a namespace, or a deployment's own.
 #[derive(Debug)]
 pub struct Space {
     namespace: String,
+    /// The deployment whose own routers they are, or nothing.
+    own_of: String,
     term: u64,
     inner: Mutex<Inner>,
     /// What routers are told; `None` until it is whole.
     state: watch::Sender<Option<Arc<Told>>>,
+    /// Its routers are not to follow it any more.
+    closed: CancellationToken,
 }
 
 /// A state as it is kept: deployments that do not change are shared with the state before.
@@ -89,6 +95,8 @@ struct Inner {
     pool: Option<Vec<FleetRouter>>,
     /// When replicas were first seen to fetch, and how many bytes were there.
     paces: HashMap<String, (Instant, u64)>,
+    /// Routers of other pools while a deployment changes from one to the other, by that deployment.
+    guests: BTreeMap<String, Vec<FleetRouter>>,
     /// Routers of the pool to which services lead, by name.
     open: BTreeSet<String>,
     /// Where any of them is reached by those that know none, as http://HOST:PORT.
@@ -159,6 +167,28 @@ pub struct Load {
     pub replicas: HashMap<String, Said>,
 }
 
+impl Load {
+    /// What routers say that serve a deployment, and what `others` say, which are told of it too.
+    #[must_use]
+    pub fn with(mut self, others: Self) -> Self {
+        let reporting = others.routers > 0;
+        for (name, known) in &mut self.replicas {
+            let said = others.replicas.get(name);
+            known.ready |= said.is_some_and(|s| s.ready);
+            known.sequences = match (known.sequences, said) {
+                (Some(own), Some(said)) => said.sequences.map(|more| own + more),
+                // They may have some, and have not said so yet.
+                (Some(_), None) if reporting => None,
+                (own, _) => own,
+            };
+        }
+        for (name, said) in others.replicas {
+            self.replicas.entry(name).or_insert(said);
+        }
+        self
+    }
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -174,24 +204,56 @@ impl Hub {
         self.began.elapsed()
     }
 
-    /// The namespace `name`.
+    /// The routers of the namespace `name`.
     pub fn space(&self, name: &str) -> Arc<Space> {
-        let space = || Space { namespace: name.to_owned(), term: self.term, inner: Mutex::default(), state: watch::Sender::new(None) };
-        lock(&self.spaces).entry(name.to_owned()).or_insert_with(|| Arc::new(space())).clone()
+        self.own_space(name, "")
     }
 
-    /// The namespace that a call comes from: whose router the caller has proven to be, or, where names are not proven, whose token it carries.
-    fn admit<T>(&self, request: &Request<T>) -> Option<Arc<Space>> {
-        match request.extensions().get::<Peer>()? {
-            Peer(Some(Name::Router { namespace })) => return Some(self.space(namespace)),
-            Peer(Some(_)) => return None,
-            Peer(None) => {}
-        }
-        let carries = |space: &&Arc<Space>| {
-            let token = lock(&space.inner).token.clone();
-            token.is_some_and(|token| Bearer::new(Some(token)).check(request).is_ok())
+    /// A deployment's own routers.
+    pub fn own_space(&self, namespace: &str, deployment: &str) -> Arc<Space> {
+        let (namespace, own_of) = (namespace.to_owned(), deployment.to_owned());
+        let make = || Space {
+            namespace: namespace.clone(),
+            own_of: own_of.clone(),
+            term: self.term,
+            inner: Mutex::default(),
+            state: watch::Sender::new(None),
+            closed: CancellationToken::new(),
         };
-        lock(&self.spaces).values().find(carries).cloned()
+        lock(&self.spaces).entry((namespace.clone(), own_of.clone())).or_insert_with(|| Arc::new(make())).clone()
+    }
+
+    /// Those whose objects are of `owner`.
+    pub(crate) fn pool(&self, owner: &Owner) -> Arc<Space> {
+        self.own_space(&owner.namespace, &owner.name)
+    }
+
+    /// A deployment has no routers of its own any more: those that are still there are told nothing more.
+    pub fn forget_own(&self, namespace: &str, deployment: &str) {
+        if let Some(space) = lock(&self.spaces).remove(&(namespace.to_owned(), deployment.to_owned())) {
+            space.closed.cancel();
+        }
+    }
+
+    /// What the router that calls is to be told. Its namespace is that whose router it has proven to be, or, where names are not proven, whose
+    /// token it carries; within a namespace it says itself whose it is.
+    fn admit<T>(&self, request: &Request<T>) -> Option<Arc<Space>> {
+        let namespace = match request.extensions().get::<Peer>()? {
+            Peer(Some(Name::Router { namespace })) => namespace.clone(),
+            Peer(Some(_)) => return None,
+            Peer(None) => {
+                let carries = |space: &&Arc<Space>| {
+                    let token = lock(&space.inner).token.clone();
+                    token.is_some_and(|token| Bearer::new(Some(token)).check(request).is_ok())
+                };
+                lock(&self.spaces).values().find(carries)?.namespace.clone()
+            }
+        };
+        match request.metadata().get(wire::POOL_HEADER).map(|value| value.to_str().unwrap_or_default()) {
+            None | Some("") => Some(self.space(&namespace)),
+            // Only what stands: a router must not make up deployments.
+            Some(deployment) => lock(&self.spaces).get(&(namespace, deployment.to_owned())).cloned(),
+        }
     }
 
     /// Routers connected, in all namespaces.
@@ -220,12 +282,31 @@ impl Space {
     /// concerns. `expected` as in [`Space::settle`].
     pub fn meet(&self, routers: Vec<FleetRouter>, open: BTreeSet<String>, expected: &[String]) -> Vec<String> {
         let mut inner = lock(&self.inner);
+        // Routers that come and go concern a deployment that changes to them, or away from them.
+        let changes = !inner.guests.is_empty() || !self.own_of.is_empty();
+        let same = inner.open == open && (!changes || inner.pool.as_ref() == Some(&routers));
         inner.pool = Some(routers);
-        let concerned = if inner.open == open { Vec::new() } else { expected.to_vec() };
+        let concerned = if same { Vec::new() } else { expected.to_vec() };
         inner.open = open;
         drop(inner);
         self.refresh(expected);
         concerned
+    }
+
+    /// The routers of the pool, once it was looked at.
+    pub(crate) fn routers(&self) -> Option<Vec<FleetRouter>> {
+        lock(&self.inner).pool.clone()
+    }
+
+    /// Has the pool's routers know those of another pool while `deployment` changes from one to the other; none when it does not any more.
+    /// Routers are told with the next state.
+    pub(crate) fn host(&self, deployment: &str, guests: Vec<FleetRouter>) {
+        let mut inner = lock(&self.inner);
+        if guests.is_empty() {
+            inner.guests.remove(deployment);
+        } else {
+            inner.guests.insert(deployment.to_owned(), guests);
+        }
     }
 
     /// Notes where any router of the pool is reached.
@@ -264,10 +345,14 @@ impl Space {
         let mut inner = lock(&self.inner);
         let names: HashSet<&str> = expected.iter().map(String::as_str).collect();
         inner.known.retain(|name, _| names.contains(name.as_str()));
+        if self.own_of.is_empty() {
+            inner.guests.retain(|name, _| names.contains(name.as_str()));
+        }
         if inner.known.len() < expected.len() {
             return;
         }
-        let Some(routers) = inner.pool.clone() else { return };
+        let Some(mut routers) = inner.pool.clone() else { return };
+        routers.extend(inner.guests.values().flatten().cloned());
         let deployments: Vec<Arc<FleetDeployment>> = inner.known.values().flatten().cloned().collect();
         let mut sent = 0;
         self.state.send_if_modified(|state| {
@@ -276,7 +361,14 @@ impl Space {
                 Some(state) => state.number + 1,
                 None => 1,
             };
-            info!(namespace = self.namespace, term = self.term, number, deployments = deployments.len(), "new fleet state");
+            info!(
+                namespace = self.namespace,
+                own_of = self.own_of,
+                term = self.term,
+                number,
+                deployments = deployments.len(),
+                "new fleet state"
+            );
             sent = number;
             *state = Some(Arc::new(Told { term: self.term, number, deployments, routers }));
             true

@@ -28,6 +28,7 @@ pub mod requests;
 pub mod resource;
 pub mod revision;
 pub mod rollout;
+pub mod routers;
 pub mod scaling;
 pub mod serve;
 mod setbacks;

@@ -11,6 +11,8 @@ pub const MANAGER: &str = "skein-operator";
 pub const POOL: &str = "skein-router";
 /// Name of the service at which the routers of a namespace reach each other.
 pub const POOL_PEERS: &str = "skein-pool";
+/// What the routers of a deployment's own are called among applications.
+pub const OWN_ROUTER: &str = "skein-dedicated-router";
 /// Name of the workers' service account.
 pub const WORKER_ACCOUNT: &str = "skein-worker";
 /// Secret with the tokens of a namespace.
@@ -36,6 +38,8 @@ pub const SERVICE_PORT: u16 = 80;
 
 /// Label: the deployment.
 pub const DEPLOYMENT: &str = "skein.dev/deployment";
+/// Label of a deployment's own routers, and of what they need: the deployment.
+pub const ROUTER_OF: &str = "skein.dev/router-of";
 /// Label: the revision.
 pub const REVISION: &str = "skein.dev/revision";
 /// Label: number of the replica.
@@ -112,6 +116,21 @@ pub fn revision(name: &str, uid: &str, revision: &str) -> String {
 /// Name of the headless service, the disruption budget and the network policy of a deployment's workers.
 pub fn workers(name: &str) -> String {
     format!("{name}-workers")
+}
+
+/// Name of a deployment's own routers, and of what they need: none that those of a namespace have, whatever the deployment is called.
+pub fn own_router(name: &str) -> String {
+    format!("{name}-dedicated-router")
+}
+
+/// Name of the service at which a deployment's own routers reach each other.
+pub fn own_peers(name: &str) -> String {
+    format!("{name}-dedicated-routers")
+}
+
+/// Name of the Secret with the certificate of a deployment's own routers.
+pub fn own_identity(name: &str) -> String {
+    format!("{name}-dedicated-router-identity")
 }
 
 /// Labels of everything of `component`.

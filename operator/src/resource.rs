@@ -165,6 +165,9 @@ pub struct Status {
     #[serde(skip_serializing_if = "Vec::is_empty")]
     #[schemars(length(max = 64), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["name"]))]
     pub adapters: Vec<AdapterStatus>,
+    /// Which routers serve it, where they are its own, or were until a moment ago.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub routers: Option<RoutersStatus>,
     /// Where requests go, inside the cluster.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
@@ -195,6 +198,17 @@ pub struct ModelStatus {
     /// Digest that its weights are pinned to.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub digest: Option<String>,
+}
+
+/// Which routers serve a deployment.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct RoutersStatus {
+    /// Its own take its requests; else those of the namespace.
+    pub dedicated: bool,
+    /// Since when, where that has changed; those before finish what they have begun for recovery.drainSeconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
 }
 
 /// How a replica is laid out over workers.

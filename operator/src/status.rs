@@ -22,7 +22,8 @@ use crate::{
     dereference::Standing,
     names::{self, MANAGER},
     resource::{
-        Address, Condition, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, RevisionStatus, StageStatus, Status, now,
+        Address, Condition, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, RevisionStatus, RoutersStatus,
+        StageStatus, Status, now,
     },
     revision::Revision,
     rollout::{Goal, Plan, Progress},
@@ -102,6 +103,8 @@ pub struct View<'a> {
     pub plan: &'a Plan,
     /// What stands.
     pub standing: &'a Standing,
+    /// Which routers serve it, where they are its own, or were.
+    pub routers: Option<RoutersStatus>,
     /// A replica that was taken back and is not there now, and what it misses.
     pub shortage: Option<(String, String)>,
 }
@@ -179,12 +182,12 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     let weights = weights_ready(&missing, status.cache.as_ref());
     set(&mut status, object, WEIGHTS_READY, weights);
     set(&mut status, object, REPLICAS_READY, replicas_ready((ready, goal.replicas), &missing));
+    status.routers.clone_from(&view.routers);
+    let whose = if view.routers.as_ref().is_some_and(|r| r.dedicated) { "its own" } else { "the namespace's" };
     let routers = match (standing.load.routers, standing.load.open) {
-        (0, _) => (false, "Deploying", "no router of the namespace's pool reports yet".to_owned()),
-        (n, 0) => {
-            (false, "NoEndpoints", format!("{n} of the namespace's routers report, but no pod of them is ready, so services lead nowhere"))
-        }
-        (n, _) => (true, "Ready", format!("{n} of the namespace's routers report")),
+        (0, _) => (false, "Deploying", format!("none of {whose} routers reports yet")),
+        (n, 0) => (false, "NoEndpoints", format!("{n} of {whose} routers report, but no pod of them is ready, so services lead nowhere")),
+        (n, _) => (true, "Ready", format!("{n} of {whose} routers report")),
     };
     set(&mut status, object, ROUTER_READY, routers);
     let available = match (goal.replicas, status.available_replicas) {

@@ -23,6 +23,9 @@ pub struct FleetRouter {
     pub name: String,
     /// Where other routers reach it: `host:port`.
     pub address: String,
+    /// Whose it is: the deployment whose own router it is, or nothing for one of the namespace's.
+    #[serde(default)]
+    pub pool: String,
 }
 
 /// One deployment.
@@ -38,6 +41,9 @@ pub struct FleetDeployment {
     pub limits: ReplicaLimits,
     /// Chat and queue settings.
     pub serving: ServingSettings,
+    /// Whose routers drive its replicas, as in [`FleetRouter::pool`]; others that are told of it reach them through those.
+    #[serde(default)]
+    pub drivers: String,
     /// Its replicas.
     pub replicas: Vec<FleetReplica>,
     /// Low-rank adapters that every replica is to have.

@@ -44,4 +44,7 @@ mod skein {
 pub mod fleet {
     #![expect(missing_docs, unused_qualifications, reason = "generated")]
     include!("generated/skein.fleet.v1.rs");
+
+    /// Metadata of a router's call to the control plane: the deployment whose own router it is.
+    pub const POOL_HEADER: &str = "skein-pool";
 }

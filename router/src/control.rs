@@ -10,12 +10,16 @@ use identity::{Dialer, Identity, Name};
 use proto::{
     bearer::Bearer,
     convert::{ConvertError, decode_fleet},
-    fleet::{self as wire, fleet_client::FleetClient},
+    fleet::{self as wire, POOL_HEADER, fleet_client::FleetClient},
 };
 use tokio::time::{interval, sleep};
 use tokio_stream::{StreamExt, wrappers::IntervalStream};
 use tokio_util::sync::CancellationToken;
-use tonic::transport::{Endpoint, Error as TransportError};
+use tonic::{
+    Request,
+    metadata::{Ascii, MetadataValue},
+    transport::{Endpoint, Error as TransportError},
+};
 use tracing::{info, warn};
 
 pub use self::store::FleetStore;
@@ -42,6 +46,12 @@ pub enum ControlError {
         endpoint: String,
         /// Why not.
         source: TransportError,
+    },
+    /// The deployment is no name.
+    #[error("{name:?} is not the name of a deployment")]
+    Pool {
+        /// What was given.
+        name: String,
     },
     /// The kept state cannot be read or written.
     #[error("failed to {action} the kept state {path}")]
@@ -85,6 +95,8 @@ pub struct Control {
     endpoint: Endpoint,
     bearer: Bearer,
     identity: Option<Identity>,
+    /// The deployment whose own router this is.
+    pool: Option<MetadataValue<Ascii>>,
 }
 
 impl Control {
@@ -101,13 +113,22 @@ impl Control {
             .http2_keep_alive_interval(KEEPALIVE.0)
             .keep_alive_timeout(KEEPALIVE.1)
             .keep_alive_while_idle(true);
-        Ok(Self { name, endpoint, bearer: Bearer::new(token), identity: None })
+        Ok(Self { name, endpoint, bearer: Bearer::new(token), identity: None, pool: None })
     }
 
     /// Proves to be `identity`, and has the control plane prove that it is the operator; without one, the connection is plain.
     #[must_use]
     pub fn with_identity(self, identity: Option<Identity>) -> Self {
         Self { identity, ..self }
+    }
+
+    /// Follows as a router of the deployment `pool` alone; as one of the namespace's where it is empty.
+    ///
+    /// # Errors
+    /// When that is no name.
+    pub fn of_deployment(self, pool: &str) -> Result<Self, ControlError> {
+        let named = || pool.parse().map_err(|_| ControlError::Pool { name: pool.to_owned() });
+        Ok(Self { pool: if pool.is_empty() { None } else { Some(named()?) }, ..self })
     }
 
     /// Puts each state that comes into `store`, and reports the load of `edge`, until `stop`. Dials again, with growing pauses, whenever the
@@ -143,7 +164,11 @@ impl Control {
             let (term, number) = seen.number();
             wire::RouterReport { router: name.clone(), term, number, loads: edge.load().iter().map(load).collect() }
         });
-        let mut states = match client.watch(reports).await {
+        let mut request = Request::new(reports);
+        if let Some(pool) = &self.pool {
+            request.metadata_mut().insert(POOL_HEADER, pool.clone());
+        }
+        let mut states = match client.watch(request).await {
             Ok(response) => response.into_inner(),
             Err(status) => return StreamError::Status(status),
         };

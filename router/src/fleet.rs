@@ -36,6 +36,8 @@ pub(crate) struct View {
     pub(crate) deployments: Vec<Arc<Deployment>>,
     /// Replicas that this router was told to let go of, and has not yet.
     pub(crate) ending: Vec<String>,
+    /// Some deployment is driven by routers of another pool, which are about to serve it, or do: this one is told of it for a while.
+    pub(crate) moving: bool,
 }
 
 impl View {

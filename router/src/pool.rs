@@ -31,7 +31,10 @@ use tokio::{net::TcpListener, sync::watch};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{info, warn};
 
-use self::announced::{AnnounceError, Announced, Announcement};
+use self::{
+    announced::{AnnounceError, Announced, Announcement},
+    owners::Own,
+};
 pub(crate) use self::{guest::PeerSink, owners::Seat, peer::Peer};
 use crate::{control::FleetStore, fleet::View};
 
@@ -51,6 +54,8 @@ const COMMANDS: usize = 4096;
 pub struct PoolOptions {
     /// Its name in the fleet state.
     pub name: String,
+    /// The deployment whose own router it is; empty for one of the namespace's.
+    pub pool: String,
     /// Where the other routers reach it.
     pub listener: TcpListener,
     /// What the routers' calls carry.
@@ -66,6 +71,8 @@ pub struct PoolOptions {
 /// What this router knows of its pool.
 pub(crate) struct Pool {
     name: String,
+    /// Whose router this is, as in [`FleetRouter::pool`].
+    own: String,
     bearer: Bearer,
     identity: Option<Identity>,
     /// Of workers' announcements.
@@ -90,9 +97,10 @@ struct Peers {
 impl Pool {
     /// Serves the other routers, and looks for the fleet state where none is known.
     pub(crate) fn start(options: PoolOptions, store: FleetStore, view: watch::Receiver<Arc<View>>, stop: CancellationToken) -> Arc<Self> {
-        let PoolOptions { name, listener, token, worker_token, identity, seeds } = options;
+        let PoolOptions { name, pool: own, listener, token, worker_token, identity, seeds } = options;
         let pool = Arc::new(Self {
             name,
+            own,
             bearer: Bearer::new(token),
             identity,
             workers: Bearer::new(worker_token),
@@ -109,6 +117,11 @@ impl Pool {
             pool.tasks.spawn(dial::seek(pool.clone(), seeds));
         }
         pool
+    }
+
+    /// Whose router this is, as in [`FleetRouter::pool`].
+    pub(crate) fn own(&self) -> &str {
+        &self.own
     }
 
     /// Reports that who drives what may have changed.
@@ -136,10 +149,11 @@ impl Pool {
         }
     }
 
-    /// Where `replica` is driven from now on; `here`: it is this router that drives it.
-    pub(crate) fn seat(&self, replica: &str, here: bool) -> Seat {
+    /// Where `replica` is driven from now on, by one of the routers of `drivers`; `here`: it is this router that drives it.
+    pub(crate) fn seat(&self, replica: &str, drivers: &str, here: bool) -> Seat {
         let peers = lock(&self.peers);
-        owners::seat(&self.name, peers.listed, self.leaving(), peers.others.values(), replica, here)
+        let own = Own { name: &self.name, listed: peers.listed, leaving: self.leaving(), chosen_from: self.own == drivers, here };
+        owners::seat(own, peers.others.values(), drivers, replica)
     }
 
     /// Drives nothing from now on that another router can.

@@ -61,6 +61,7 @@ impl World {
             name: "llama".into(),
             model: "llama".into(),
             aliases: Vec::new(),
+            drivers: String::new(),
             limits: planner::limits(&plan(1, 1), false),
             serving,
             replicas: vec![fleet(&workers)],

@@ -35,6 +35,7 @@ async fn router(workers: &[Running]) -> (Edge, String) {
         name: "a".into(),
         model: "a".into(),
         aliases: Vec::new(),
+        drivers: String::new(),
         limits,
         serving,
         replicas: vec![replica],
@@ -45,6 +46,7 @@ async fn router(workers: &[Running]) -> (Edge, String) {
     let address = listener.local_addr().expect("a bound listener");
     let worker_token = Some(TOKEN.to_owned());
     let pool = PoolOptions {
+        pool: String::new(),
         name: "router-0".into(),
         listener,
         token: None,

@@ -10,6 +10,9 @@ pub(crate) struct RouterArgs {
     /// Name of this router in its pool.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: String,
+    /// Deployment whose own router this is [default: one of the namespace's].
+    #[arg(long, value_name = "NAME", default_value = "", hide_default_value = true)]
+    pub(crate) deployment: String,
     /// Control plane that tells the fleet and takes reports, as http://host:port.
     #[arg(long, value_name = "URL")]
     pub(crate) fleet: String,

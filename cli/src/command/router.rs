@@ -32,13 +32,14 @@ pub(crate) async fn router(args: RouterArgs, stop: &Stop) -> Outcome {
     let grpc = TcpListener::bind(args.grpc).await.with_context(|| format!("failed to listen on {}", args.grpc))?;
     let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;
     let control = Control::new(args.name.clone(), &args.fleet, args.fleet_token).bad_input()?.with_identity(identity.clone());
+    let control = control.of_deployment(&args.deployment).bad_input()?;
     let store = FleetStore::new(restore(args.state.as_deref())?, args.state);
     let connector = Arc::new(WorkersConnector::new(args.worker_token.clone()).with_identity(identity.clone()));
     let options = EdgeOptions { connector, resume: RESUME, deadline: None };
     let edge = if args.pool_token.is_some() || identity.is_some() {
         let listener = TcpListener::bind(args.pool).await.with_context(|| format!("failed to listen on {}", args.pool))?;
         let (token, worker_token) = (args.pool_token, args.worker_token);
-        let pool = PoolOptions { name: args.name, listener, token, worker_token, identity, seeds: args.peer };
+        let pool = PoolOptions { name: args.name, pool: args.deployment, listener, token, worker_token, identity, seeds: args.peer };
         Edge::join(&store, options, pool)
     } else {
         // Whoever reaches the pool's port may run sequences, so it is open to those alone that can show who they are.

@@ -325,6 +325,7 @@ mod tests {
             name: "a".into(),
             model,
             aliases: Vec::new(),
+            drivers: String::new(),
             limits,
             serving,
             replicas: vec![replica],

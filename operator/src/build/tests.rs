@@ -11,12 +11,20 @@ use k8s_openapi::api::{
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::{pod::MODEL, pool::build_pool, *};
+use super::{
+    pod::MODEL,
+    pool::{PoolResources, Routers, account, build_pool},
+    *,
+};
 use crate::validate::tests::{object, spec, valid};
 
 /// What the operator was started with.
 /// Where workers and new routers find a router.
 const MEETING: &str = "http://10.0.0.2:7072";
+const REACH: Reach<'static> = Reach { own: false, meeting: Some(MEETING) };
+/// The routers of the namespace, and a deployment's own.
+const SHARED: Routers<'static> = Routers { own_of: None, count: 2 };
+const OWN: Routers<'static> = Routers { own_of: Some("llama"), count: 3 };
 
 pub(crate) fn settings() -> Settings {
     Settings {
@@ -45,7 +53,7 @@ pub(crate) fn slots(revision: &Revision, replicas: u32) -> Vec<Slot> {
 fn built(spec: Value) -> Resources {
     let (valid, revision) = (valid(spec.clone()), revision(&spec));
     let slots = slots(&revision, valid.replicas());
-    build(&valid, &object(spec), &revision, &revision::by_name(&[], &revision), &slots, Some(MEETING)).expect("it can be built")
+    build(&valid, &object(spec), &revision, &revision::by_name(&[], &revision), &slots, REACH).expect("it can be built")
 }
 
 fn all(resources: &Resources) -> Vec<&Object> {
@@ -81,14 +89,14 @@ fn sorted(value: &Value) -> Value {
 fn objects_are_those_of_the_golden_file() {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/build/golden.json");
     let resources = built(spec());
-    let pool = build_pool(&[object(spec()).owner(false)], &settings(), Some(MEETING));
-    let pool = pool
-        .accounts
-        .iter()
-        .chain([&pool.tokens, &pool.service, &pool.peers, &pool.network_policy, &pool.disruption_budget, &pool.deployment])
-        .cloned()
-        .collect::<Vec<_>>();
-    let mut bodies: Vec<Value> = all(&resources).into_iter().chain(&pool).map(|o| o.body.clone()).collect();
+    let pool = build_pool(SHARED, &[object(spec()).owner(false)], &settings(), Some(MEETING));
+    let own = build_pool(OWN, &[], &settings(), Some(MEETING));
+    let objects = |pool: &PoolResources| {
+        let shared = pool.accounts.iter().chain(&pool.tokens).chain(&pool.service);
+        shared.chain([&pool.peers, &pool.network_policy, &pool.disruption_budget, &pool.deployment]).cloned().collect::<Vec<_>>()
+    };
+    let pools = [objects(&pool), objects(&own)].concat();
+    let mut bodies: Vec<Value> = all(&resources).into_iter().chain(&pools).map(|o| o.body.clone()).collect();
     // Specifications are the planner's business, and long.
     for data in bodies.iter_mut().filter_map(|b| b.get_mut("data")?.as_object_mut()) {
         data.values_mut().for_each(|v| *v = json!("…"));
@@ -110,14 +118,56 @@ fn every_field_is_one_that_kubernetes_has() {
     keeps::<Service>(&resources.worker_service);
     keeps::<NetworkPolicy>(&resources.network_policy);
     keeps::<PodDisruptionBudget>(&resources.disruption_budget);
-    let pool = build_pool(&[object(spec()).owner(false)], &settings(), Some(MEETING));
-    pool.accounts.iter().for_each(keeps::<ServiceAccount>);
-    keeps::<Secret>(&pool.tokens);
-    keeps::<Service>(&pool.service);
-    keeps::<Service>(&pool.peers);
-    keeps::<NetworkPolicy>(&pool.network_policy);
-    keeps::<PodDisruptionBudget>(&pool.disruption_budget);
-    keeps::<Deployment>(&pool.deployment);
+    keeps::<ServiceAccount>(&account(OWN.name(), OWN.labels(), &[object(spec()).owner(false)]));
+    for routers in [SHARED, OWN] {
+        let pool = build_pool(routers, &[object(spec()).owner(false)], &settings(), Some(MEETING));
+        pool.accounts.iter().for_each(keeps::<ServiceAccount>);
+        pool.tokens.iter().for_each(keeps::<Secret>);
+        pool.service.iter().for_each(keeps::<Service>);
+        keeps::<Service>(&pool.peers);
+        keeps::<NetworkPolicy>(&pool.network_policy);
+        keeps::<PodDisruptionBudget>(&pool.disruption_budget);
+        keeps::<Deployment>(&pool.deployment);
+    }
+}
+
+#[test]
+fn a_deployments_own_routers_are_taken_for_no_others() {
+    let (shared, own) = (build_pool(SHARED, &[], &settings(), None), build_pool(OWN, &[], &settings(), None));
+    let selects = |selector: &Value, pool: &PoolResources| {
+        let labels = &pool.deployment.body["spec"]["template"]["metadata"]["labels"];
+        selector.as_object().expect("labels").iter().all(|(key, value)| labels[key] == *value)
+    };
+    for (pool, other) in [(&shared, &own), (&own, &shared)] {
+        for selector in [
+            &pool.deployment.body["spec"]["selector"]["matchLabels"],
+            &pool.disruption_budget.body["spec"]["selector"]["matchLabels"],
+            &pool.network_policy.body["spec"]["podSelector"]["matchLabels"],
+            &pool.peers.body["spec"]["selector"],
+        ] {
+            assert!(selects(selector, pool) && !selects(selector, other), "{selector}");
+        }
+    }
+    // Workers, and routers of either kind, let both in: one takes over from the other.
+    let (workers, peers) = (built(spec()).network_policy, &own.network_policy);
+    for policy in [&workers, peers] {
+        let from =
+            policy.body["spec"]["ingress"].as_array().expect("rules").iter().flat_map(|r| r["from"].as_array().into_iter().flatten());
+        let router =
+            from.map(|f| &f["podSelector"]["matchLabels"]).find(|l| l["app.kubernetes.io/component"] == "router").expect("routers");
+        assert!(selects(router, &own) && selects(router, &shared), "{router}");
+    }
+    // The deployment's service leads to the one or to the other.
+    let (valid, revision) = (valid(spec()), revision(&spec()));
+    let service = |own| {
+        let reach = Reach { own, ..REACH };
+        build(&valid, &object(spec()), &revision, &revision::by_name(&[], &revision), &[], reach).expect("it can be built").service
+    };
+    assert!(selects(&service(true).body["spec"]["selector"], &own) && !selects(&service(true).body["spec"]["selector"], &shared));
+    assert!(selects(&service(false).body["spec"]["selector"], &shared));
+    let args = own.deployment.body["spec"]["template"]["spec"]["containers"][0]["args"].to_string();
+    assert!(args.contains("\"--deployment\",\"llama\""), "{args}");
+    assert_eq!((&own.deployment.body["spec"]["replicas"], own.service, own.tokens, own.accounts.len()), (&json!(3), None, None, 0));
 }
 
 #[test]
@@ -149,7 +199,7 @@ fn replicas_share_specifications_and_nothing_else() {
 #[test]
 fn pods_pass_restricted_and_hold_no_credentials() {
     let resources = built(spec());
-    let pool = build_pool(&[], &settings(), None);
+    let pool = build_pool(SHARED, &[], &settings(), None);
     let sets = resources.stateful_sets.iter().map(|s| &s.body["spec"]["template"]["spec"]);
     for pod in sets.chain([&pool.deployment.body["spec"]["template"]["spec"]]) {
         assert_eq!(pod["automountServiceAccountToken"], false);
@@ -237,8 +287,8 @@ fn a_replica_of_a_revision_that_the_spec_has_left_is_built_from_what_was_written
     let read = crate::cache::KeptRevision::of(written).read().expect("it is understood");
     assert_eq!((&read.name, &read.record), (&first.name, &first.record));
     let known = [read];
-    let after = build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots, Some(MEETING))
-        .expect("it can be built");
+    let after =
+        build(&valid(new.clone()), &object(new), &second, &revision::by_name(&known, &second), &slots, REACH).expect("it can be built");
     let mut sets = after.stateful_sets;
     assert_eq!(sets[0].body["metadata"]["annotations"][DRAINING], "1700000000");
     sets.iter_mut().for_each(|set| drop(set.body["metadata"].as_object_mut().expect("metadata").shift_remove("annotations")));
@@ -272,7 +322,7 @@ fn how_workers_find_and_know_others_is_no_part_of_a_revision() {
     assert!(resources.stateful_sets[0].body.to_string().contains("--identity"));
     let mut plain = revision(&spec());
     plain.record.plain = true;
-    let set = build(&valid(spec()), &object(spec()), &plain, &revision::by_name(&[], &plain), &slots(&plain, 1), None);
+    let set = build(&valid(spec()), &object(spec()), &plain, &revision::by_name(&[], &plain), &slots(&plain, 1), Reach::default());
     assert!(!set.expect("it can be built").stateful_sets[0].body.to_string().contains("identity"));
     let sets: Vec<StatefulSet> = resources.stateful_sets.iter().map(|s| serde_json::from_value(s.body.clone()).expect("a set")).collect();
     assert_eq!(crate::observe::meeting(&sets).as_deref(), Some(MEETING));

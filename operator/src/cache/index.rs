@@ -9,19 +9,26 @@ use std::{
 /// How long what was written is waited for; a watch tells of it within milliseconds.
 const LATE: Duration = Duration::from_secs(30);
 
-/// A deployment; without a name, all that is the namespace's.
+/// A deployment, or its own routers; without a name, all that is the namespace's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Owner {
     /// Its namespace.
     pub namespace: String,
     /// Its name.
     pub name: String,
+    /// Its own routers are meant, and nothing else of it.
+    pub routers: bool,
 }
 
 impl Owner {
     /// The deployment `name`.
     pub fn new(namespace: &str, name: &str) -> Self {
-        Self { namespace: namespace.to_owned(), name: name.to_owned() }
+        Self { namespace: namespace.to_owned(), name: name.to_owned(), routers: false }
+    }
+
+    /// The own routers of the deployment `name`.
+    pub fn routers_of(namespace: &str, name: &str) -> Self {
+        Self { routers: true, ..Self::new(namespace, name) }
     }
 }
 

@@ -86,6 +86,11 @@ impl Ledger {
         entry.is_some_and(|entry| entry.body == Some(digest(body.to_string())) && !entry.drifted())
     }
 
+    /// Whether there is such an object, whoever wrote it.
+    pub fn has(&self, kind: &str, namespace: &str, name: &str) -> bool {
+        self.lock().entries.contains_key(&key(kind, namespace, name))
+    }
+
     /// Notes what this process wrote, and what the API server made of it.
     pub fn wrote(&self, (kind, owner, name): (&str, Owner, &str), body: &Value, made: &ObjectMeta) {
         let key = key(kind, &owner.namespace, name);

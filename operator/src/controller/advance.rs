@@ -18,14 +18,14 @@ use tracing::{info, warn};
 use super::{Context, ReconcileError, expected};
 use crate::{
     apply::{self, Unwanted},
-    build::{self, Resources, TooLarge},
+    build::{self, Reach, Resources, TooLarge},
     cache::Owner,
     dereference::{Fetched, Standing},
-    fleet::Space,
     inspect, names, observe,
     resource::ModelDeployment,
     revision::{self, Record, Revision, replica_name},
     rollout::{self, Goal, Id, Memory, Plan, Seen, Slot, Strategy},
+    routers::Served,
     status::{self, View},
     stop::Place,
     validate::{self, Adapter, ValidatedDeployment},
@@ -37,6 +37,7 @@ pub(super) struct Step<'a> {
     revision: &'a Revision,
     revisions: BTreeMap<&'a str, &'a Revision>,
     standing: &'a Standing,
+    served: &'a Served,
     goal: Goal,
     seen: Vec<Seen>,
     plan: Plan,
@@ -55,7 +56,7 @@ impl<'a> Step<'a> {
         valid: &'a ValidatedDeployment,
         revision: &'a Revision,
         standing: &'a Standing,
-        (context, space): (&Context, &Space),
+        (context, served): (&Context, &'a Served),
     ) -> Result<Self, TooLarge> {
         let revisions = revision::by_name(&standing.revisions, revision);
         let seen = observe::replicas(object, standing, &revisions, &revision.record);
@@ -70,13 +71,14 @@ impl<'a> Step<'a> {
         let plan = rollout::plan(&goal, &seen, standing.load.routers > 0, memory, now);
         let shortage = memory.shortage().map(|(id, message)| (replica_name(object, id), message.to_owned()));
         // A process that has just started may not know yet what stands already.
-        let meeting = space.meeting().or_else(|| observe::meeting(&standing.stateful_sets));
-        let built = build::build(valid, object, revision, &revisions, &plan.exist, meeting.as_deref())?;
-        Ok(Self { valid, revision, revisions, standing, goal, seen, plan, built, shortage, now })
+        let meeting = served.meeting().or_else(|| observe::meeting(&standing.stateful_sets));
+        let built =
+            build::build(valid, object, revision, &revisions, &plan.exist, Reach { own: served.routing.own, meeting: meeting.as_deref() })?;
+        Ok(Self { valid, revision, revisions, standing, served, goal, seen, plan, built, shortage, now })
     }
 
     /// Takes it.
-    pub(super) async fn take(&self, object: &ModelDeployment, space: &Space, context: &Context) -> Result<(), ReconcileError> {
+    pub(super) async fn take(&self, object: &ModelDeployment, served: &Served, context: &Context) -> Result<(), ReconcileError> {
         let (namespace, stops) = (object.namespace(), &context.stops);
         let (owner, writer) = (Owner::new(namespace, object.name()), context.writer());
         let (name, plan) = (object.name(), &self.plan);
@@ -98,10 +100,10 @@ impl<'a> Step<'a> {
         if !plan.drained.is_empty() {
             stops.pass(Place::DrainDecided).await;
         }
-        let last = space.told(name);
+        let last = served.told(name);
         let about = (&self.valid.manifest, self.valid.adapters.as_slice());
-        let entry = entry(object, about, &self.revision.record, (&self.revisions, &plan.exist), (self.standing, last.as_ref()));
-        space.settle(name, Some(entry), &expected(&context.deployments, namespace));
+        let entry = entry(object, about, &self.revision.record, (&self.revisions, &plan.exist), (self.standing, served, last.as_ref()));
+        served.settle(name, Some(entry), &expected(&context.deployments, namespace));
         if made > 0 || !plan.drained.is_empty() {
             info!(namespace, name, revision = self.revision.name, made, drained = plan.drained.len(), "a rollout takes a step");
             stops.pass(Place::StatePushed).await;
@@ -162,6 +164,7 @@ impl<'a> Step<'a> {
             goal: &self.goal,
             plan: &self.plan,
             standing: self.standing,
+            routers: self.served.status(),
             shortage: self.shortage.clone(),
         }
     }
@@ -201,7 +204,7 @@ fn recall(object: &ModelDeployment, revision: &Revision, standing: &Standing) ->
 }
 
 /// What routers are told of a deployment whose spec is refused: what stands goes on under the names it has, as far as they can be known.
-pub(super) fn standing(object: &ModelDeployment, fetched: &Fetched) -> Option<FleetDeployment> {
+pub(super) fn standing(object: &ModelDeployment, served: &Served, fetched: &Fetched) -> Option<FleetDeployment> {
     let standing = &fetched.standing;
     let revisions: BTreeMap<&str, &Revision> = standing.revisions.iter().map(|r| (r.name.as_str(), r)).collect();
     let newest = standing.revisions.iter().max_by_key(|r| r.number)?;
@@ -214,7 +217,7 @@ pub(super) fn standing(object: &ModelDeployment, fetched: &Fetched) -> Option<Fl
     match read {
         Ok(manifest) => {
             let adapters = validate::adapters(&manifest, fetched);
-            Some(entry(object, (&manifest, &adapters), &newest.record, (&revisions, &slots), (standing, None)))
+            Some(entry(object, (&manifest, &adapters), &newest.record, (&revisions, &slots), (standing, served, None)))
         }
         Err(rejection) => {
             warn!(namespace = object.namespace(), name = object.name(), rejection.message, "what stands cannot be told to routers");
@@ -229,7 +232,7 @@ fn entry(
     (manifest, adapters): (&Manifest, &[Adapter]),
     present: &Record,
     (revisions, slots): (&BTreeMap<&str, &Revision>, &[Slot]),
-    (standing, last): (&Standing, Option<&FleetDeployment>),
+    (standing, served, last): (&Standing, &Served, Option<&FleetDeployment>),
 ) -> FleetDeployment {
     let replica = |slot: &Slot| {
         let revision = revisions.get(slot.id.revision.as_str())?;
@@ -253,6 +256,7 @@ fn entry(
         aliases: manifest.spec().model.aliases.clone(),
         limits: answering.map_or(present, |r| &r.record).limits.clone(),
         serving: manifest.serving(),
+        drivers: if served.routing.own { object.name().to_owned() } else { String::new() },
         replicas: slots.iter().filter_map(replica).collect(),
         adapters: adapters.iter().filter_map(adapter).collect(),
     }

@@ -100,6 +100,32 @@ impl World {
         }
     }
 
+    /// Reconciles while its own routers report.
+    async fn settle_own(&self, say: &impl Fn(&crate::fleet::Space, &str), own: &crate::fleet::Space) {
+        for _ in 0..3 {
+            say(own, "own");
+            assert!(self.reconcile().await);
+        }
+    }
+
+    /// The change of routers was long ago.
+    fn date_back(&self) {
+        let mut objects = self.objects.lock().expect("nobody panics with it");
+        objects.get_mut(DEPLOYMENT_PATH).expect("the deployment")["status"]["routers"]["since"] = json!("2026-01-01T00:00:00Z");
+    }
+
+    /// Routers of the namespace report what its own are told.
+    fn report_from(&self, own: &crate::fleet::Space, routers: &[&str]) {
+        let space = self.context.hub.space("models");
+        let Some((term, number)) = space.number() else { return };
+        let told = own.told("llama").expect("they are told");
+        let replicas = told.replicas.into_iter().map(|r| ReplicaState { ready: true, name: r.name, ..ReplicaState::default() });
+        let load = DeploymentLoad { deployment: "llama".into(), replicas: replicas.collect(), ..DeploymentLoad::default() };
+        for (stream, router) in (3..).zip(routers) {
+            space.report(stream, RouterReport { router: (*router).into(), term, number, loads: vec![load.clone()] });
+        }
+    }
+
     /// A replica takes requests.
     fn serves(&self) {
         let told = self.told();
@@ -420,4 +446,63 @@ fn what_is_not_ready_for_long_is_looked_at_less_often() {
     for (after, looks) in [(0, 15), (60, 15), (100, 25), (400, 100), (86400, 300)] {
         assert_eq!(starting(&object, began + after), Duration::from_secs(looks), "after {after} s");
     }
+}
+
+/// From the namespace's routers to its own and back: nobody is left without what they were told before those that come are ready.
+#[tokio::test]
+async fn a_deployment_changes_to_routers_of_its_own_and_back() {
+    let world = World::new().await;
+    world.settle().await;
+    let hub = &world.context.hub;
+    let service = || {
+        let objects = world.objects.lock().expect("nobody panics with it");
+        objects["/api/v1/namespaces/models/services/llama"]["spec"]["selector"].get(crate::names::ROUTER_OF).is_some()
+    };
+    let routers = || world.object().status.as_ref().and_then(|s| s.routers.clone());
+    assert_eq!((service(), routers()), (false, None));
+
+    world.change(|s| s["router"] = json!({ "dedicated": true, "replicas": 1 }));
+    assert!(world.reconcile().await);
+    let own = hub.own_space("models", "llama");
+    let pod = |name: &str, pool: &str| plan::fleet::FleetRouter { name: name.into(), address: "10.0.0.9:7072".into(), pool: pool.into() };
+    own.meet(vec![pod("own", "llama")], ["own".to_owned()].into(), &["llama".to_owned()]);
+    assert!(world.reconcile().await);
+    assert!(!service(), "its own routers report nothing yet");
+    assert_eq!(world.told().drivers, "");
+    assert!(own.told("llama").is_some_and(|told| told.drivers.is_empty()), "they are to reach it through the others");
+
+    let say = |space: &crate::fleet::Space, router: &str| {
+        let Some((term, number)) = space.number() else { return };
+        let told = space.told("llama").expect("they are told");
+        let replicas = told.replicas.into_iter().map(|r| ReplicaState { ready: true, name: r.name, ..ReplicaState::default() });
+        let load = DeploymentLoad { deployment: "llama".into(), replicas: replicas.collect(), ..DeploymentLoad::default() };
+        space.report(2, RouterReport { router: router.into(), term, number, loads: vec![load] });
+    };
+    say(&own, "own");
+    assert!(world.reconcile().await);
+    assert!(service(), "they are open and reach every replica");
+    assert!(routers().is_some_and(|r| r.dedicated && r.since.is_some()));
+    assert!(own.told("llama").is_some_and(|told| told.drivers == "llama"));
+    assert!(hub.space("models").told("llama").is_some(), "those before finish what they have begun");
+    world.date_back();
+    world.settle_own(&say, &own).await;
+    assert_eq!(hub.space("models").told("llama"), None, "those before are told no more");
+    assert_eq!((world.reason(status::ROUTER_READY), world.reason(status::READY)), ("Ready".into(), "Ready".into()));
+
+    world.change(|s| s["router"] = json!({}));
+    assert!(world.reconcile().await);
+    assert!(service(), "those of the namespace do not reach it yet");
+    let both = ["one", "two"];
+    hub.space("models").meet(Vec::new(), both.map(str::to_owned).into(), &["llama".to_owned()]);
+    world.report_from(&own, &both[..1]);
+    assert!(world.reconcile().await);
+    assert!(service(), "one of them does not report yet");
+    world.report_from(&own, &both);
+    assert!(world.reconcile().await);
+    assert!(!service() && routers().is_some_and(|r| !r.dedicated));
+    assert!(hub.space("models").told("llama").is_some_and(|told| told.drivers.is_empty()));
+    world.date_back();
+    world.settle().await;
+    assert_eq!((service(), routers()), (false, None));
+    assert_eq!(world.reason(status::READY), "Ready");
 }

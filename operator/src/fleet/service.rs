@@ -54,11 +54,21 @@ impl Fleet for FleetService {
         let states = paced(space.state.subscribe()).map(|state| Ok(encode_fleet(&state.whole())));
         let mut reports = request.into_inner();
         let stop = self.stop.clone();
-        info!(namespace = space.namespace, stream, "a router follows");
+        let ended = {
+            let (stop, closed) = (stop.clone(), space.closed.clone());
+            async move {
+                tokio::select! {
+                    () = stop.cancelled() => {}
+                    () = closed.cancelled() => {}
+                }
+            }
+        };
+        info!(namespace = space.namespace, own_of = space.own_of, stream, "a router follows");
         self.tasks.spawn(async move {
             loop {
                 let next = tokio::select! {
                     () = stop.cancelled() => break,
+                    () = space.closed.cancelled() => break,
                     next = reports.message() => next,
                 };
                 match next {
@@ -77,7 +87,7 @@ impl Fleet for FleetService {
             let changed = space.leave(stream);
             hub.wake(&space.namespace, changed).await;
         });
-        Ok(Response::new(Box::pin(states.take_until(self.stop.clone().cancelled_owned()))))
+        Ok(Response::new(Box::pin(states.take_until(ended))))
     }
 }
 

@@ -27,6 +27,7 @@ fn at(address: &str, draining: bool) -> FleetDeployment {
         aliases: Vec::new(),
         limits: valid.limits(),
         serving: valid.manifest.serving(),
+        drivers: String::new(),
         replicas: vec![revision.replica("r".into(), draining, |_, _| address.into())],
         adapters: Vec::new(),
     }
@@ -40,7 +41,7 @@ fn space(hub: &Hub) -> Arc<Space> {
 }
 
 fn pool(names: &[&str]) -> Vec<FleetRouter> {
-    names.iter().map(|name| FleetRouter { name: (*name).to_owned(), address: format!("{name}:7072") }).collect()
+    names.iter().map(|name| FleetRouter { name: (*name).to_owned(), address: format!("{name}:7072"), pool: String::new() }).collect()
 }
 
 fn names(all: &[&str]) -> Vec<String> {

@@ -133,6 +133,7 @@ impl Case {
             goal: &self.goal,
             plan: &self.plan,
             standing: &self.standing,
+            routers: None,
             shortage: self.shortage.clone(),
         };
         applied(&self.object, &view)

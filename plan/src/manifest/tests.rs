@@ -312,8 +312,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "workers.serviceAccountName",
         "workers.podTemplateOverlay",
         "workers.resources.requests",
-        "router.dedicated",
-        "router.replicas",
         "router.apis",
         "router.service",
         "router.gateway",

@@ -22,7 +22,7 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 37] = [
+const LATER: [&str; 35] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.caBundleRef",
@@ -48,8 +48,6 @@ const LATER: [&str; 37] = [
     "spec.workers.serviceAccountName",
     "spec.workers.podTemplateOverlay",
     "spec.cache.claimTemplate",
-    "spec.router.dedicated",
-    "spec.router.replicas",
     "spec.router.apis",
     "spec.router.service",
     "spec.router.gateway",

@@ -443,10 +443,23 @@ pub struct LimitsSpec {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct RouterSpec {
+    /// Routers of its own instead of those that all deployments of the namespace share; of meaning on a cluster. Default false.
+    pub dedicated: bool,
+    /// How many routers of its own, 1 to 100; default 2.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 100)))]
+    pub replicas: Option<u32>,
     /// How a replica is chosen; default `PrefixAware`.
     pub policy: RoutingPolicy,
     /// Requests that wait.
     pub queue: QueueSpec,
+}
+
+impl RouterSpec {
+    /// How many routers of its own.
+    pub fn count(&self) -> u32 {
+        self.replicas.unwrap_or(2)
+    }
 }
 
 /// Requests that wait for a place.

@@ -67,6 +67,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         ("spec.parallelism.pipeline", Some(parallelism.pipeline), 1, 256),
         ("spec.parallelism.tensor", Some(parallelism.tensor), 1, 64),
         ("spec.replicas", Some(spec.replicas), 0, 1000),
+        ("spec.router.replicas", spec.router.replicas, 1, 100),
         ("spec.router.queue.maxRequests", Some(spec.router.queue.max_requests), 1, 1_000_000),
         ("spec.router.queue.timeoutSeconds", Some(spec.router.queue.timeout_seconds), 1, 86_400),
         ("spec.rollout.progressDeadlineSeconds", Some(spec.rollout.progress_deadline_seconds), 1, 86_400),
@@ -78,6 +79,9 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         }
     }
     cache(deployment)?;
+    if spec.router.replicas.is_some() && !spec.router.dedicated {
+        return Err(Problem::new("spec.router.replicas", "expected dedicated: true beside it, got false".to_owned()));
+    }
     spec.autoscaling.check()?;
     placement::check(&spec.workers)?;
     rollout(deployment)?;

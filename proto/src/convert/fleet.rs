@@ -18,7 +18,11 @@ pub fn encode_fleet(state: &FleetState) -> wire::FleetState {
         term: state.term,
         number: state.number,
         deployments: state.deployments.iter().map(encode_deployment).collect(),
-        routers: state.routers.iter().map(|r| wire::Router { name: r.name.clone(), address: r.address.clone() }).collect(),
+        routers: state
+            .routers
+            .iter()
+            .map(|r| wire::Router { name: r.name.clone(), address: r.address.clone(), pool: r.pool.clone() })
+            .collect(),
     }
 }
 
@@ -35,7 +39,7 @@ pub fn decode_fleet(state: wire::FleetState) -> Result<FleetState, ConvertError>
         term: state.term,
         number: state.number,
         deployments: deployments.collect::<Result<_, _>>()?,
-        routers: state.routers.into_iter().map(|r| FleetRouter { name: r.name, address: r.address }).collect(),
+        routers: state.routers.into_iter().map(|r| FleetRouter { name: r.name, address: r.address, pool: r.pool }).collect(),
     })
 }
 
@@ -129,6 +133,7 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
                 Some(Stopped::ScaledToZero) => "scaled-to-zero".to_owned(),
             },
         }),
+        drivers: d.drivers.clone(),
         replicas: d.replicas.iter().map(replica).collect(),
         adapters: d.adapters.iter().map(encode_adapter).collect(),
     }
@@ -187,6 +192,7 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
             hold: serving.hold.map(|h| HoldSettings { requests: h.requests as usize, seconds: h.seconds }),
             stopped,
         },
+        drivers: d.drivers,
         replicas: d.replicas.into_iter().map(replica).collect::<Result<_, ConvertError>>()?,
         adapters: d.adapters.into_iter().map(decode_adapter).collect::<Result<_, ConvertError>>()?,
     })

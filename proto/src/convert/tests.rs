@@ -257,9 +257,10 @@ fn stopped_fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dty
             hold: Some(HoldSettings { requests: 9, seconds: 10 }),
             stopped,
         },
+        drivers: "d".into(),
         replicas: vec![replica],
     };
-    let routers = vec![FleetRouter { name: "router".into(), address: "h:1".into() }];
+    let routers = vec![FleetRouter { name: "router".into(), address: "h:1".into(), pool: "d".into() }];
     FleetState { term: 1, number: 2, deployments: vec![deployment], routers }
 }
 

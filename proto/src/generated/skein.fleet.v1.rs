@@ -19,6 +19,9 @@ pub struct Router {
     /// HOST:PORT where other routers reach it.
     #[prost(string, tag = "2")]
     pub address: ::prost::alloc::string::String,
+    /// The deployment whose own router it is; empty for one of the namespace's.
+    #[prost(string, tag = "3")]
+    pub pool: ::prost::alloc::string::String,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Deployment {
@@ -37,6 +40,9 @@ pub struct Deployment {
     pub replicas: ::prost::alloc::vec::Vec<Replica>,
     #[prost(message, repeated, tag = "7")]
     pub adapters: ::prost::alloc::vec::Vec<Adapter>,
+    /// Whose routers drive its replicas, as in Router.pool; others that are told of it reach them through those.
+    #[prost(string, tag = "8")]
+    pub drivers: ::prost::alloc::string::String,
 }
 /// A low-rank adapter that every replica is to have; requests name it behind the model's name and a colon.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -293,7 +299,7 @@ pub mod fleet_client {
             self.inner = self.inner.max_encoding_message_size(limit);
             self
         }
-        /// States down, reports up, on one stream.
+        /// States down, reports up, on one stream. A router of a deployment's own names the deployment in the metadata `skein-pool`.
         pub async fn watch(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::RouterReport>,
@@ -339,7 +345,7 @@ pub mod fleet_server {
             >
             + std::marker::Send
             + 'static;
-        /// States down, reports up, on one stream.
+        /// States down, reports up, on one stream. A router of a deployment's own names the deployment in the metadata `skein-pool`.
         async fn watch(
             &self,
             request: tonic::Request<tonic::Streaming<super::RouterReport>>,

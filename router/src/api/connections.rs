@@ -21,6 +21,7 @@ use tokio::task::JoinSet;
 use tracing::debug;
 
 use super::stopped;
+use crate::edge::Edge;
 
 /// Pause after a connection could not be accepted: what is missing then (file descriptors, memory) comes back as others end.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -31,6 +32,8 @@ const GLANCE: Duration = Duration::from_millis(10);
 /// How long a connection without a running request stays open once the server is to stop: for the end of an answer to leave, and for a
 /// request that was on its way.
 const MOMENT: Duration = Duration::from_millis(300);
+/// A connection is kept for this part of a client's patience while a model changes from one pool of routers to another.
+const STAY: u32 = 3;
 
 /// What is spoken on a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,10 +45,17 @@ pub(super) enum Protocol {
 }
 
 /// Serves `app` on `listener` until `stopping`, then until the requests that run have ended. A connection whose client takes longer than
-/// `patience` to send a request's head, from its opening or, over HTTP/1, from the answer before, is closed.
+/// `patience` to send a request's head, from its opening or, over HTTP/1, from the answer before, is closed. While other routers take over a
+/// model of `edge`, or give it to this one, no connection is kept for long: its next request is to come to where a service leads by then.
 ///
 /// Dropping this closes every connection.
-pub(super) async fn serve(listener: TcpListener, protocol: Protocol, app: Router, patience: Duration, stopping: watch::Receiver<bool>) {
+pub(super) async fn serve(
+    (listener, protocol): (TcpListener, Protocol),
+    app: Router,
+    edge: Edge,
+    patience: Duration,
+    stopping: watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
     let mut stop = pin!(stopped(stopping.clone()));
     loop {
@@ -57,7 +67,7 @@ pub(super) async fn serve(listener: TcpListener, protocol: Protocol, app: Router
         };
         match accepted {
             Ok((stream, _)) => {
-                connections.spawn(connection(stream, protocol, app.clone(), patience, stopping.clone()));
+                connections.spawn(connection((stream, protocol), app.clone(), edge.clone(), patience, stopping.clone()));
             }
             Err(error) => {
                 debug!(%error, "a connection could not be accepted");
@@ -85,7 +95,13 @@ async fn first_bytes(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
-async fn connection(stream: TcpStream, protocol: Protocol, app: Router, patience: Duration, stopping: watch::Receiver<bool>) {
+async fn connection(
+    (stream, protocol): (TcpStream, Protocol),
+    app: Router,
+    edge: Edge,
+    patience: Duration,
+    stopping: watch::Receiver<bool>,
+) {
     // A token is a small packet that nothing follows for a while: it must not wait for one.
     if let Err(error) = stream.set_nodelay(true) {
         debug!(%error, "small packets are delayed on a connection");
@@ -105,9 +121,26 @@ async fn connection(stream: TcpStream, protocol: Protocol, app: Router, patience
     // Dropped when it has ended, and with it what a client that is gone had asked for.
     let ended = {
         let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-        tokio::select! {
-            ended = served.as_mut() => ended,
-            () = stopped(stopping) => {
+        let moved = async {
+            edge.moving().await;
+            drop(edge);
+            tokio::time::sleep(patience / STAY).await;
+        };
+        let early = tokio::select! {
+            ended = served.as_mut() => Some(ended),
+            () = stopped(stopping.clone()) => None,
+            () = moved => {
+                // What runs on it goes on.
+                served.as_mut().graceful_shutdown();
+                tokio::select! {
+                    ended = served.as_mut() => Some(ended),
+                    () = stopped(stopping) => None,
+                }
+            }
+        };
+        match early {
+            Some(ended) => ended,
+            None => {
                 served.as_mut().graceful_shutdown();
                 tokio::select! {
                     ended = served.as_mut() => ended,

@@ -38,8 +38,8 @@ const OVERRUN: usize = 64 << 20;
 pub(super) struct RequestId(pub(super) Arc<str>);
 
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
-    let (stopping, patience) = (shared.stopping.clone(), shared.options.patience);
-    connections::serve(listener, Protocol::Http, routes(shared), patience, stopping).await;
+    let (stopping, patience, edge) = (shared.stopping.clone(), shared.options.patience, shared.edge.clone());
+    connections::serve((listener, Protocol::Http), routes(shared), edge, patience, stopping).await;
 }
 
 fn routes(shared: Arc<Shared>) -> axum::Router {
@@ -138,16 +138,18 @@ async fn generate(shared: Arc<Shared>, dialect: Dialect, request: HttpRequest) -
     let job = job.await.map_err(|_| ApiError::deadline(limit.as_secs()))??;
     let logprobs = job.parameters.logprobs;
     let mut run = Run::start(&shared.edge, &shared.metrics, job)?;
+    // A client whose model other routers serve is to open its next connection, which its service leads to them.
+    let close = shared.edge.is_driven_elsewhere(&model).then(|| [(header::CONNECTION, HeaderValue::from_static("close"))]);
     let answer = Answer::new(dialect, &id, model, &run, logprobs, streaming);
     if !streaming.stream {
-        return Ok(Json(answer.collect(&mut run).await?).into_response());
+        return Ok((close, Json(answer.collect(&mut run).await?)).into_response());
     }
     let headers = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8")),
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
     ];
-    Ok((headers, Body::from_stream(events(answer, run))).into_response())
+    Ok((close, headers, Body::from_stream(events(answer, run))).into_response())
 }
 
 /// The body, if its type and size are right.

@@ -81,6 +81,7 @@ fn state(number: u64) -> FleetState {
         name: "a".into(),
         model: "a".into(),
         aliases: Vec::new(),
+        drivers: String::new(),
         limits,
         serving,
         replicas: vec![replica],

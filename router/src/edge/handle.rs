@@ -123,6 +123,20 @@ impl Edge {
         Ok(Course::new(self.inner.view.clone(), names, stats.clone(), submission, slot, limits))
     }
 
+    /// Whether routers of another pool drive `model`: this one is told of it for what it has begun, or is about to take over.
+    pub(crate) fn is_driven_elsewhere(&self, model: &str) -> bool {
+        let own = self.inner.pool.as_ref().map(|pool| pool.own());
+        own.is_some_and(|own| self.find(model).is_ok_and(|d| d.spec.drivers != own))
+    }
+
+    /// Completes once some model is driven by routers of another pool.
+    pub(crate) async fn moving(&self) {
+        if self.watch().wait_for(|view| view.moving).await.is_err() {
+            // Nothing changes any more.
+            std::future::pending().await
+        }
+    }
+
     /// Every model served, in the order of the fleet state.
     pub fn models(&self) -> Vec<ModelStatus> {
         let status = |d: &Arc<Deployment>| ModelStatus {

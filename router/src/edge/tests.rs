@@ -64,6 +64,7 @@ fn state(replicas: &[FleetReplica]) -> FleetState {
             hold: None,
             stopped: None,
         },
+        drivers: String::new(),
         replicas: replicas.to_vec(),
     };
     FleetState { term: 1, number: 1, deployments: vec![deployment], routers: Vec::new() }

@@ -111,7 +111,7 @@ impl Supervisor {
             let old = before.deployment(&spec.name);
             let lasting = old.map_or_else(|| Arc::new(Lasting::new()), |d| d.lasting.clone());
             let members = spec.replicas.iter().map(|replica| {
-                let member = self.member(replica, old.and_then(|d| d.members.iter().find(|m| m.spec.name == replica.name)));
+                let member = self.member(replica, &spec.drivers, old.and_then(|d| d.members.iter().find(|m| m.spec.name == replica.name)));
                 if let Driver::Here(owner) = &member.driver {
                     kept.push(replica.name.clone());
                     owner.want(spec.adapters.iter().map(|adapter| adapter.source.clone()).collect());
@@ -129,16 +129,17 @@ impl Supervisor {
             keep
         });
         let ending = self.tasks.values().filter(|name| !self.driven.contains_key(*name)).cloned().collect();
-        self.view.send_replace(Arc::new(View { deployments, ending }));
+        let moving = self.pool.as_ref().is_some_and(|pool| deployments.iter().any(|d: &Arc<Deployment>| d.spec.drivers != pool.own()));
+        self.view.send_replace(Arc::new(View { deployments, ending, moving }));
     }
 
-    /// A replica of the state; `old` is what it was before.
-    fn member(&mut self, spec: &FleetReplica, old: Option<&Arc<Member>>) -> Member {
+    /// A replica of the state, which routers of `drivers` drive; `old` is what it was before.
+    fn member(&mut self, spec: &FleetReplica, drivers: &str, old: Option<&Arc<Member>>) -> Member {
         let replica = old.filter(|m| same(&m.spec, spec)).map_or_else(|| self.connector.replica(spec), |m| m.replica.clone());
         let sequences = old.map(|m| m.sequences.clone()).unwrap_or_default();
         let stats = old.map_or_else(|| Arc::new(Stats::new()), |m| m.stats.clone());
         let driven = self.driven.get(&spec.name).filter(|d| same(&d.spec, spec)).map(|d| d.owner.clone());
-        let seat = self.pool.as_ref().map_or(Seat::Here, |pool| pool.seat(&spec.name, driven.is_some()));
+        let seat = self.pool.as_ref().map_or(Seat::Here, |pool| pool.seat(&spec.name, drivers, driven.is_some()));
         let driver = match (seat, driven) {
             (Seat::Here, Some(owner)) => Driver::Here(owner),
             // The owner before lets go first.

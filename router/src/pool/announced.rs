@@ -135,6 +135,7 @@ mod tests {
             name: "a".into(),
             model: "a".into(),
             aliases: Vec::new(),
+            drivers: String::new(),
             limits,
             serving,
             replicas: vec![replica],

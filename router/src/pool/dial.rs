@@ -121,7 +121,8 @@ async fn join(pool: &Arc<Pool>, peer: &Peer) -> Ended {
                 if let Err(error) = taken {
                     return Ended::Message(error);
                 }
-                if fetch.is_none() && peer.number() > pool.store.number() {
+                // States of routers of another pool are of other deployments, and counted for themselves.
+                if fetch.is_none() && peer.pool == pool.own && peer.number() > pool.store.number() {
                     fetch = Some(Box::pin(fetch_state(client.clone())));
                 }
             }

@@ -29,24 +29,39 @@ pub(super) struct Standing {
     pub(super) holds: bool,
 }
 
-/// Decides for this router (`name`), which is one of those of the state (`listed`) or not, and drives the replica already (`here`) or not.
-pub(super) fn seat<'a>(
-    name: &str,
-    listed: bool,
-    leaving: bool,
-    others: impl Iterator<Item = &'a Arc<Peer>>,
-    replica: &str,
-    here: bool,
-) -> Seat {
+/// What counts of this router.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Own<'a> {
+    pub(super) name: &'a str,
+    /// The state names it.
+    pub(super) listed: bool,
+    pub(super) leaving: bool,
+    /// It is one of those that may drive the replica.
+    pub(super) chosen_from: bool,
+    /// It drives the replica.
+    pub(super) here: bool,
+}
+
+/// Decides for this router where `replica` is driven: by one of the routers whose pool is `drivers`.
+pub(super) fn seat<'a>(this: Own<'_>, others: impl Iterator<Item = &'a Arc<Peer>>, drivers: &str, replica: &str) -> Seat {
     let others: Vec<(&Arc<Peer>, Standing)> = others.map(|peer| (peer, peer.standing(replica))).collect();
     let alive = || others.iter().filter(|(_, s)| s.alive);
+    let willing = || alive().filter(|(peer, s)| !s.leaving && peer.pool == drivers);
     // A router that the state does not name is not dialled by the others, and drives only what nobody else can.
-    let own = (listed && !leaving) || !alive().any(|(_, s)| !s.leaving);
-    let willing = alive().filter(|(_, s)| !s.leaving).map(|(peer, _)| peer.name.as_str());
-    let chosen = willing.chain(own.then_some(name)).max_by_key(|router| weight(router, replica)).unwrap_or(name);
+    let own = this.chosen_from && ((this.listed && !this.leaving) || willing().next().is_none());
+    let names = willing().map(|(peer, _)| peer.name.as_str()).chain(own.then_some(this.name));
+    let Some(chosen) = names.max_by_key(|router| weight(router, replica)) else {
+        // Nobody who should can: whoever has it keeps it until somebody can.
+        let holder = alive().filter(|(_, s)| s.holds).max_by_key(|(peer, _)| weight(&peer.name, replica));
+        return match holder {
+            _ if this.here => Seat::Here,
+            Some((peer, _)) => Seat::Peer((*peer).clone()),
+            None => Seat::Nobody,
+        };
+    };
     let holder = alive().filter(|(_, s)| s.holds).max_by_key(|(peer, _)| (peer.name == chosen, weight(&peer.name, replica)));
-    match (chosen == name, holder) {
-        (true, _) if here => Seat::Here,
+    match (chosen == this.name, holder) {
+        (true, _) if this.here => Seat::Here,
         (_, Some((peer, _))) => Seat::Peer((*peer).clone()),
         (true, None) if others.iter().all(|(_, s)| s.known) => Seat::Here,
         (true, None) => Seat::Nobody,

@@ -27,6 +27,8 @@ use crate::{
 pub(crate) struct Peer {
     pub(super) name: String,
     pub(super) address: String,
+    /// Whose router it is, as in [`FleetRouter::pool`].
+    pub(super) pool: String,
     /// It is not in the fleet state any more.
     pub(super) stop: CancellationToken,
     tickets: AtomicU64,
@@ -80,8 +82,8 @@ impl Line {
 
 impl Peer {
     pub(super) fn new(router: &FleetRouter, stop: CancellationToken) -> Self {
-        let (name, address) = (router.name.clone(), router.address.clone());
-        Self { name, address, stop, tickets: AtomicU64::new(1), state: Mutex::default() }
+        let (name, address, pool) = (router.name.clone(), router.address.clone(), router.pool.clone());
+        Self { name, address, pool, stop, tickets: AtomicU64::new(1), state: Mutex::default() }
     }
 
     /// What counts for who drives `replica`.

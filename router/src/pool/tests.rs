@@ -97,9 +97,11 @@ fn state(number: u64, routers: &[(&str, SocketAddr)]) -> FleetState {
             hold: None,
             stopped: None,
         },
+        drivers: String::new(),
         replicas: (0..REPLICAS).map(replica).collect(),
     };
-    let routers = routers.iter().map(|(name, at)| FleetRouter { name: (*name).to_owned(), address: at.to_string() }).collect();
+    let routers =
+        routers.iter().map(|(name, at)| FleetRouter { name: (*name).to_owned(), address: at.to_string(), pool: String::new() }).collect();
     FleetState { term: 1, number, deployments: vec![deployment], routers }
 }
 
@@ -112,16 +114,16 @@ struct Router {
 
 impl Router {
     fn start(name: &str, listener: TcpListener, connector: &Arc<Shared>, state: FleetState, seeds: Vec<String>) -> Self {
-        Self::start_as(name, listener, connector, state, (seeds, None))
+        Self::start_as(name, listener, connector, state, (seeds, None, ""))
     }
 
-    /// One that asks `seeds` for a state, and proves to be `identity`.
+    /// One that asks `seeds` for a state, proves to be `identity`, and is one of the deployment `own`.
     fn start_as(
         name: &str,
         listener: TcpListener,
         connector: &Arc<Shared>,
         state: FleetState,
-        (seeds, identity): (Vec<String>, Option<Identity>),
+        (seeds, identity, own): (Vec<String>, Option<Identity>, &str),
     ) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let listener = listener.into_std().expect("a socket");
@@ -130,6 +132,7 @@ impl Router {
             let _inside = runtime.enter();
             let pool = PoolOptions {
                 name: name.to_owned(),
+                pool: own.to_owned(),
                 listener: TcpListener::from_std(listener).expect("a socket"),
                 token: Some(TOKEN.to_owned()),
                 worker_token: Some(WORKERS.to_owned()),

@@ -9,6 +9,7 @@ mod adapters;
 mod answers;
 mod apply;
 mod chart;
+mod dedicated;
 mod deletion;
 mod hpa;
 mod identity;

@@ -102,6 +102,7 @@ impl World {
             name: "model".into(),
             model: "model".into(),
             aliases: Vec::new(),
+            drivers: String::new(),
             limits,
             serving,
             replicas,
@@ -109,7 +110,7 @@ impl World {
         };
         let pid = std::process::id();
         let host = format!("127.{}.{}.{}", 1 + pid / 65_536 % 254, pid / 256 % 256, 1 + pid % 254);
-        let router = |i| FleetRouter { name: format!("router-{i}"), address: format!("{host}:{}", 7072 + i) };
+        let router = |i| FleetRouter { name: format!("router-{i}"), address: format!("{host}:{}", 7072 + i), pool: String::new() };
         let state = FleetState { term: 1, number: 1, deployments: vec![deployment], routers: (0..2).map(router).collect() };
         for i in 0..2 {
             fs::write(folder.path().join(format!("state-{i}")), serde_json::to_vec(&state).expect("plain data")).expect("a file");

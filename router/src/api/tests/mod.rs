@@ -145,6 +145,7 @@ impl World {
             name: "tiny-deployment".to_owned(),
             model: "tiny".to_owned(),
             aliases: vec!["org/small".to_owned()],
+            drivers: String::new(),
             replicas: (0..setup.replicas).map(replica).collect(),
             limits,
             serving: ServingSettings {

@@ -128,8 +128,8 @@ async fn where_names_are_proven_each_caller_is_held_to_its_own() {
     let ((one, one_at), (two, two_at)) = (listener().await, listener().await);
     let state = state(1, &[("router-0", one_at), ("router-1", two_at)]);
     let identity = |i: usize| Some(processes[i].identity.clone());
-    let first = Router::start_as("router-0", one, &connector, state.clone(), (Vec::new(), identity(0)));
-    let second = Router::start_as("router-1", two, &connector, state, (Vec::new(), identity(1)));
+    let first = Router::start_as("router-0", one, &connector, state.clone(), (Vec::new(), identity(0), ""));
+    let second = Router::start_as("router-1", two, &connector, state, (Vec::new(), identity(1), ""));
     until("every replica at both routers", || first.is_complete() && second.is_complete()).await;
     assert!(!first.drives().is_empty() && !second.drives().is_empty(), "they found each other");
     // A worker may say where it is, and nothing else, and nothing of others.
