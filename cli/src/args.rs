@@ -6,7 +6,7 @@ mod kubernetes;
 mod pool;
 
 use std::{
-    env,
+    env, fmt,
     num::NonZeroUsize,
     path::{Path, PathBuf},
 };
@@ -17,6 +17,7 @@ use clap::{
 };
 
 use plan::{dtype::DType, worker::CollectiveKind};
+use source::{AccessKeys, StoreOptions};
 
 pub(crate) use self::{
     answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
@@ -91,6 +92,8 @@ pub(crate) struct CacheArgs {
     /// Base of hf:// sources.
     #[arg(long, global = true, env = "HF_ENDPOINT", hide = true)]
     pub(crate) hf_endpoint: Option<String>,
+    #[command(flatten)]
+    pub(crate) s3: StoreArgs,
 }
 
 impl CacheArgs {
@@ -100,6 +103,42 @@ impl CacheArgs {
         let xdg = self.xdg_cache_home.as_ref().filter(set).map(|base| base.join("skein"));
         let home = self.home.as_ref().filter(set).map(|base| base.join(".cache/skein"));
         self.cache.clone().filter(|path| set(&path)).or(xdg).or(home)
+    }
+}
+
+/// How s3:// sources are reached, as other tools read it from the environment.
+#[derive(Clone, Default, Args)]
+pub(crate) struct StoreArgs {
+    #[arg(long, global = true, env = "AWS_ENDPOINT_URL", hide = true)]
+    aws_endpoint_url: Option<String>,
+    #[arg(long, global = true, env = "AWS_REGION", hide = true)]
+    aws_region: Option<String>,
+    #[arg(long, global = true, env = "AWS_DEFAULT_REGION", hide = true)]
+    aws_default_region: Option<String>,
+    #[arg(long, global = true, env = "AWS_ACCESS_KEY_ID", hide = true, hide_env_values = true)]
+    aws_access_key_id: Option<String>,
+    #[arg(long, global = true, env = "AWS_SECRET_ACCESS_KEY", hide = true, hide_env_values = true)]
+    aws_secret_access_key: Option<String>,
+    #[arg(long, global = true, env = "AWS_SESSION_TOKEN", hide = true, hide_env_values = true)]
+    aws_session_token: Option<String>,
+    /// Keys of one source, as JSON; how a runner tells its workers.
+    #[arg(long, global = true, env = "SKEIN_ACCESS_KEYS", hide = true, hide_env_values = true)]
+    pub(crate) access_keys: Option<String>,
+}
+
+impl StoreArgs {
+    /// The options of a source; keys where both parts of them are there.
+    pub(crate) fn options(&self) -> StoreOptions {
+        let set = |value: &Option<String>| value.clone().filter(|value| !value.is_empty());
+        let pair = set(&self.aws_access_key_id).zip(set(&self.aws_secret_access_key));
+        let keys = pair.map(|(id, secret)| AccessKeys { id, secret, session: set(&self.aws_session_token), region: None, endpoint: None });
+        StoreOptions { endpoint: set(&self.aws_endpoint_url), region: set(&self.aws_region).or(set(&self.aws_default_region)), keys }
+    }
+}
+
+impl fmt::Debug for StoreArgs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.options().fmt(f)
     }
 }
 
@@ -299,7 +338,7 @@ impl From<CollectiveChoice> for CollectiveKind {
 #[derive(Clone, Debug, Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct Target {
-    /// Folder, file or source (file:, hf://, http://, https://) of a model.
+    /// Folder, file or source (file:, hf://, s3://, gs://, oci://, http://, https://) of a model.
     #[arg(value_name = "MODEL")]
     pub(crate) model: Option<String>,
     /// Manifest with a ModelDeployment; `-` reads standard input.
@@ -310,7 +349,7 @@ pub(crate) struct Target {
 #[derive(Clone, Debug, Args)]
 #[command(group(ArgGroup::new("planned").required(true).args(["model", "file", "deployment"])))]
 pub(crate) struct PlanArgs {
-    /// Folder, file or source (file:, hf://, http://, https://) of a model.
+    /// Folder, file or source (file:, hf://, s3://, gs://, oci://, http://, https://) of a model.
     #[arg(value_name = "MODEL")]
     pub(crate) model: Option<String>,
     /// Manifest with a ModelDeployment; `-` reads standard input.
@@ -448,6 +487,22 @@ mod tests {
     }
 
     #[test]
+    fn keys_of_a_store_come_in_pairs() {
+        let text = |text: &str| Some(text.to_owned());
+        let half = StoreArgs {
+            aws_access_key_id: text("a"),
+            aws_secret_access_key: text(""),
+            aws_default_region: text("r"),
+            ..StoreArgs::default()
+        };
+        assert!(half.options().keys.is_none() && half.options().region == text("r"));
+        let whole = StoreArgs { aws_secret_access_key: text("hidden"), aws_session_token: text("s"), aws_region: text("own"), ..half };
+        let keys = whole.options().keys.expect("keys");
+        assert_eq!((&*keys.id, &*keys.secret, keys.session, whole.options().region), ("a", "hidden", text("s"), text("own")));
+        assert!(!format!("{whole:?}").contains("hidden"), "{whole:?}");
+    }
+
+    #[test]
     fn cache_folder_falls_back_in_order() {
         let cache = |cache: Option<&str>, xdg: Option<&str>, home: Option<&str>| {
             CacheArgs {
@@ -457,6 +512,7 @@ mod tests {
                 hf_token: None,
                 authorization: None,
                 hf_endpoint: None,
+                s3: StoreArgs::default(),
             }
             .folder()
         };

@@ -17,11 +17,11 @@ use plan::{
     manifest::AdapterSpec,
     model::ModelHeader,
 };
-use source::{Credentials, PUBLIC_HUB, Source, SourceError, SourceOptions};
+use source::{AccessKeys, Credentials, PUBLIC_HUB, Source, SourceError, SourceOptions};
 
 use crate::{
-    args::Global,
-    exit::{Failure, Outcome},
+    args::{CacheArgs, Global},
+    exit::{BadInput, Failure, Outcome},
     output::{self, Unit},
 };
 
@@ -140,9 +140,19 @@ pub(crate) fn source_options(global: &Global) -> Outcome<SourceOptions> {
         cache: cache.folder(),
         hub: cache.hf_endpoint.clone().unwrap_or_else(|| PUBLIC_HUB.to_owned()),
         token: cache.hf_token.clone(),
-        credentials: cache.authorization.as_deref().map(Credentials::authorization).transpose().map_err(failure)?,
+        credentials: credentials(cache)?,
+        s3: cache.s3.options(),
         ..SourceOptions::default()
     })
+}
+
+/// What this process was told to show to its model's source.
+fn credentials(cache: &CacheArgs) -> Outcome<Option<Credentials>> {
+    if let Some(keys) = &cache.s3.access_keys {
+        let keys: AccessKeys = serde_json::from_str(keys).context("SKEIN_ACCESS_KEYS cannot be read").bad_input()?;
+        return Ok(Some(keys.into()));
+    }
+    cache.authorization.as_deref().map(Credentials::authorization).transpose().map_err(failure)
 }
 
 /// Whether the user's input is to blame, or the world around.

@@ -19,8 +19,8 @@ const RULES: [(&str, &str, &str); 28] = [
     ),
     (
         "spec.model.uri",
-        "self.startsWith('hf://') || self.startsWith('http://') || self.startsWith('https://') || self.startsWith('pvc://') || self.startsWith('file:')",
-        "uri must begin with hf://, http://, https://, pvc:// or file:",
+        "self.matches('^(hf|s3|gs|oci|https?|pvc)://|^file:')",
+        "uri must begin with hf://, s3://, gs://, oci://, http://, https://, pvc:// or file:",
     ),
     (
         "spec.model.uri",
@@ -34,8 +34,8 @@ const RULES: [(&str, &str, &str); 28] = [
     ),
     (
         "spec.adapters",
-        "self.all(a, a.uri.startsWith('hf://') || a.uri.startsWith('http://') || a.uri.startsWith('https://') || a.uri.startsWith('file:'))",
-        "the uri of each adapter must begin with hf://, http://, https:// or file:",
+        "self.all(a, a.uri.matches('^(hf|s3|gs|oci|https?)://|^file:'))",
+        "the uri of each adapter must begin with hf://, s3://, gs://, oci://, http://, https:// or file:",
     ),
     (
         "",

@@ -176,8 +176,9 @@ pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (
         let header = if is_remote(&uri) {
             models.adapter(&uri, model).await
         } else {
-            let message =
-                format!("{uri} is a path of a node, and this operator gives workers no host paths; name it by hf://, http:// or https://");
+            let message = format!(
+                "{uri} is a path of a node, and this operator gives workers no host paths; name it by hf://, s3://, gs://, oci://, http:// or https://"
+            );
             Err(Unresolved { reason: "HostPathForbidden", message })
         };
         Opened { name, uri, digest, header }
@@ -187,7 +188,7 @@ pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (
 
 /// Whether the operator may read a source itself. Paths are those of a node, and never opened here.
 fn is_remote(uri: &str) -> bool {
-    ["hf://", "http://", "https://"].iter().any(|scheme| uri.starts_with(scheme))
+    ["hf://", "s3://", "gs://", "oci://", "http://", "https://"].iter().any(|scheme| uri.starts_with(scheme))
 }
 
 /// The first name of `object` that an older deployment of its namespace has.

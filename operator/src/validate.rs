@@ -108,7 +108,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
         None => {
             let message = format!(
-                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, http://, https:// or pvc://",
+                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, s3://, gs://, oci://, http://, https:// or pvc://",
                 model.uri
             );
             return Err(refuse(ACCEPTED, "HostPathForbidden", message, Until::Changed));

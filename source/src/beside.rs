@@ -2,13 +2,7 @@
 
 use std::{collections::BTreeMap, path::PathBuf, sync::OnceLock};
 
-use crate::{
-    Cache, Credentials, SourceError,
-    digest::Digest,
-    http::Client,
-    hub::{HubFile, Repository},
-    layout::Kind,
-};
+use crate::{Cache, SourceError, admission::Admission, digest::Digest, http::Client, layout::Kind, listing::Listed};
 
 /// Files by name.
 pub(crate) type Files = BTreeMap<&'static str, Vec<u8>>;
@@ -17,8 +11,17 @@ pub(crate) type Files = BTreeMap<&'static str, Vec<u8>>;
 #[derive(Clone, Debug)]
 pub(crate) enum Folder {
     Local(PathBuf),
-    Http { base: String, shown: Option<Credentials> },
-    Hub { repository: Repository, folder: String, files: Vec<HubFile> },
+    /// A server that lists nothing; `base` ends with a slash.
+    Http {
+        base: String,
+        admission: Admission,
+    },
+    /// A store that has listed these files; `base` is for messages and ends with a slash.
+    Listed {
+        base: String,
+        admission: Admission,
+        files: Vec<Listed>,
+    },
 }
 
 /// The small files beside a weight file.
@@ -101,8 +104,7 @@ impl Origin {
         let config = self.kind.config();
         let place = match &self.folder {
             Folder::Local(path) => path.join(config).display().to_string(),
-            Folder::Http { base, .. } => format!("{base}{config}"),
-            Folder::Hub { repository, folder, .. } => repository.url(&join(folder, config)),
+            Folder::Http { base, .. } | Folder::Listed { base, .. } => format!("{base}{config}"),
         };
         SourceError::NotFound { place }
     }
@@ -121,7 +123,7 @@ impl Folder {
                 Ok(Some(names))
             }
             Self::Http { .. } => Ok(None),
-            Self::Hub { files, .. } => Ok(Some(files.iter().map(|f| f.path.rsplit('/').next().unwrap_or(&f.path).to_owned()).collect())),
+            Self::Listed { files, .. } => Ok(Some(files.iter().map(|f| f.name.clone()).collect())),
         }
     }
 
@@ -132,13 +134,10 @@ impl Folder {
                 let path = path.join(name);
                 std::fs::read(&path).map_err(|e| SourceError::file("read", path, e))
             }
-            Self::Http { base, shown } => client.small(&format!("{base}{name}"), shown.as_ref()).map(|r| r.0),
-            Self::Hub { repository, folder, files } => {
-                let path = join(folder, name);
-                if !files.iter().any(|f| f.path == path) {
-                    return Ok(None);
-                }
-                client.small(&repository.url(&path), repository.shown.as_ref()).map(|r| r.0)
+            Self::Http { base, admission } => client.small(&format!("{base}{name}"), admission).map(|r| r.0),
+            Self::Listed { admission, files, .. } => {
+                let Some(file) = files.iter().find(|f| f.name == name) else { return Ok(None) };
+                client.small(&file.url, admission).map(|r| r.0)
             }
         };
         match read {
@@ -147,8 +146,4 @@ impl Folder {
             Err(error) => Err(error),
         }
     }
-}
-
-pub(crate) fn join(folder: &str, name: &str) -> String {
-    if folder.is_empty() { name.to_owned() } else { format!("{folder}/{name}") }
 }

@@ -8,7 +8,9 @@ use plan::header::HeaderError;
 #[derive(Debug, thiserror::Error)]
 #[expect(missing_docs, reason = "the messages say it")]
 pub enum SourceError {
-    #[error("{uri} is not a source: {problem}; expected a path, file:, http://, https:// or hf://org/repo@revision/file")]
+    #[error(
+        "{uri} is not a source: {problem}; expected a path, file:, http://, https://, hf://org/repo@revision/file, s3://bucket/key, gs://bucket/key or oci://registry/repository:tag"
+    )]
     Uri { uri: String, problem: String },
     #[error("{place} does not exist")]
     NotFound { place: String },

@@ -15,12 +15,16 @@ use ureq::{
     http::{Response, StatusCode, header},
 };
 
-use crate::{Credentials, SourceError, SourceOptions, digest::Digest};
+use crate::{SourceError, SourceOptions, admission::Admission, digest::Digest};
 
 /// Most redirects that are followed.
 const REDIRECTS: u32 = 10;
 /// Largest small file (config, tokenizer, listing) that is read into memory.
 const MAX_SMALL: u64 = 256 << 20;
+/// Header by which an object store says where a bucket is that was looked for elsewhere.
+const BUCKET_REGION: &str = "x-amz-bucket-region";
+/// Longest answer of a service that hands out tokens.
+const MAX_TOKEN: u64 = 1 << 20;
 /// Bytes of a range that are handed on at a time.
 const POURED: usize = 256 << 10;
 
@@ -68,16 +72,12 @@ impl Client {
         Err(SourceError::Unreachable { place: place.to_owned(), attempts: 0, source: io::ErrorKind::TimedOut.into() })
     }
 
-    /// One GET; the status is one of success.
-    fn get(&self, url: &str, shown: Option<&Credentials>, range: Option<&str>) -> Result<Response<Body>, Failure> {
-        let mut request = self.agent.get(url);
-        if let Some(range) = range {
-            request = request.header(header::RANGE, range);
+    /// One GET, and another one where the first asks for something that there is; the status is one of success.
+    fn get(&self, url: &str, admission: &Admission, range: Option<&str>) -> Result<Response<Body>, Failure> {
+        let mut response = self.ask(url, admission, range)?;
+        if response.status() == StatusCode::UNAUTHORIZED && admission.refused(self, &response)? {
+            response = self.ask(url, admission, range)?;
         }
-        if let Some(shown) = shown {
-            request = request.header(header::AUTHORIZATION, shown.value());
-        }
-        let response = request.call().map_err(|e| failure(url, e))?;
         let (place, status) = (url.to_owned(), response.status());
         match status {
             s if s.is_success() => Ok(response),
@@ -87,14 +87,42 @@ impl Client {
             StatusCode::NOT_FOUND | StatusCode::GONE => Err(Failure::Final(SourceError::NotFound { place })),
             StatusCode::TOO_MANY_REQUESTS | StatusCode::REQUEST_TIMEOUT => Err(Failure::Passing(answered(status))),
             s if s.is_server_error() => Err(Failure::Passing(answered(status))),
-            _ => Err(Failure::Final(SourceError::Status { place, status: status.as_u16() })),
+            _ => Err(Failure::Final(match response.headers().get(BUCKET_REGION).and_then(|region| region.to_str().ok()) {
+                Some(region) => {
+                    let (expected, got) = (format!("AWS_REGION to be {region}"), format!("status {}", status.as_u16()));
+                    SourceError::Protocol { place, expected, got }
+                }
+                None => SourceError::Status { place, status: status.as_u16() },
+            })),
         }
     }
 
+    /// One GET, whatever the status.
+    fn ask(&self, url: &str, admission: &Admission, range: Option<&str>) -> Result<Response<Body>, Failure> {
+        let (asked, headers) = admission.admit(url).map_err(Failure::Final)?;
+        let mut request = self.agent.get(asked);
+        if let Some(range) = range {
+            request = request.header(header::RANGE, range);
+        }
+        for (name, value) in headers {
+            request = request.header(name, value);
+        }
+        // What is asked may be signed: messages have the plain URL.
+        request.call().map_err(|e| failure(url, e))
+    }
+
+    /// The token that a service of a registry hands out at `url`, as JSON.
+    pub(crate) fn token(&self, url: &str, basic: &Admission) -> Result<Vec<u8>, Failure> {
+        let response = self.get(url, basic, None)?;
+        let mut bytes = Vec::new();
+        response.into_body().into_reader().take(MAX_TOKEN).read_to_end(&mut bytes).map_err(Failure::Passing)?;
+        Ok(bytes)
+    }
+
     /// The whole of a small file, and the next page's URL when the server pages its answer.
-    pub(crate) fn small(&self, url: &str, shown: Option<&Credentials>) -> Result<(Vec<u8>, Option<String>), SourceError> {
+    pub(crate) fn small(&self, url: &str, admission: &Admission) -> Result<(Vec<u8>, Option<String>), SourceError> {
         self.retry(url, || {
-            let response = self.get(url, shown, None)?;
+            let response = self.get(url, admission, None)?;
             let next = text(&response, header::LINK).and_then(next_link);
             let mut bytes = Vec::new();
             response.into_body().into_reader().take(MAX_SMALL + 1).read_to_end(&mut bytes).map_err(Failure::Passing)?;
@@ -107,8 +135,8 @@ impl Client {
     }
 
     /// A file that is looked for when it is needed.
-    pub(crate) fn locator(&self, name: &str, url: &str, shown: Option<&Credentials>) -> Locator {
-        Locator { client: Arc::new(self.clone()), name: name.to_owned(), url: url.to_owned(), shown: shown.cloned() }
+    pub(crate) fn locator(&self, name: &str, url: &str, admission: &Admission) -> Locator {
+        Locator { client: Arc::new(self.clone()), name: name.to_owned(), url: url.to_owned(), admission: admission.clone() }
     }
 }
 
@@ -118,7 +146,7 @@ pub(crate) struct Locator {
     client: Arc<Client>,
     name: String,
     url: String,
-    shown: Option<Credentials>,
+    admission: Admission,
 }
 
 impl Locator {
@@ -130,7 +158,7 @@ impl Locator {
     pub(crate) fn probe(&self) -> Result<Remote, SourceError> {
         let url = self.url.as_str();
         self.client.retry(url, || {
-            let response = self.client.get(url, self.shown.as_ref(), Some("bytes=0-0"))?;
+            let response = self.client.get(url, &self.admission, Some("bytes=0-0"))?;
             let ranges = response.status() == StatusCode::PARTIAL_CONTENT;
             let bytes = if ranges {
                 content_range(&response)
@@ -201,7 +229,7 @@ impl Remote {
     pub(crate) fn open(&self, from: u64) -> Result<(u64, Box<dyn Read + Send>), SourceError> {
         self.locator.client.retry(&self.locator.url, || {
             let range = (from > 0 && self.ranges).then(|| format!("bytes={from}-"));
-            let response = self.locator.client.get(&self.locator.url, self.locator.shown.as_ref(), range.as_deref())?;
+            let response = self.locator.client.get(&self.locator.url, &self.locator.admission, range.as_deref())?;
             self.unchanged(&response)?;
             let begin = if response.status() == StatusCode::PARTIAL_CONTENT { self.checked(&response, from)? } else { 0 };
             Ok((begin, Box::new(response.into_body().into_reader()) as Box<dyn Read + Send>))
@@ -250,7 +278,7 @@ impl Remote {
     /// The body of one answer to a range, and no byte more.
     fn body(&self, range: &Range<u64>) -> Result<impl Read + use<>, Failure> {
         let (locator, asked) = (&self.locator, format!("bytes={}-{}", range.start, range.end - 1));
-        let response = locator.client.get(&locator.url, locator.shown.as_ref(), Some(&asked))?;
+        let response = locator.client.get(&locator.url, &locator.admission, Some(&asked))?;
         if response.status() != StatusCode::PARTIAL_CONTENT {
             return Err(Failure::Final(no_range(&locator.url, &response, &asked)));
         }
@@ -303,7 +331,7 @@ impl Mark {
 }
 
 /// Why an attempt failed.
-enum Failure {
+pub(crate) enum Failure {
     /// Another attempt may succeed.
     Passing(io::Error),
     /// None will.

@@ -1,37 +1,23 @@
 //! Repositories of a Hugging Face hub: their files by its API, and where each is downloaded.
 
-use std::fmt;
-
 use serde::Deserialize;
 
-use crate::{Credentials, SourceError, digest::Digest, http::Client};
-
-/// Most pages of a listing that are read.
-const MAX_PAGES: usize = 50;
-
-/// One file of a repository.
-#[derive(Clone, Debug)]
-pub(crate) struct HubFile {
-    /// Path in the repository.
-    pub(crate) path: String,
-    /// Digest, for files in large-file storage.
-    pub(crate) digest: Option<Digest>,
-}
+use crate::{
+    SourceError,
+    admission::Admission,
+    digest::Digest,
+    http::Client,
+    listing::{Listed, MAX_PAGES, Store, encode, endless},
+};
 
 /// A repository at a revision.
-#[derive(Clone)]
+#[derive(Debug)]
 pub(crate) struct Repository {
     /// Base URL of the hub, without a slash at its end.
     pub(crate) hub: String,
-    pub(crate) shown: Option<Credentials>,
+    pub(crate) admission: Admission,
     pub(crate) repo: String,
     pub(crate) revision: String,
-}
-
-impl fmt::Debug for Repository {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}/{}@{}", self.hub, self.repo, self.revision)
-    }
 }
 
 #[derive(Deserialize)]
@@ -48,20 +34,18 @@ struct Lfs {
 }
 
 impl Repository {
-    /// URL of a file's bytes.
-    pub(crate) fn url(&self, path: &str) -> String {
-        let path: Vec<String> = path.split('/').map(encode).collect();
-        format!("{}/{}/resolve/{}/{}", self.hub, self.repo, self.revision, path.join("/"))
+    fn resolve(&self, path: &str) -> String {
+        format!("{}/{}/resolve/{}/{}", self.hub, self.repo, self.revision, encode(path))
     }
+}
 
-    /// The files in `folder` (empty: the top), without those of its subfolders.
-    pub(crate) fn list(&self, client: &Client, folder: &str) -> Result<Vec<HubFile>, SourceError> {
+impl Store for Repository {
+    fn list(&self, client: &Client, folder: &str) -> Result<Vec<Listed>, SourceError> {
         let base = format!("{}/api/models/{}/tree/{}", self.hub, self.repo, self.revision);
-        let mut url =
-            if folder.is_empty() { base } else { format!("{base}/{}", folder.split('/').map(encode).collect::<Vec<_>>().join("/")) };
+        let mut url = if folder.is_empty() { base } else { format!("{base}/{}", encode(folder)) };
         let mut files = Vec::new();
         for _ in 0..MAX_PAGES {
-            let (bytes, next) = client.small(&url, self.shown.as_ref())?;
+            let (bytes, next) = client.small(&url, &self.admission)?;
             let entries: Vec<Entry> = serde_json::from_slice(&bytes).map_err(|e| SourceError::Protocol {
                 place: url.clone(),
                 expected: "a JSON list of files".to_owned(),
@@ -69,7 +53,8 @@ impl Repository {
             })?;
             for entry in entries.into_iter().filter(|e| e.kind == "file") {
                 let digest = entry.lfs.and_then(|l| format!("sha256:{}", l.oid.trim_start_matches("sha256:")).parse().ok());
-                files.push(HubFile { path: entry.path, digest });
+                let name = entry.path.rsplit('/').next().unwrap_or(&entry.path).to_owned();
+                files.push(Listed { url: self.resolve(&entry.path), name, digest });
             }
             // Credentials must not follow a link to another host.
             let own = format!("{}/", self.hub);
@@ -82,13 +67,19 @@ impl Repository {
                 }
             }
         }
-        let (expected, got) = (format!("at most {MAX_PAGES} pages of files"), "more".to_owned());
-        Err(SourceError::Protocol { place: url, expected, got })
+        Err(endless(url))
     }
-}
 
-/// Percent-encodes what may not stand in a path segment.
-fn encode(segment: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_.~".contains(&b);
-    segment.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
+    fn url(&self, path: &str, _: &Digest) -> String {
+        self.resolve(path)
+    }
+
+    fn place(&self, folder: &str) -> String {
+        let base = self.resolve(folder);
+        if base.ends_with('/') { base } else { base + "/" }
+    }
+
+    fn admission(&self) -> &Admission {
+        &self.admission
+    }
 }

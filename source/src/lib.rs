@@ -1,8 +1,10 @@
-//! Where model files come from: range reads over files, HTTP and the Hugging Face hub, and a content-addressed cache.
+//! Where model files come from: range reads over files, HTTP, the Hugging Face hub, object stores and registries, and a content-addressed cache.
 //!
 //! Everything here blocks; asynchronous callers use a thread of their own.
 
+mod admission;
 mod beside;
+mod bucket;
 mod cache;
 mod credentials;
 mod digest;
@@ -11,18 +13,20 @@ mod http;
 mod hub;
 mod inspection;
 mod layout;
+mod listing;
 mod locate;
 mod model;
 mod open;
 mod parts;
 mod place;
 mod ranges;
+mod registry;
 mod split;
 #[cfg(test)]
 mod tests;
 
 pub use cache::{Cache, default_cache_root};
-pub use credentials::Credentials;
+pub use credentials::{AccessKeys, Credentials};
 pub use digest::Digest;
 pub use error::SourceError;
 pub use inspection::{Inspection, InspectionError};
@@ -44,6 +48,8 @@ pub struct SourceOptions {
     pub hub: String,
     /// Bearer token for the hub, where `credentials` are not given.
     pub token: Option<String>,
+    /// How `s3://` is reached, and what is shown where `credentials` are not given.
+    pub s3: StoreOptions,
     /// What the source is shown, be it a hub or another server.
     pub credentials: Option<Credentials>,
     /// What is kept of remote weight files.
@@ -56,6 +62,17 @@ pub struct SourceOptions {
     pub backoff: Duration,
     /// Told of a download's progress.
     pub progress: Option<Arc<ProgressFn>>,
+}
+
+/// How object stores of Amazon's protocol are reached; what keys name themselves goes first.
+#[derive(Clone, Debug, Default)]
+pub struct StoreOptions {
+    /// Base URL of the store; Amazon's where there is none.
+    pub endpoint: Option<String>,
+    /// Region of the bucket.
+    pub region: Option<String>,
+    /// What signs; without, requests are not signed.
+    pub keys: Option<AccessKeys>,
 }
 
 /// What the cache keeps of weight files on servers.
@@ -90,6 +107,7 @@ impl Default for SourceOptions {
             digest: None,
             hub: PUBLIC_HUB.to_owned(),
             token: None,
+            s3: StoreOptions::default(),
             credentials: None,
             keep: Keep::Whole,
             timeout: Duration::from_secs(30),
@@ -107,6 +125,7 @@ impl fmt::Debug for SourceOptions {
             .field("digest", &self.digest)
             .field("hub", &self.hub)
             .field("token", &self.token.as_ref().map(|_| "…"))
+            .field("s3", &self.s3)
             .field("credentials", &self.credentials)
             .field("keep", &self.keep)
             .finish_non_exhaustive()

@@ -7,15 +7,19 @@ use tracing::warn;
 
 use crate::{
     Cache, Credentials, Keep, SourceError, SourceOptions,
-    beside::{Beside, Files, Folder, join},
+    admission::Admission,
+    beside::{Beside, Files, Folder},
+    bucket::Bucket,
     cache,
     digest::Digest,
     http::{Client, Locator, Remote},
     hub::Repository,
     layout::{ADAPTER_PYTORCH, ADAPTER_SINGLE, INDEX, Kind, Layout, PYTORCH_INDEX, SINGLE},
-    locate::Location,
+    listing::Store,
+    locate::{Location, Stored},
     parts::Parts,
     place::Place,
+    registry::Artifact,
     split,
 };
 
@@ -52,46 +56,62 @@ impl<'a> Opener<'a> {
                 let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
                 self.single(Folder::Local(parent.to_owned()), &location.name())
             }
-            Location::Http(url) if url.ends_with('/') => self.folder(self.http(url)),
+            Location::Http(url) if url.ends_with('/') => self.folder(self.http(url)?),
             Location::Http(url) => {
                 let name = location.name();
                 let (base, own) = base(url);
                 // The name is looked up in the folder again, so a query string stays with it.
-                self.single(self.http(base), if own.is_empty() { &name } else { own })
+                self.single(self.http(base)?, if own.is_empty() { &name } else { own })
             }
-            Location::Hub { repo, revision, file } => {
-                let repository = self.repository(repo, revision)?;
-                let (folder, name) = match file.as_deref().map(|f| f.rsplit_once('/').unwrap_or(("", f))) {
-                    Some((folder, name)) => (folder.to_owned(), Some(name.to_owned())),
-                    None => (String::new(), None),
-                };
-                let files = repository.list(&self.client, &folder)?;
-                let listed = file.as_ref().is_some_and(|f| files.iter().any(|h| h.path == *f));
-                match (name, file) {
-                    (Some(name), _) if listed => self.single(Folder::Hub { repository, folder, files }, &name),
-                    (_, Some(folder)) => {
-                        let files = repository.list(&self.client, folder)?;
-                        self.folder(Folder::Hub { repository, folder: folder.clone(), files })
-                    }
-                    _ => self.folder(Folder::Hub { repository, folder, files }),
-                }
+            Location::Stored(stored) => {
+                let (store, path) = self.store(stored)?;
+                self.listed(store.as_ref(), path)
             }
         }
     }
 
-    fn repository(&self, repo: &str, revision: &str) -> Result<Repository, SourceError> {
-        let token = || self.options.token.as_deref().map(Credentials::bearer).transpose();
-        Ok(Repository {
-            hub: self.options.hub.trim_end_matches('/').to_owned(),
-            shown: self.options.credentials.clone().map_or_else(token, |given| Ok(Some(given)))?,
-            repo: repo.to_owned(),
-            revision: revision.to_owned(),
-        })
+    /// The store in which a listed source is, and the file or folder in it.
+    fn store<'s>(&self, stored: &'s Stored) -> Result<(Box<dyn Store>, &'s str), SourceError> {
+        let own = self.options.credentials.as_ref();
+        match stored {
+            Stored::Hub { repo, revision, file } => {
+                let token = self.options.token.as_deref().filter(|_| own.is_none()).map(Credentials::bearer).transpose()?;
+                let repository = Repository {
+                    hub: self.options.hub.trim_end_matches('/').to_owned(),
+                    admission: Admission::header(own.or(token.as_ref()))?,
+                    repo: repo.clone(),
+                    revision: revision.clone(),
+                };
+                Ok((Box::new(repository), file.as_deref().unwrap_or_default()))
+            }
+            Stored::Bucket { provider, bucket, key } => Ok((Box::new(Bucket::new(*provider, bucket, self.options)?), key)),
+            Stored::Artifact { registry, repository, reference, file } => {
+                Ok((Box::new(Artifact::new(registry, repository, reference, own)?), file.as_deref().unwrap_or_default()))
+            }
+        }
+    }
+
+    /// Opens what is at `path` of a store: a file, else a folder.
+    fn listed(&self, store: &dyn Store, path: &str) -> Result<Opened, SourceError> {
+        let of = |folder: &str| {
+            let (base, admission) = (store.place(folder), store.admission().clone());
+            Ok::<_, SourceError>(Folder::Listed { base, admission, files: store.list(&self.client, folder)? })
+        };
+        if let Some(folder) = path.strip_suffix('/').or(path.is_empty().then_some("")) {
+            return self.folder(of(folder)?);
+        }
+        let (folder, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let around = of(folder)?;
+        if around.names()?.is_some_and(|names| names.iter().any(|n| n == name)) {
+            self.single(around, name)
+        } else {
+            self.folder(of(path)?)
+        }
     }
 
     /// A folder on a server. The hub's token is for the hub.
-    fn http(&self, base: &str) -> Folder {
-        Folder::Http { base: base.to_owned(), shown: self.options.credentials.clone() }
+    fn http(&self, base: &str) -> Result<Folder, SourceError> {
+        Ok(Folder::Http { base: base.to_owned(), admission: Admission::header(self.options.credentials.as_ref())? })
     }
 
     /// The model whose one weight file is pinned and in the cache, whole or in part: then its source is not asked.
@@ -125,12 +145,16 @@ impl<'a> Opener<'a> {
             return Ok(None);
         }
         let locator = match location {
-            Location::Http(url) if !url.ends_with('/') => self.client.locator(&name, url, self.options.credentials.as_ref()),
-            Location::Hub { repo, revision, file: Some(file) } if file.contains('.') => {
-                let repository = self.repository(repo, revision)?;
-                self.client.locator(&name, &repository.url(file), repository.shown.as_ref())
+            Location::Path(_) => return Ok(None),
+            Location::Http(url) if url.ends_with('/') => return Ok(None),
+            Location::Http(url) => self.client.locator(&name, url, &Admission::header(self.options.credentials.as_ref())?),
+            Location::Stored(stored) => {
+                let (store, path) = self.store(stored)?;
+                if !path.contains('.') || path.ends_with('/') {
+                    return Ok(None);
+                }
+                self.client.locator(&name, &store.url(path, digest), store.admission())
             }
-            _ => return Ok(None),
         };
         cache.part(digest, locator)
     }
@@ -221,11 +245,11 @@ impl<'a> Opener<'a> {
                 }
                 Ok(place)
             }
-            Folder::Http { base, shown } => self.remote(&self.client.locator(name, &format!("{base}{name}"), shown.as_ref()), None),
-            Folder::Hub { repository, folder, files } => {
-                let path = join(folder, name);
-                let listed = files.iter().find(|f| f.path == path).and_then(|f| f.digest.clone());
-                self.remote(&self.client.locator(name, &repository.url(&path), repository.shown.as_ref()), listed)
+            Folder::Http { base, admission } => self.remote(&self.client.locator(name, &format!("{base}{name}"), admission), None),
+            Folder::Listed { base, admission, files } => {
+                let missing = || SourceError::NotFound { place: format!("{base}{name}") };
+                let file = files.iter().find(|f| f.name == name).ok_or_else(missing)?;
+                self.remote(&self.client.locator(name, &file.url, admission), file.digest.clone())
             }
         }
     }

@@ -301,7 +301,7 @@ impl Parts {
     pub(crate) fn on_full_disk(path: &Path, bytes: u64, url: &str) -> Self {
         let folder = path.parent().expect("a folder");
         let key = path.file_name().expect("a name").to_string_lossy();
-        let locator = crate::http::Client::new(&crate::SourceOptions::default()).locator("m", url, None);
+        let locator = crate::http::Client::new(&crate::SourceOptions::default()).locator("m", url, &crate::admission::Admission::Open);
         let parts = Self::open(folder, None, &key, bytes, locator).expect("an entry");
         let full = OpenOptions::new().read(true).write(true).open("/dev/full").expect("the device that is always full");
         Self { file: full, ..parts }

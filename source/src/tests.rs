@@ -4,6 +4,7 @@ mod adapters;
 mod hostile;
 #[expect(clippy::single_range_in_vec_init, reason = "lists of ranges are meant")]
 mod parts;
+mod stores;
 
 use std::{
     collections::HashMap,
@@ -18,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{Cache, Digest, Keep, Source, SourceError, SourceOptions};
+use crate::{AccessKeys, Cache, Digest, Keep, Source, SourceError, SourceOptions};
 use plan::{
     dtype::DType,
     gguf::{Kind, Value, Writer},
@@ -53,6 +54,10 @@ struct Behaviour {
     unmarked: bool,
     /// The ETag, in place of a number.
     tag: String,
+    /// Answer only to URLs signed with these keys for this region.
+    signed: Option<(AccessKeys, &'static str)>,
+    /// Answer 401 with this challenge to requests without the header `authorization`; `SERVER` stands for the server's URL.
+    challenge: Option<(&'static str, &'static str)>,
 }
 
 struct Server {
@@ -113,7 +118,19 @@ fn answer(
     if b.token.as_ref().is_some_and(|t| token != Some(format!("Bearer {t}"))) {
         return refuse(stream, "401 Unauthorized");
     }
-    if b.authorization.is_some() && b.authorization != token {
+    if let Some((challenge, _)) = b.challenge.filter(|(_, open)| !path.starts_with(open) && b.authorization != token) {
+        let server = format!("http://{}", stream.local_addr()?);
+        let challenge = challenge.replace("SERVER", &server);
+        return write!(stream, "HTTP/1.1 401 No\r\nwww-authenticate: {challenge}\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+    }
+    let path = match &b.signed {
+        None => path,
+        Some((keys, region)) => match stores::unsigned(&format!("http://{}{path}", stream.local_addr()?), keys, region) {
+            Some(path) => path,
+            None => return refuse(stream, "403 Forbidden"),
+        },
+    };
+    if b.challenge.is_none() && b.authorization.is_some() && b.authorization != token {
         return refuse(stream, "403 Forbidden");
     }
     if let Some(prefix) = b.redirect.as_ref().filter(|p| !path.starts_with(p.as_str())) {

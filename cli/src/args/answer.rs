@@ -21,7 +21,7 @@ use crate::exit::{Outcome, bad_input};
                   --chat and --raw choose. A template from the manifest serves for chats, but does not make a PROMPT one."
 )]
 pub(crate) struct RunArgs {
-    /// Folder, file or source (file:, hf://, http://, https://) of a model; with --file, the prompt.
+    /// Folder, file or source (file:, hf://, s3://, gs://, oci://, http://, https://) of a model; with --file, the prompt.
     #[arg(value_name = "MODEL")]
     first: Option<String>,
     /// What to answer or continue.

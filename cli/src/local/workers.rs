@@ -16,6 +16,7 @@ use anyhow::{Context, bail};
 use kernels::Isa;
 use plan::fleet::FleetState;
 use router::replica;
+use source::Credentials;
 use tokio::{sync::watch, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
@@ -103,7 +104,11 @@ impl Workers {
             let mut program = shared.program.clone();
             // In the environment, since everybody may read a command line.
             let shown = planned[seat.deployment].model.credentials.as_ref();
-            program.env.extend(shown.map(|shown| ("SKEIN_AUTHORIZATION", shown.value().into())));
+            program.env.extend(shown.and_then(Credentials::header).map(|value| ("SKEIN_AUTHORIZATION", value.into())));
+            if let Some(keys) = shown.and_then(Credentials::keys) {
+                let keys = serde_json::to_string(keys).context("failed to write keys of a source")?;
+                program.env.push(("SKEIN_ACCESS_KEYS", keys.into()));
+            }
             let keeper = Keeper { shared: shared.clone(), program, name, seat, spec };
             let process = keeper.start()?;
             keepers.spawn(keeper.run(process));

@@ -150,7 +150,7 @@ fn errors_name_line_column_field_and_expectation() {
         ("  adapters: [{name: '', uri: file:/a}]\n", &["spec.adapters[0].name", "1 to 64"]),
         ("  adapters: [{name: tiny, uri: file:/a}]\n", &["spec.adapters[0].name", "another name than the model's", "tiny"]),
         ("  adapters: [{name: a, uri: file:/a}, {name: a, uri: file:/b}]\n", &["m.yaml:8:46", "spec.adapters[1].name", "a again"]),
-        ("  adapters: [{name: a, uri: s3://b/k}]\n", &["spec.adapters[0].uri", "s3:// is not supported yet"]),
+        ("  adapters: [{name: a, uri: ftp://b/k}]\n", &["spec.adapters[0].uri", "expected hf://, s3://"]),
         ("  adapters: [{name: a, uri: pvc://b/k}]\n", &["spec.adapters[0].uri", "a model alone may be on a claim"]),
         ("  adapters: [{name: a, uri: file:/a, digest: abc}]\n", &["spec.adapters[0].digest", "64 hexadecimal"]),
         ("  adapters: [{name: a}]\n", &["spec.adapters[0]", "uri", "missing"]),
@@ -169,7 +169,7 @@ fn errors_name_line_column_field_and_expectation() {
 #[test]
 fn errors_of_whole_documents() {
     for (from, to, parts) in [
-        ("file:/models/tiny", "s3://b/k", ["spec.model.uri", "s3:// is not supported yet"]),
+        ("file:/models/tiny", "ftp://b/k", ["spec.model.uri", "expected hf://, s3://"]),
         ("file:/models/tiny", "/models/tiny", ["m.yaml:7:10", "spec.model.uri"]),
         ("name: tiny", "name: Tiny_1", ["m.yaml:4:9", "metadata.name"]),
         ("name: tiny", "namespace: x", ["metadata", "the field name is missing"]),

@@ -104,7 +104,7 @@ pub struct DeploymentSpec {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelSpec {
-    /// `hf://`, `http(s)://`, `pvc://CLAIM/PATH` (a claim of the same namespace; on a cluster) or `file:`, at most 2048 characters.
+    /// `hf://`, `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `oci://REGISTRY/REPOSITORY:TAG`, `http(s)://`, `pvc://CLAIM/PATH` (a claim of the same namespace; on a cluster) or `file:`, at most 2048 characters.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
     /// The `model` of requests; default: the resource's name.
@@ -122,7 +122,7 @@ pub struct ModelSpec {
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
     pub format: FormatChoice,
-    /// Secret that lets this deployment in at the source, which is a server: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`.
+    /// Secret that lets this deployment in at the source, which is a server: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`; for `s3://` and `gs://`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` sign the requests, and `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` may be beside them.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<NameRef>,
 }
@@ -181,7 +181,7 @@ pub struct AdapterSpec {
     /// Lower-case letters, digits and '-', at most 64.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 64), regex(pattern = r"^[a-z0-9-]+$")))]
     pub name: String,
-    /// A folder of PEFT or a GGUF file: `hf://`, `http(s)://` or `file:`, at most 2048 characters.
+    /// A folder of PEFT or a GGUF file: `hf://`, `s3://`, `gs://`, `oci://`, `http(s)://` or `file:`, at most 2048 characters.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
     /// `sha256:<hex>` of its weight file.

@@ -20,9 +20,8 @@ impl Problem {
     }
 }
 
-/// Schemes of models and adapters that work, and those that will; models alone may be on a claim.
-const SCHEMES: [&str; 4] = ["hf://", "http://", "https://", "file:"];
-const LATER_SCHEMES: [&str; 3] = ["s3://", "gs://", "oci://"];
+/// Schemes of models and adapters; models alone may be on a claim.
+const SCHEMES: [&str; 7] = ["hf://", "s3://", "gs://", "oci://", "http://", "https://", "file:"];
 /// Longest URI, and longest name of a resource and of a model.
 const MAX_URI: usize = 2048;
 const MAX_NAME: usize = 45;
@@ -152,15 +151,12 @@ fn check_uri(path: &str, uri: &str, volumes: bool) -> Result<(), Problem> {
         return Err(Problem::new(path, format!("expected at most {MAX_URI} characters, got {}", uri.len())));
     }
     if uri.starts_with(VOLUME) {
-        let message = "a model alone may be on a claim; expected hf://, http://, https:// or file:".to_owned();
+        let message = "a model alone may be on a claim; expected hf://, s3://, gs://, oci://, http://, https:// or file:".to_owned();
         return if volumes { Ok(()) } else { Err(Problem::new(path, message)) };
     }
     let volume = if volumes { ", pvc://" } else { "" };
-    if let Some(scheme) = LATER_SCHEMES.iter().find(|s| uri.starts_with(**s)) {
-        return Err(Problem::new(path, format!("{scheme} is not supported yet; expected hf://, http://, https://{volume} or file:")));
-    }
     if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
-        return Err(Problem::new(path, format!("expected hf://, http://, https://{volume} or file:, got {uri:?}")));
+        return Err(Problem::new(path, format!("expected hf://, s3://, gs://, oci://, http://, https://{volume} or file:, got {uri:?}")));
     }
     Ok(())
 }

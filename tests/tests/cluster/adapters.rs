@@ -80,7 +80,7 @@ fn adapters_come_go_and_fail_while_workers_run() {
         "tiny",
         "--type=merge",
         "--patch",
-        r#"{"spec":{"adapters":[{"name":"A","uri":"s3://x"}]}}"#,
+        r#"{"spec":{"adapters":[{"name":"A","uri":"ftp://x"}]}}"#,
     ]);
     assert!(!refused.status.success());
     for part in ["spec.adapters", "must begin with hf://"] {

@@ -4,6 +4,7 @@ use std::{
     fs,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::{Command, Stdio},
 };
 
 use e2e::{
@@ -119,4 +120,34 @@ fn another_version_of_a_file_is_not_mixed_with_the_one_before() {
     let (after, loaded) = run(&uri, cache.path(), &["--pp", "2"]);
     assert_ne!(before, after);
     assert!(loaded.iter().all(|l| number(l, "fetched_bytes") > 1000), "{loaded:?}");
+}
+
+/// A runner and its workers read a bucket with the keys of the Secret that the manifest names, and with no others.
+#[test]
+fn workers_sign_with_the_keys_of_the_manifest() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fs::create_dir_all(folder.path().join("bucket/models/tiny")).expect("a writable folder");
+    files::copy_fixture("llama", &folder.path().join("bucket/models/tiny"));
+    let (mirror, cache) = (Mirror::start(folder.path()), folder.path().join("cache"));
+    let manifest = folder.path().join("m.yaml");
+    let text = format!(
+        "apiVersion: skein.dev/v1alpha1\nkind: ModelDeployment\nmetadata: {{name: tiny}}\nspec:\n  model: {{uri: s3://bucket/models/tiny, \
+         credentialsSecretRef: {{name: store}}}}\n  parallelism: {{pipeline: 2}}\n---\napiVersion: v1\nkind: Secret\nmetadata: {{name: store}}\n\
+         stringData: {{AWS_ACCESS_KEY_ID: of-the-manifest, AWS_SECRET_ACCESS_KEY: hidden, AWS_ENDPOINT_URL: '{}'}}\n",
+        mirror.url
+    );
+    fs::write(&manifest, text).expect("a writable folder");
+    let answer = ["abc", "--raw", "--quiet", "--json", "--max-tokens", "8", "--temperature", "0"];
+    let mut run = Command::new(program::skein());
+    run.stdin(Stdio::null()).env("AWS_ACCESS_KEY_ID", "of-the-environment").env("AWS_SECRET_ACCESS_KEY", "another");
+    run.args(["--cache", &cache.to_string_lossy(), "run", "--file", &manifest.to_string_lossy()]).args(answer);
+    let done = program::finish(program::start(&mut run), program::LIMIT);
+    assert!(done.status.success(), "{}", done.stderr);
+    let text = |stdout: &str| serde_json::from_str::<Value>(stdout).expect("JSON")["text"].clone();
+    let local = files::fixture("llama");
+    let here = program::run(&[&["run", &local.to_string_lossy()], &answer[..]].concat());
+    assert_eq!(text(&done.stdout), text(&here.stdout));
+    let signers = mirror.signers();
+    assert!(signers.len() > 8 && signers.iter().all(|s| s.as_deref() == Some("of-the-manifest")), "{signers:?}");
+    assert!(!done.stderr.contains("hidden") && !done.stdout.contains("hidden"));
 }
