@@ -283,13 +283,13 @@ impl Drop for Namespace {
 }
 
 /// A `kubectl get --watch` and the events it has told.
-struct Watch {
+pub(crate) struct Watch {
     child: Child,
-    told: mpsc::Receiver<Value>,
+    pub(crate) told: mpsc::Receiver<Value>,
 }
 
 impl Watch {
-    fn begin(namespace: &str, objects: &[&str]) -> Self {
+    pub(crate) fn begin(namespace: &str, objects: &[&str]) -> Self {
         let mut command = inside("kubectl");
         command.args(["--namespace", namespace, "get", "--watch", "--output-watch-events", "--output=json"]).args(objects);
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("kubectl starts");

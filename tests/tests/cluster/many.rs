@@ -15,7 +15,7 @@ use e2e::{client, wait};
 use serde_json::{Value, json};
 
 use crate::{
-    kubernetes::{LIMIT, Namespace, SYSTEM, component, condition, kubectl, succeed},
+    kubernetes::{LIMIT, Namespace, SYSTEM, Watch, component, condition, kubectl, succeed},
     models::{LLAMA, llama},
 };
 
@@ -165,6 +165,18 @@ fn changes(namespace: &Namespace) -> BTreeMap<String, Vec<String>> {
     list["items"].as_array().expect("a list").iter().filter_map(own).collect()
 }
 
+/// Fields of a status that are others than before; conditions one by one.
+fn differences(name: &str, before: &Value, after: &Value) -> Vec<String> {
+    let pairs = |pointer: &str| {
+        let of = |status: &Value| status.pointer(pointer).and_then(Value::as_array).cloned().unwrap_or_default();
+        of(before).into_iter().zip(of(after)).collect::<Vec<_>>()
+    };
+    let fields = before.as_object().into_iter().flatten().filter(|(key, _)| *key != "conditions");
+    let fields = fields.map(|(key, value)| (value.clone(), after[key].clone()));
+    let others = pairs("/conditions").into_iter().chain(fields).filter(|(before, after)| before != after);
+    others.map(|(before, after)| format!("{name}: {before} became {after}")).collect()
+}
+
 /// Makes the deployments, as fast as the API server takes them.
 fn make(namespace: &Namespace, many: usize) {
     let deployment = |number: usize| {
@@ -262,10 +274,20 @@ fn many_deployments_settle_and_then_nothing_is_written() {
         assert_eq!(status["replicaStates"][0]["readyWorkers"], 1, "{status:#}");
     }
 
-    // The steady state.
+    // The steady state. What is written, in vain or not, is told by a watch.
     let watched = writes(&metrics(&first).expect("the operator's metrics"));
     let began = Instant::now();
+    let watch = Watch::begin(&namespace.name, &["modeldeployments"]);
+    let (mut statuses, mut others) = (BTreeMap::new(), Vec::new());
+    while let Some(left) = steady.checked_sub(began.elapsed()) {
+        let Ok(event) = watch.told.recv_timeout(left) else { break };
+        let (name, status) = (event["object"]["metadata"]["name"].to_string(), event["object"]["status"].clone());
+        if let Some(before) = statuses.insert(name.clone(), status.clone()) {
+            others.extend(differences(&name, &before, &status));
+        }
+    }
     wait::until(limit, "the time to be over", || (began.elapsed() >= steady).then_some(()));
+    drop(watch);
     let still = metrics(&first).expect("the operator's metrics");
     let written = more(&watched, &writes(&still));
     let resting = used(&first);
@@ -275,7 +297,7 @@ fn many_deployments_settle_and_then_nothing_is_written() {
         (resting.time - busy.time).as_secs_f64(),
         resting.memory.0
     );
-    assert!(written.is_empty(), "{written:?}");
+    assert!(written.is_empty(), "{written:?}\n{}", others.join("\n"));
 
     // Another operator looks at all of them, and changes none of their objects.
     let stands = changes(&namespace);

@@ -28,10 +28,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use folder::Cluster;
 use startup::Content;
-
-use crate::process::forget_package;
 pub(crate) use testing::{during, prepare};
 pub(crate) use tools::HELM;
+
+use crate::process::forget_package;
 
 /// Options of `cluster`.
 #[derive(Args)]
