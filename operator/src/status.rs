@@ -186,8 +186,9 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     let whose = if view.routers.as_ref().is_some_and(|r| r.dedicated) { "its own" } else { "the namespace's" };
     let routers = match (standing.load.routers, standing.load.open) {
         (0, _) => (false, "Deploying", format!("none of {whose} routers reports yet")),
-        (n, 0) => (false, "NoEndpoints", format!("{n} of {whose} routers report, but no pod of them is ready, so services lead nowhere")),
-        (n, _) => (true, "Ready", format!("{n} of {whose} routers report")),
+        (_, 0) => (false, "NoEndpoints", format!("{whose} routers report, but no pod of them is ready, so services lead nowhere")),
+        // How many is not said: a router that is silent for a moment is no news of every deployment.
+        _ => (true, "Ready", format!("{whose} routers report")),
     };
     set(&mut status, object, ROUTER_READY, routers);
     let available = match (goal.replicas, status.available_replicas) {

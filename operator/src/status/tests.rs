@@ -182,6 +182,18 @@ fn answers() -> Case {
 }
 
 #[test]
+fn a_router_that_is_silent_for_a_moment_is_no_news() {
+    let standing = two().routers(2, 2).status();
+    let said = |case: Case| serde_json::to_value(case.status()).expect("JSON")["conditions"].clone();
+    let messages = |conditions: Value| -> Vec<Value> {
+        conditions.as_array().expect("a list").iter().map(|c| json!([c["type"], c["status"], c["reason"], c["message"]])).collect()
+    };
+    is(&standing, ROUTER_READY, "True", "Ready");
+    assert_eq!(messages(said(two().routers(2, 2))), messages(said(two().routers(1, 1))));
+    assert_ne!(messages(said(two().routers(2, 2))), messages(said(two().routers(1, 0))));
+}
+
+#[test]
 fn ready_is_a_token_and_not_a_pod() {
     let loading = one().pods(true, &running()).ready(&[false]).status();
     is(&loading, SCHEDULED, "True", "AllReplicasScheduled");
