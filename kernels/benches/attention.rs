@@ -44,7 +44,7 @@ fn main() {
 fn measure(pool: &Pool, isa: Isa, shape: &Shape, dtype: KvType, (sequences, first, tokens): (usize, usize, usize), line: &str) {
     let &Shape { heads, kv_heads, head_dim, .. } = shape;
     let per = (first + tokens).div_ceil(KV_BLOCK);
-    let mut cache = KvCache::new(dtype, sequences * per, kv_heads, head_dim);
+    let mut cache = KvCache::new(dtype, sequences * per, kv_heads, (head_dim, head_dim));
     let tables: Vec<Vec<u32>> = (0..sequences).map(|i| (0..per).map(|block| (block * sequences + i) as u32).collect()).collect();
     let noise = |n: usize| (0..n).map(|i| (i * 131 % 257) as f32 / 128.0 - 1.0).collect::<Vec<f32>>();
     let whole: Vec<KvSpan<'_>> = tables.iter().map(|table| KvSpan { table, first_position: 0, tokens: first + tokens }).collect();

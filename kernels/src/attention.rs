@@ -101,16 +101,16 @@ struct Spread<'a, 'b> {
 }
 
 impl Attention<'_> {
-    /// Computes `out`, `[tokens, heads, head_dim]`, of `queries` of that shape; the tokens of all spans follow each other.
+    /// Computes `out`, `[tokens, heads, value_dim]`, of `queries`, `[tokens, heads, head_dim]`; the tokens of all spans follow each other.
     ///
     /// # Panics
     /// If a size differs, a query head reads a head the cache does not have, the window is 0 or of what is not causal, or a visible position has
     /// no block.
     pub fn run(&self, pool: &Pool, isa: Isa, spans: &[KvSpan<'_>], queries: &[f32], out: &mut [f32]) {
-        let (heads, head_dim) = (self.kv_heads.len(), self.cache.head_dim());
+        let (heads, head_dim, value_dim) = (self.kv_heads.len(), self.cache.head_dim(), self.cache.value_dim());
         let tokens: usize = spans.iter().map(|span| span.tokens).sum();
         assert_eq!(queries.len(), tokens * heads * head_dim, "queries of {tokens} tokens of {heads} heads of {head_dim}");
-        assert_eq!(out.len(), queries.len(), "results of {tokens} tokens of {heads} heads of {head_dim}");
+        assert_eq!(out.len(), tokens * heads * value_dim, "results of {tokens} tokens of {heads} heads of {value_dim}");
         assert!(self.kv_heads.iter().all(|&head| (head as usize) < self.cache.kv_heads()), "heads {:?} read", self.kv_heads);
         assert!(self.window != Some(0), "a window of 0 sees nothing");
         assert!(self.causal || self.window.is_none(), "a window looks back only");
@@ -118,10 +118,11 @@ impl Attention<'_> {
         let groups = self.groups();
         let items = self.items(&groups, spans, pool.threads());
         let total: usize = items.iter().map(Item::work).sum();
-        let alone = pool.threads() == 1 || total * TILE * 2 * head_dim.div_ceil(LANES) < PARALLEL_FROM;
+        let width = value_dim.div_ceil(LANES);
+        let alone = pool.threads() == 1 || total * TILE * (head_dim.div_ceil(LANES) + width) < PARALLEL_FROM;
         let limit = if alone { usize::MAX } else { total.div_ceil(2 * pool.threads()) };
 
-        let mut results: Vec<Option<&mut [f32]>> = out.chunks_exact_mut(head_dim).map(Some).collect();
+        let mut results: Vec<Option<&mut [f32]>> = out.chunks_exact_mut(value_dim).map(Some).collect();
         let (mut units, mut spread) = (Vec::new(), Vec::new());
         for item in &items {
             let results = item.rows.clone().filter_map(|row| results[item.place(row, heads)].take()).collect();
@@ -131,7 +132,6 @@ impl Attention<'_> {
             }
         }
         let mut partials = PARTIALS.take();
-        let width = head_dim.div_ceil(LANES);
         partials.reset(spread.iter().map(|spread| spread.item.work()).sum(), width);
         let mut rest = partials.state();
         for Spread { item, units: parts, .. } in &spread {

@@ -1,7 +1,8 @@
 //! The paged key-value cache of one layer.
 //!
 //! A block holds 16 consecutive positions of one sequence. Keys lie as `[kv_head][dimension][16 positions]`, so that a query meets 16 keys
-//! in the lanes of one vector; values as `[kv_head][16 positions][dimension]`, each row padded to whole vectors.
+//! in the lanes of one vector; values as `[kv_head][16 positions][dimension]`, each row padded to whole vectors. Keys and values may have
+//! different numbers of dimensions.
 
 use std::ops::Range;
 
@@ -67,20 +68,21 @@ pub struct KvCache {
     blocks: usize,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     keys: AlignedBytes,
     values: AlignedBytes,
 }
 
 impl KvCache {
-    /// A cache of `blocks` blocks, zero at first.
+    /// A cache of `blocks` blocks, zero at first; a head has `head_dim` values of keys and `value_dim` of values.
     ///
     /// # Panics
     /// If there are no heads, they have no dimensions, or the size overflows.
-    pub fn new(dtype: KvType, blocks: usize, kv_heads: usize, head_dim: usize) -> Self {
-        assert!(kv_heads > 0 && head_dim > 0, "{kv_heads} heads of {head_dim}");
+    pub fn new(dtype: KvType, blocks: usize, kv_heads: usize, (head_dim, value_dim): (usize, usize)) -> Self {
+        assert!(kv_heads > 0 && head_dim > 0 && value_dim > 0, "{kv_heads} heads of {head_dim} and {value_dim}");
         let bytes = |width: usize| blocks.checked_mul(kv_heads * width * KV_BLOCK * dtype.bytes()).expect("the size of a cache fits usize");
-        let (keys, values) = (bytes(head_dim), bytes(head_dim.next_multiple_of(LANES)));
-        Self { dtype, blocks, kv_heads, head_dim, keys: AlignedBytes::zeroed(keys), values: AlignedBytes::zeroed(values) }
+        let (keys, values) = (bytes(head_dim), bytes(value_dim.next_multiple_of(LANES)));
+        Self { dtype, blocks, kv_heads, head_dim, value_dim, keys: AlignedBytes::zeroed(keys), values: AlignedBytes::zeroed(values) }
     }
 
     /// How entries are stored.
@@ -98,25 +100,30 @@ impl KvCache {
         self.kv_heads
     }
 
-    /// Values of a head.
+    /// Values of a head of the keys.
     pub fn head_dim(&self) -> usize {
         self.head_dim
     }
 
-    /// Size of the whole cache, `blocks · kv_heads · 16 · 2 · head_dim` entries (values' heads rounded up to whole vectors of 16).
+    /// Values of a head of the values.
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+
+    /// Size of the whole cache, `blocks · kv_heads · 16 · (head_dim + value_dim)` entries (values' heads rounded up to whole vectors of 16).
     pub fn bytes(&self) -> usize {
         self.keys.len() + self.values.len()
     }
 
-    /// Stores the keys and values of the tokens of all spans, both `[tokens, kv_heads, head_dim]`.
+    /// Stores the keys, `[tokens, kv_heads, head_dim]`, and values, `[tokens, kv_heads, value_dim]`, of the tokens of all spans.
     ///
     /// # Panics
     /// If the sizes differ, or a token has no block in its table.
     pub fn write(&mut self, isa: Isa, spans: &[KvSpan<'_>], keys: &[f32], values: &[f32]) {
         let tokens: usize = spans.iter().map(|span| span.tokens).sum();
-        let width = self.kv_heads * self.head_dim;
-        assert_eq!(keys.len(), tokens * width, "keys of {tokens} tokens of {} heads of {}", self.kv_heads, self.head_dim);
-        assert_eq!(values.len(), keys.len(), "values of {tokens} tokens of {} heads of {}", self.kv_heads, self.head_dim);
+        let (heads, head_dim, value_dim) = (self.kv_heads, self.head_dim, self.value_dim);
+        assert_eq!(keys.len(), tokens * heads * head_dim, "keys of {tokens} tokens of {heads} heads of {head_dim}");
+        assert_eq!(values.len(), tokens * heads * value_dim, "values of {tokens} tokens of {heads} heads of {value_dim}");
         match self.dtype {
             KvType::F32 => vectorize(isa, Write::<f32> { cache: self.parts(), spans, keys, values }),
             KvType::F16 => vectorize(isa, Write::<u16> { cache: self.parts(), spans, keys, values }),
@@ -137,11 +144,11 @@ impl KvCache {
 
     /// Size of an exported block.
     pub fn exported_bytes(&self) -> usize {
-        self.kv_heads * 2 * KV_BLOCK * self.head_dim * self.dtype.bytes()
+        self.kv_heads * KV_BLOCK * (self.head_dim + self.value_dim) * self.dtype.bytes()
     }
 
-    /// Appends a block to `out` in a layout that does not depend on how heads are spread over ranks: `[kv_heads][keys, values][16][head_dim]`,
-    /// entries little-endian. The blocks of several ranks, in the order of their heads, are the block of one that has all heads.
+    /// Appends a block to `out` in a layout that does not depend on how heads are spread over ranks: for each head keys, `[16][head_dim]`,
+    /// then values, `[16][value_dim]`, entries little-endian. The blocks of several ranks, in the order of their heads, are the block of one that has all heads.
     ///
     /// # Panics
     /// If there is no such block.
@@ -178,22 +185,22 @@ impl KvCache {
             for slot in 0..KV_BLOCK {
                 keys.iter().for_each(|lanes| put(lanes[slot], out));
             }
-            for row in values.chunks_exact(self.head_dim.div_ceil(LANES)) {
-                row.as_flattened()[..self.head_dim].iter().for_each(|&entry| put(entry, out));
+            for row in values.chunks_exact(self.value_dim.div_ceil(LANES)) {
+                row.as_flattened()[..self.value_dim].iter().for_each(|&entry| put(entry, out));
             }
         }
     }
 
     fn import<E: Entry, const N: usize>(&mut self, block: usize, entries: &[[u8; N]], entry: impl Fn([u8; N]) -> E) {
-        let (head_dim, kv_heads) = (self.head_dim, self.kv_heads);
+        let (head_dim, value_dim, kv_heads) = (self.head_dim, self.value_dim, self.kv_heads);
         let mut parts = self.parts::<E>();
-        for (head, entries) in entries.chunks_exact(2 * KV_BLOCK * head_dim).enumerate().take(kv_heads) {
+        for (head, entries) in entries.chunks_exact(KV_BLOCK * (head_dim + value_dim)).enumerate().take(kv_heads) {
             let (new_keys, new_values) = entries.split_at(KV_BLOCK * head_dim);
             let (keys, values) = parts.head(block, head);
             for (slot, new) in new_keys.chunks_exact(head_dim).enumerate() {
                 keys.iter_mut().zip(new).for_each(|(lanes, &bytes)| lanes[slot] = entry(bytes));
             }
-            for (row, new) in values.chunks_exact_mut(head_dim.div_ceil(LANES)).zip(new_values.chunks_exact(head_dim)) {
+            for (row, new) in values.chunks_exact_mut(value_dim.div_ceil(LANES)).zip(new_values.chunks_exact(value_dim)) {
                 row.as_flattened_mut().iter_mut().zip(new).for_each(|(value, &bytes)| *value = entry(bytes));
             }
         }
@@ -207,7 +214,7 @@ impl KvCache {
     /// Keys (`[head_dim]` vectors of 16 positions) and values (`[16]` rows of whole vectors) of a head in a block.
     #[inline(always)]
     pub(crate) fn head<E: Entry>(&self, block: usize, head: usize) -> (&[[E; LANES]], &[[E; LANES]]) {
-        let (keys, values) = places(block, head, self.kv_heads, self.head_dim);
+        let (keys, values) = places(block, head, self.kv_heads, (self.head_dim, self.value_dim));
         (&self.keys.numbers().as_chunks().0[keys], &self.values.numbers().as_chunks().0[values])
     }
 
@@ -216,6 +223,7 @@ impl KvCache {
             blocks: self.blocks,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            value_dim: self.value_dim,
             keys: self.keys.numbers_mut().as_chunks_mut().0,
             values: self.values.numbers_mut().as_chunks_mut().0,
         }
@@ -224,9 +232,9 @@ impl KvCache {
 
 /// Where the vectors of a head's keys and values lie.
 #[inline(always)]
-fn places(block: usize, head: usize, kv_heads: usize, head_dim: usize) -> (Range<usize>, Range<usize>) {
+fn places(block: usize, head: usize, kv_heads: usize, (head_dim, value_dim): (usize, usize)) -> (Range<usize>, Range<usize>) {
     let at = block * kv_heads + head;
-    let row = head_dim.div_ceil(LANES) * KV_BLOCK;
+    let row = value_dim.div_ceil(LANES) * KV_BLOCK;
     (at * head_dim..(at + 1) * head_dim, at * row..(at + 1) * row)
 }
 
@@ -235,6 +243,7 @@ struct Parts<'a, E> {
     blocks: usize,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     keys: &'a mut [[E; LANES]],
     values: &'a mut [[E; LANES]],
 }
@@ -242,7 +251,7 @@ struct Parts<'a, E> {
 impl<E> Parts<'_, E> {
     #[inline(always)]
     fn head(&mut self, block: usize, head: usize) -> (&mut [[E; LANES]], &mut [[E; LANES]]) {
-        let (keys, values) = places(block, head, self.kv_heads, self.head_dim);
+        let (keys, values) = places(block, head, self.kv_heads, (self.head_dim, self.value_dim));
         (&mut self.keys[keys], &mut self.values[values])
     }
 }
@@ -290,9 +299,9 @@ impl<E: Entry> Kernel for Write<'_, E> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
-        let (head_dim, kv_heads) = (self.cache.head_dim, self.cache.kv_heads);
-        let width = head_dim.div_ceil(LANES);
-        let mut rows = self.keys.chunks_exact(head_dim).zip(self.values.chunks_exact(head_dim));
+        let (head_dim, value_dim, kv_heads) = (self.cache.head_dim, self.cache.value_dim, self.cache.kv_heads);
+        let width = value_dim.div_ceil(LANES);
+        let mut rows = self.keys.chunks_exact(head_dim).zip(self.values.chunks_exact(value_dim));
         for span in self.spans {
             for position in span.first_position..span.first_position + span.tokens {
                 let (block, slot) = (block_of(span, position, self.cache.blocks), position % KV_BLOCK);

@@ -3,7 +3,7 @@
 //! Pair `i` of a head at position `p` is turned by the angle `p · base^(-2i / dims) / divisor_i`. Angles, sines and cosines are computed in
 //! f64 by this crate's own functions and rounded once to f32; then `(a, b)` becomes `(fma(b, -sin, a cos), fma(a, sin, b cos))`.
 
-use std::sync::OnceLock;
+use std::{ops::Range, sync::OnceLock};
 
 use crate::{
     Isa, Pool,
@@ -114,13 +114,14 @@ impl RopeTable {
         self.positions
     }
 
-    /// Turns `x`, `[tokens, heads, head_dim]`, token `t` being at `positions[t]`. Values past the first `dims` of each head stay.
+    /// Turns `x`, `[tokens, heads, head_dim]`, token `t` being at `positions[t]`: of each head the `dims` values from `first` on; the others
+    /// stay.
     ///
     /// # Panics
-    /// If `head_dim` is smaller than the table's `dims`, `x` is not whole heads of `positions.len()` tokens, or a position is not in the
+    /// If a head has no `dims` values from `first` on, `x` is not whole heads of `positions.len()` tokens, or a position is not in the
     /// table.
-    pub fn apply(&self, pool: &Pool, isa: Isa, x: &mut [f32], head_dim: usize, positions: &[u32]) {
-        assert!(self.dims <= head_dim, "{} rotated values of a head of {head_dim}", self.dims);
+    pub fn apply(&self, pool: &Pool, isa: Isa, x: &mut [f32], (head_dim, first): (usize, usize), positions: &[u32]) {
+        assert!(first + self.dims <= head_dim, "{} rotated values from {first} on of a head of {head_dim}", self.dims);
         if positions.is_empty() {
             assert!(x.is_empty(), "{} values of no token", x.len());
             return;
@@ -130,10 +131,11 @@ impl RopeTable {
         if width == 0 {
             return;
         }
-        let turn = |first: usize, x: &mut [f32]| {
-            for (x, &position) in x.chunks_exact_mut(width).zip(&positions[first..]) {
+        let turned = first..first + self.dims;
+        let turn = |token: usize, x: &mut [f32]| {
+            for (x, &position) in x.chunks_exact_mut(width).zip(&positions[token..]) {
                 let (cos, sin) = self.row(position as usize);
-                vectorize(isa, Turn { x, head_dim, layout: self.layout, cos, sin });
+                vectorize(isa, Turn { x, head_dim, turned: turned.clone(), layout: self.layout, cos, sin });
             }
         };
         if x.len() < PARALLEL_FROM {
@@ -248,6 +250,8 @@ fn divisor(scaling: &RopeScaling, i: usize, frequency: f64, ramp: (f64, f64)) ->
 struct Turn<'a> {
     x: &'a mut [f32],
     head_dim: usize,
+    /// The values of each head that are turned.
+    turned: Range<usize>,
     layout: RopeLayout,
     cos: &'a [f32],
     sin: &'a [f32],
@@ -259,12 +263,13 @@ impl Kernel for Turn<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         for head in self.x.chunks_exact_mut(self.head_dim) {
+            let head = &mut head[self.turned.clone()];
             match self.layout {
                 RopeLayout::Halves => {
                     let (a, rest) = head.split_at_mut(self.cos.len());
-                    halves(s, a, &mut rest[..self.cos.len()], self.cos, self.sin);
+                    halves(s, a, rest, self.cos, self.sin);
                 }
-                RopeLayout::Adjacent => adjacent(s, &mut head[..self.cos.len()], self.cos, self.sin),
+                RopeLayout::Adjacent => adjacent(s, head, self.cos, self.sin),
             }
         }
     }

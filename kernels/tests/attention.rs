@@ -9,6 +9,7 @@ struct Case {
     dtype: KvType,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     /// Cache head of each query head.
     readers: Vec<u32>,
     window: Option<u32>,
@@ -16,6 +17,7 @@ struct Case {
     scale: f32,
     /// `[positions, kv_heads, head_dim]`.
     keys: Vec<f32>,
+    /// `[positions, kv_heads, value_dim]`.
     values: Vec<f32>,
     /// `[positions, heads, head_dim]`.
     queries: Vec<f32>,
@@ -23,13 +25,18 @@ struct Case {
 
 impl Case {
     fn new(dtype: KvType, readers: &[u32], head_dim: usize, positions: usize, window: Option<u32>) -> Self {
+        Self::of_dims(dtype, readers, (head_dim, head_dim), positions, window)
+    }
+
+    fn of_dims(dtype: KvType, readers: &[u32], (head_dim, value_dim): (usize, usize), positions: usize, window: Option<u32>) -> Self {
         let kv_heads = readers.iter().max().map_or(1, |&head| head as usize + 1);
         let mut random = Random::new((positions * 31 + head_dim * 7 + readers.len()) as u64);
         let mut fill = |n: usize, size: f32| (0..n).map(|_| random.float() * size).collect::<Vec<f32>>();
         let keys = fill(positions * kv_heads * head_dim, 2.0);
-        let values = fill(positions * kv_heads * head_dim, 1.0);
+        let values = fill(positions * kv_heads * value_dim, 1.0);
         let queries = fill(positions * readers.len() * head_dim, 2.0);
-        Self { dtype, kv_heads, head_dim, readers: readers.to_vec(), window, causal: true, scale: 0.125, keys, values, queries }
+        let readers = readers.to_vec();
+        Self { dtype, kv_heads, head_dim, value_dim, readers, window, causal: true, scale: 0.125, keys, values, queries }
     }
 
     fn positions(&self) -> usize {
@@ -61,17 +68,20 @@ impl Case {
 
     /// Results from `first` on, by the definition in the module, with tiles of `tile` positions.
     fn defined(&self, first: usize, tile: usize) -> Vec<f32> {
-        let (heads, n) = (self.readers.len(), self.head_dim);
+        let (heads, n, m) = (self.readers.len(), self.head_dim, self.value_dim);
         let mut out = Vec::new();
         for position in first..self.positions() {
             for head in 0..heads {
                 let query = &self.queries[(position * heads + head) * n..][..n];
-                let at = |x: &[f32], j: usize, d: usize| self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
+                let stored =
+                    |x: &[f32], j: usize, n: usize, d: usize| self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
+                let key = |j: usize, d: usize| stored(&self.keys, j, n, d);
+                let value = |j: usize, d: usize| stored(&self.values, j, m, d);
                 let seen = self.seen(position);
-                let (mut max, mut sum, mut vector) = (f32::NEG_INFINITY, 0.0, vec![0.0_f32; n]);
+                let (mut max, mut sum, mut vector) = (f32::NEG_INFINITY, 0.0, vec![0.0_f32; m]);
                 for base in (seen.start / tile * tile..seen.end).step_by(tile) {
                     let keys = base.max(seen.start)..(base + tile).min(seen.end);
-                    let score = |j| (0..n).fold(0.0, |dot, d| query[d].mul_add(at(&self.keys, j, d), dot)) * self.scale;
+                    let score = |j| (0..n).fold(0.0, |dot, d| query[d].mul_add(key(j, d), dot)) * self.scale;
                     let scores: Vec<f32> = keys.clone().map(score).collect();
                     let tile_max = scores.iter().fold(f32::NEG_INFINITY, |max, &score| if score > max { score } else { max });
                     let p: Vec<f32> = scores.iter().map(|score| exp_f32(score - tile_max)).collect();
@@ -84,8 +94,8 @@ impl Case {
                             lanes[i] += lanes[i + half];
                         }
                     }
-                    let chain = |d| p.iter().zip(keys.clone()).fold(0.0, |sum: f32, (p, j)| p.mul_add(at(&self.values, j, d), sum));
-                    let tile_vector: Vec<f32> = (0..n).map(chain).collect();
+                    let chain = |d| p.iter().zip(keys.clone()).fold(0.0, |sum: f32, (p, j)| p.mul_add(value(j, d), sum));
+                    let tile_vector: Vec<f32> = (0..m).map(chain).collect();
                     if base <= seen.start {
                         (max, sum, vector) = (tile_max, lanes[0], tile_vector);
                         continue;
@@ -104,20 +114,21 @@ impl Case {
 
     /// Results from `first` on in f64, without tiles.
     fn exact(&self, first: usize) -> Vec<f64> {
-        let (heads, n) = (self.readers.len(), self.head_dim);
+        let (heads, n, m) = (self.readers.len(), self.head_dim, self.value_dim);
         let mut out = Vec::new();
         for position in first..self.positions() {
             for head in 0..heads {
                 let query = &self.queries[(position * heads + head) * n..][..n];
-                let at =
-                    |x: &[f32], j: usize, d: usize| f64::from(self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]));
+                let at = |x: &[f32], j: usize, n: usize, d: usize| {
+                    f64::from(self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]))
+                };
                 let keys = self.seen(position);
-                let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&self.keys, j, d)).sum::<f64>() * f64::from(self.scale);
+                let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&self.keys, j, n, d)).sum::<f64>() * f64::from(self.scale);
                 let scores: Vec<f64> = keys.clone().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let p: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = p.iter().sum();
-                out.extend((0..n).map(|d| p.iter().zip(keys.clone()).map(|(p, j)| p * at(&self.values, j, d)).sum::<f64>() / sum));
+                out.extend((0..m).map(|d| p.iter().zip(keys.clone()).map(|(p, j)| p * at(&self.values, j, m, d)).sum::<f64>() / sum));
             }
         }
         out
@@ -126,9 +137,9 @@ impl Case {
     /// Results from `first` on, in steps of `chunk` tokens. Blocks lie in falling order among others of NaN and infinity, and those that
     /// the window has passed are taken away.
     fn run(&self, pool: &Pool, isa: Isa, first: usize, chunk: usize) -> Vec<u32> {
-        let (positions, width) = (self.positions(), self.kv_heads * self.head_dim);
+        let (positions, key_width, value_width) = (self.positions(), self.kv_heads * self.head_dim, self.kv_heads * self.value_dim);
         let blocks = positions.div_ceil(KV_BLOCK);
-        let mut cache = garbage(self.dtype, blocks + 2, self.kv_heads, self.head_dim);
+        let mut cache = garbage(self.dtype, blocks + 2, self.kv_heads, (self.head_dim, self.value_dim));
         let mut table: Vec<u32> = (0..blocks as u32).rev().map(|block| block + 1).collect();
         let attention = |cache: &KvCache, span: KvSpan<'_>, out: &mut [f32]| {
             let queries = span.first_position..span.first_position + span.tokens;
@@ -137,11 +148,11 @@ impl Case {
         };
         let write = |cache: &mut KvCache, span: KvSpan<'_>| {
             let new = span.first_position..span.first_position + span.tokens;
-            cache.write(isa, &[span], Self::rows(&self.keys, new.clone(), width), Self::rows(&self.values, new, width));
+            cache.write(isa, &[span], Self::rows(&self.keys, new.clone(), key_width), Self::rows(&self.values, new, value_width));
         };
         write(&mut cache, KvSpan { table: &table, first_position: 0, tokens: first });
-        let mut out = vec![f32::NAN; (positions - first) * self.readers.len() * self.head_dim];
-        for (i, out) in out.chunks_mut((chunk * self.readers.len() * self.head_dim).max(1)).enumerate() {
+        let mut out = vec![f32::NAN; (positions - first) * self.readers.len() * self.value_dim];
+        for (i, out) in out.chunks_mut((chunk * self.readers.len() * self.value_dim).max(1)).enumerate() {
             let first = first + i * chunk;
             table[..self.first(first) / KV_BLOCK].fill(ABSENT);
             let span = KvSpan { table: &table, first_position: first, tokens: chunk.min(positions - first) };
@@ -153,8 +164,8 @@ impl Case {
 }
 
 /// A cache of signalling nonsense.
-fn garbage(dtype: KvType, blocks: usize, kv_heads: usize, head_dim: usize) -> KvCache {
-    let mut cache = KvCache::new(dtype, blocks, kv_heads, head_dim);
+fn garbage(dtype: KvType, blocks: usize, kv_heads: usize, dims: (usize, usize)) -> KvCache {
+    let mut cache = KvCache::new(dtype, blocks, kv_heads, dims);
     let size = cache.exported_bytes();
     for block in 0..blocks {
         let entry: &[u8] = match (dtype, block % 2) {
@@ -238,6 +249,35 @@ fn every_isa_gives_the_defined_bits() {
     }
 }
 
+/// Values of other widths than keys, narrower and wider.
+#[test]
+fn keys_and_values_have_widths_of_their_own() {
+    let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
+    let mut n = 0;
+    for dtype in [KvType::F32, KvType::F16] {
+        for dims in [(1, 17), (24, 16), (16, 24), (40, 33), (192, 128), (48, 160)] {
+            for (positions, first) in [(1, 0), (17, 3), (66, 0), (150, 149), (300, 200)] {
+                let readers: &[u32] = [&[0, 1, 2][..], &[0], &[0, 0, 1]][n % 3];
+                let case = Case::of_dims(dtype, readers, dims, positions, [None, Some(70)][n % 2]);
+                let want = bits(&case.defined(first, 64));
+                assert_eq!(want.len(), (positions - first) * readers.len() * dims.1);
+                for (i, isa) in Isa::available().into_iter().enumerate() {
+                    let (pool, chunk) = (&pools[(n + i) % 3], [1, 7, 64, positions][(n / 3 + i) % 4]);
+                    assert!(same(&case.run(pool, isa, first, chunk), &want), "{dtype:?} × {dims:?}, {first}..{positions} on {isa}");
+                }
+                for (got, exact) in want.iter().zip(case.exact(first)) {
+                    assert!((f64::from(f32::from_bits(*got)) - exact).abs() < 1e-5, "{dims:?}, {positions}");
+                }
+                n += 1;
+            }
+        }
+    }
+    let mut case = Case::of_dims(KvType::F32, &[0], (24, 16), 40, None);
+    let want = bits(&case.defined(0, 64));
+    case.keys[5 * 24 + 20] += 0.5;
+    assert_ne!(case.run(&pools[0], Isa::best(), 0, 40), want, "a key's value past the width of values must show");
+}
+
 #[test]
 fn results_are_close_to_exact_softmax_and_a_wrong_question_shows() {
     let pool = Pool::new(2);
@@ -284,8 +324,9 @@ fn batch_mates_do_not_change_a_bit() {
         for window in [None, Some(50)] {
             let lengths = [(0, 40), (10, 77), (699, 700)];
             let readers = [0, 1, 1, 0, 1];
-            let cases: Vec<Case> = lengths.iter().map(|&(_, positions)| Case::new(dtype, &readers, 48, positions, window)).collect();
-            let mut cache = garbage(dtype, 60, 2, 48);
+            let cases: Vec<Case> =
+                lengths.iter().map(|&(_, positions)| Case::of_dims(dtype, &readers, (48, 40), positions, window)).collect();
+            let mut cache = garbage(dtype, 60, 2, (48, 40));
             let tables: [Vec<u32>; 3] = [vec![14, 3, 8], vec![2, 9, 0, 13, 5], (15..59).rev().collect()];
             let (mut spans, mut queries, mut want) = (Vec::new(), Vec::new(), Vec::new());
             for (i, case) in cases.iter().enumerate() {
@@ -298,7 +339,7 @@ fn batch_mates_do_not_change_a_bit() {
             }
             for isa in Isa::available() {
                 for threads in 1..=3 {
-                    let mut out = vec![f32::NAN; queries.len()];
+                    let mut out = vec![f32::NAN; want.len()];
                     let attention = Attention { cache: &cache, kv_heads: &readers, scale: 0.125, window, causal: true };
                     attention.run(&Pool::new(threads), isa, &spans, &queries, &mut out);
                     assert!(same(&bits(&out), &want), "{dtype:?}, window {window:?} on {isa}, {threads} threads");
@@ -344,7 +385,7 @@ fn huge_and_tiny_scores_give_the_defined_bits() {
 #[test]
 fn what_does_not_fit_is_refused() {
     let pool = Pool::new(1);
-    let cache = KvCache::new(KvType::F32, 2, 1, 16);
+    let cache = KvCache::new(KvType::F32, 2, 1, (16, 16));
     let refused = |kv_heads: &[u32], window: Option<u32>, table: &[u32], len: usize| {
         let attention = Attention { cache: &cache, kv_heads, scale: 1.0, window, causal: true };
         let mut out = vec![0.0; len];

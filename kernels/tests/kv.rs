@@ -4,11 +4,11 @@ use crate::inputs::Random;
 use kernels::{ABSENT, Isa, KV_BLOCK, KvCache, KvError, KvSpan, KvType};
 
 /// A cache of `blocks` blocks that are all written, with its keys and values.
-fn filled(dtype: KvType, blocks: usize, kv_heads: usize, head_dim: usize, isa: Isa) -> (KvCache, Vec<f32>, Vec<f32>) {
+fn filled(dtype: KvType, blocks: usize, kv_heads: usize, dims: (usize, usize), isa: Isa) -> (KvCache, Vec<f32>, Vec<f32>) {
     let mut random = Random::new(5);
-    let mut fill = || (0..blocks * KV_BLOCK * kv_heads * head_dim).map(|_| random.float() * 1e3).collect::<Vec<f32>>();
-    let (keys, values) = (fill(), fill());
-    let mut cache = KvCache::new(dtype, blocks, kv_heads, head_dim);
+    let mut fill = |dim: usize| (0..blocks * KV_BLOCK * kv_heads * dim).map(|_| random.float() * 1e3).collect::<Vec<f32>>();
+    let (keys, values) = (fill(dims.0), fill(dims.1));
+    let mut cache = KvCache::new(dtype, blocks, kv_heads, dims);
     let table: Vec<u32> = (0..blocks as u32).collect();
     cache.write(isa, &[KvSpan { table: &table, first_position: 0, tokens: blocks * KV_BLOCK }], &keys, &values);
     (cache, keys, values)
@@ -21,12 +21,12 @@ fn exported(cache: &KvCache, block: u32) -> Vec<u8> {
 }
 
 /// What the export of `block` is by definition.
-fn defined(dtype: KvType, block: usize, kv_heads: usize, head_dim: usize, keys: &[f32], values: &[f32]) -> Vec<u8> {
+fn defined(dtype: KvType, block: usize, kv_heads: usize, dims: (usize, usize), keys: &[f32], values: &[f32]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for head in 0..kv_heads {
-        for x in [keys, values] {
+        for (x, dim) in [(keys, dims.0), (values, dims.1)] {
             for slot in 0..KV_BLOCK {
-                for &x in &x[((block * KV_BLOCK + slot) * kv_heads + head) * head_dim..][..head_dim] {
+                for &x in &x[((block * KV_BLOCK + slot) * kv_heads + head) * dim..][..dim] {
                     match dtype {
                         KvType::F32 => bytes.extend(x.to_le_bytes()),
                         KvType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
@@ -41,14 +41,15 @@ fn defined(dtype: KvType, block: usize, kv_heads: usize, head_dim: usize, keys: 
 #[test]
 fn blocks_are_exported_as_defined_and_imported_back() {
     for dtype in [KvType::F32, KvType::F16] {
-        for (kv_heads, head_dim) in [(1, 1), (2, 15), (3, 16), (1, 17), (2, 80), (1, 256)] {
+        let alike = [(1, 1), (2, 15), (3, 16), (1, 17), (2, 80), (1, 256)].map(|(heads, dim)| (heads, (dim, dim)));
+        for (kv_heads, dims) in alike.into_iter().chain([(2, (24, 16)), (3, (17, 33)), (1, (192, 128))]) {
             for isa in Isa::available() {
-                let (cache, keys, values) = filled(dtype, 3, kv_heads, head_dim, isa);
-                let mut other = KvCache::new(dtype, 2, kv_heads, head_dim);
+                let (cache, keys, values) = filled(dtype, 3, kv_heads, dims, isa);
+                let mut other = KvCache::new(dtype, 2, kv_heads, dims);
                 for block in 0..3 {
                     let bytes = exported(&cache, block);
                     assert_eq!(bytes.len(), cache.exported_bytes());
-                    assert!(bytes == defined(dtype, block as usize, kv_heads, head_dim, &keys, &values), "{dtype:?} {head_dim} on {isa}");
+                    assert!(bytes == defined(dtype, block as usize, kv_heads, dims, &keys, &values), "{dtype:?} {dims:?} on {isa}");
                     other.import_block(1, &bytes).unwrap();
                     assert!(exported(&other, 1) == bytes && exported(&other, 0) != bytes);
                 }
@@ -59,15 +60,15 @@ fn blocks_are_exported_as_defined_and_imported_back() {
 
 #[test]
 fn the_blocks_of_ranks_make_the_block_of_one() {
-    let (whole, keys, values) = filled(KvType::F16, 1, 3, 32, Isa::best());
-    let of = |heads: std::ops::Range<usize>, x: &[f32]| -> Vec<f32> {
-        x.chunks_exact(3 * 32).flat_map(|row| row[heads.start * 32..heads.end * 32].to_vec()).collect()
+    let (whole, keys, values) = filled(KvType::F16, 1, 3, (32, 24), Isa::best());
+    let of = |heads: std::ops::Range<usize>, dim: usize, x: &[f32]| -> Vec<f32> {
+        x.chunks_exact(3 * dim).flat_map(|row| row[heads.start * dim..heads.end * dim].to_vec()).collect()
     };
     let mut bytes = Vec::new();
     for heads in [0..1, 1..3] {
-        let mut rank = KvCache::new(KvType::F16, 1, heads.len(), 32);
+        let mut rank = KvCache::new(KvType::F16, 1, heads.len(), (32, 24));
         let span = KvSpan { table: &[0], first_position: 0, tokens: KV_BLOCK };
-        rank.write(Isa::best(), &[span], &of(heads.clone(), &keys), &of(heads, &values));
+        rank.write(Isa::best(), &[span], &of(heads.clone(), 32, &keys), &of(heads, 24, &values));
         rank.export_block(0, &mut bytes);
     }
     assert!(bytes == exported(&whole, 0));
@@ -75,7 +76,7 @@ fn the_blocks_of_ranks_make_the_block_of_one() {
 
 #[test]
 fn a_copy_is_equal_and_apart() {
-    let (mut cache, ..) = filled(KvType::F32, 3, 2, 17, Isa::best());
+    let (mut cache, ..) = filled(KvType::F32, 3, 2, (17, 17), Isa::best());
     let (first, second) = (exported(&cache, 0), exported(&cache, 1));
     assert_ne!(first, second);
     cache.copy_block(0, 2);
@@ -87,7 +88,7 @@ fn a_copy_is_equal_and_apart() {
 
 #[test]
 fn what_does_not_fit_is_refused() {
-    let mut cache = KvCache::new(KvType::F32, 2, 1, 4);
+    let mut cache = KvCache::new(KvType::F32, 2, 1, (4, 4));
     assert_eq!(cache.import_block(0, &[0; 5]), Err(KvError::Size { expected: cache.exported_bytes(), got: 5 }));
     assert_eq!(cache.bytes(), 2 * 16 * (4 + 16) * 4);
     let mut refused = |table: &[u32], first_position: usize, len: usize| {

@@ -10,7 +10,7 @@ const BASE: f64 = 10_000.0;
 
 fn rotated(table: &RopeTable, pool: &Pool, isa: Isa, x: &[f32], head_dim: usize, positions: &[u32]) -> Vec<u32> {
     let mut x = x.to_vec();
-    table.apply(pool, isa, &mut x, head_dim, positions);
+    table.apply(pool, isa, &mut x, (head_dim, 0), positions);
     x.into_iter().map(f32::to_bits).collect()
 }
 
@@ -64,12 +64,40 @@ fn every_isa_and_thread_count_gives_the_specified_bits() {
     }
 }
 
+/// Of each head the values from some place on: those are turned as if they were the head, and the others stay.
+#[test]
+fn a_part_of_a_head_is_turned_as_a_head() {
+    let (dims, head_dim, positions) = (20, 45, [7, 300, 0]);
+    for layout in [RopeLayout::Adjacent, RopeLayout::Halves] {
+        let table = RopeTable::new(layout, dims, BASE, &RopeScaling::None, 500);
+        let x = noise(positions.len() * 2 * head_dim);
+        for first in [0, 1, 16, 25] {
+            let part: Vec<f32> = x.chunks(head_dim).flat_map(|head| head[first..first + dims].to_vec()).collect();
+            let turned = rotated(&table, &Pool::new(1), Isa::Scalar, &part, dims, &positions);
+            for isa in Isa::available() {
+                let mut got = x.clone();
+                table.apply(&Pool::new(2), isa, &mut got, (head_dim, first), &positions);
+                for ((got, x), turned) in got.chunks(head_dim).zip(x.chunks(head_dim)).zip(turned.chunks(dims)) {
+                    assert!(
+                        got[first..first + dims].iter().map(|x| x.to_bits()).eq(turned.iter().copied()),
+                        "{layout:?} from {first} on {isa}"
+                    );
+                    assert!(got[..first] == x[..first] && got[first + dims..] == x[first + dims..]);
+                }
+            }
+        }
+        let mut x = x;
+        let past = || table.apply(&Pool::new(1), Isa::best(), &mut x, (head_dim, 26), &positions);
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(past)).is_err());
+    }
+}
+
 /// The angle by which pair `i` is turned at position 1.
 fn frequency(scaling: &RopeScaling, dims: usize, i: usize) -> f64 {
     let table = RopeTable::new(RopeLayout::Halves, dims, BASE, scaling, 2);
     let mut x = vec![0.0; dims];
     x[i] = 1.0;
-    table.apply(&Pool::new(1), Isa::best(), &mut x, dims, &[1]);
+    table.apply(&Pool::new(1), Isa::best(), &mut x, (dims, 0), &[1]);
     f64::from(x[i + dims / 2]).atan2(f64::from(x[i]))
 }
 
@@ -109,7 +137,7 @@ fn what_does_not_fit_is_refused() {
     let table = RopeTable::new(RopeLayout::Halves, 8, BASE, &RopeScaling::None, 10);
     let refused = |len: usize, head_dim: usize, positions: &[u32]| {
         let mut x = vec![1.0; len];
-        let apply = || table.apply(&Pool::new(1), Isa::best(), &mut x, head_dim, positions);
+        let apply = || table.apply(&Pool::new(1), Isa::best(), &mut x, (head_dim, 0), positions);
         std::panic::catch_unwind(std::panic::AssertUnwindSafe(apply)).is_err()
     };
     assert!(!refused(32, 8, &[0, 9]));

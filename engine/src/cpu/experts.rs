@@ -9,7 +9,7 @@ use std::ops::Range;
 use kernels::{
     bytes,
     elementwise::{self, Gate},
-    routing::{self, Choice},
+    routing::{self, Choice, Routing, Scoring},
 };
 use plan::model::Experts;
 
@@ -47,7 +47,9 @@ impl Mixture {
         self.used = experts.used;
         let scores = first_values(&mut self.scores, tokens * experts.count);
         inputs.multiply(compute, h, tokens, &[], [(router, &mut *scores)]);
-        routing::route(compute.isa, scores, experts.count, experts.used, experts.normalize, &mut self.chosen);
+        let Experts { count, used, normalize, .. } = experts;
+        let routing = Routing { experts: count, used, scoring: Scoring::Softmax, groups: None, normalize, scale: 1.0 };
+        routing::route(compute.isa, &routing, scores, &mut self.chosen);
         let mut counts = vec![0; experts.count];
         self.chosen.iter().for_each(|c| counts[c.expert as usize] += 1);
         self.of_expert.clear();

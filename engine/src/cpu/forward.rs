@@ -222,8 +222,8 @@ impl Cpu {
         }
         if let Some(rope) = place.rope {
             let rope = &self.ropes[rope];
-            rope.apply(pool, isa, q, head_dim, query_positions);
-            rope.apply(pool, isa, k, head_dim, &batch.positions);
+            rope.apply(pool, isa, q, (head_dim, 0), query_positions);
+            rope.apply(pool, isa, k, (head_dim, 0), &batch.positions);
         }
         self.caches[place.cache].write(isa, spans, k, v);
         let attention = &mut attention[..rows * q_width];

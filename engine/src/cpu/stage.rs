@@ -124,11 +124,11 @@ impl Cpu {
                 KvDType::F32 => KvType::F32,
                 KvDType::F16 => KvType::F16,
             };
-            caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), config.head_dim));
+            caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), (config.head_dim, config.head_dim)));
         }
         if config.encoder.is_some() {
             // One for all layers, used anew in each: at worst every token is a sequence with a block of its own.
-            caches.push(KvCache::new(KvType::F32, options.max_batch_tokens, kv_range.len(), config.head_dim));
+            caches.push(KvCache::new(KvType::F32, options.max_batch_tokens, kv_range.len(), (config.head_dim, config.head_dim)));
         }
         Ok(Self {
             rank,

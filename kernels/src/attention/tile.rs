@@ -114,7 +114,7 @@ impl Run<'_, '_, '_> {
     fn tiles<S: Simd, E: Entry>(self, s: S, scratch: &mut Scratch) {
         let Self { attention, queries, unit: Unit { item, tiles, sink } } = self;
         let cache = attention.cache;
-        let (rows, width) = (item.rows.len(), cache.head_dim().div_ceil(LANES));
+        let (rows, width) = (item.rows.len(), cache.value_dim().div_ceil(LANES));
         pack::<S>(item, queries, attention.kv_heads.len(), cache.head_dim(), &mut scratch.queries);
         scratch.state.reset(if matches!(sink, Sink::Results(_)) { rows } else { 0 }, width);
         for (i, tile) in tiles.clone().enumerate() {
@@ -179,7 +179,7 @@ impl<'a, E: Entry> Tile<'a, E> {
         let cache: &'a KvCache = attention.cache;
         let span = &item.span;
         let seen = attention.seen(span, item.position(item.rows.start)).start..attention.seen(span, item.position(item.rows.end - 1)).end;
-        let mut tile = Self { base: number * TILE, width: cache.head_dim().div_ceil(LANES), keys: [&[]; BLOCKS], values: [&[]; BLOCKS] };
+        let mut tile = Self { base: number * TILE, width: cache.value_dim().div_ceil(LANES), keys: [&[]; BLOCKS], values: [&[]; BLOCKS] };
         for i in 0..BLOCKS {
             let first = tile.base + i * KV_BLOCK;
             if first < seen.end && first + KV_BLOCK > seen.start {
