@@ -191,6 +191,8 @@ fn wanted(made: &Made, has: DType, order: &Order<'_>) -> DType {
     let role = made.parts[0].id.role;
     if order.format == Format::Safetensors {
         return match order.types {
+            // Files of DeepSeek have it so whatever the others are: the choice of experts turns on it.
+            Types::All(_) if role == Role::RouterBias => DType::F32,
             Types::All(dtype) => dtype,
             Types::Kept if has.block_len() == 1 => has,
             Types::Kept => DType::F32,

@@ -6,6 +6,7 @@ mod feed_forward;
 mod forward;
 mod input;
 mod load;
+mod project;
 mod stage;
 mod weights;
 

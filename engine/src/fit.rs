@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use plan::{
-    model::{ModelConfig, RopeScaling},
+    model::{ExpertGroups, ModelConfig, RopeScaling},
     shard::{KvGeometry, Shard, VOCAB_TILE},
 };
 
@@ -72,6 +72,22 @@ fn shape_fits(config: &ModelConfig, layers: &Range<usize>) -> Result<(), LoadSha
     if !c.heads.is_multiple_of(c.kv_heads) {
         return Err(wrong("the number of query heads", c.heads.to_string(), format!("a multiple of {}", c.kv_heads)));
     }
+    if let Some(l) = c.latent {
+        let fits = l.kv_rank > 0 && l.value_dim > 0 && l.q_rank != Some(0) && l.rotated < c.head_dim;
+        let alone = c.kv_heads == c.heads && c.encoder.is_none() && !c.post_norms && !c.head_norms;
+        if !fits || !alone || c.layers.iter().any(|layer| layer.rope.dims != l.rotated) {
+            let expected = "compressed vectors, of which each head has a key and a value of its own".to_owned();
+            return Err(wrong("latent attention", format!("{l:?} of heads of {}", c.head_dim), expected));
+        }
+    }
+    if let Some(ExpertGroups { count, used, best }) = c.experts.and_then(|e| e.groups) {
+        let (all, chosen) = c.experts.map_or((0, 0), |e| (e.count, e.used));
+        let whole = count > 0 && all.is_multiple_of(count) && (1..=2).contains(&best) && (1..=count).contains(&used);
+        if !whole || all / count < best || used * (all / count) < chosen {
+            let expected = format!("groups of one size that hold the {chosen} experts of a token");
+            return Err(wrong("the groups of experts", format!("{used} of {count} for {all} experts"), expected));
+        }
+    }
     if let Some(e) = c.experts
         && (e.count == 0 || e.ffn == 0 || !(1..=e.count).contains(&e.used))
     {
@@ -126,7 +142,9 @@ fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError>
         ("the split of the feed-forward width", &splits.ffn, config.ffn),
         ("the split of the vocabulary", &splits.vocab, config.vocab),
     ];
-    for (what, ranges, len) in whole.into_iter().chain(experts) {
+    let shared = config.experts.map_or(0, |e| e.shared_ffn());
+    let shared = (shared > 0).then_some(("the split of the shared experts", &splits.shared, shared));
+    for (what, ranges, len) in whole.into_iter().chain(experts).chain(shared) {
         let mut end = 0;
         let follow = ranges.iter().all(|r| r.start == std::mem::replace(&mut end, r.end) && r.start <= r.end);
         if !follow || end != len || ranges.len() != shard.ranks {

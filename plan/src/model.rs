@@ -27,6 +27,10 @@ pub enum Architecture {
     Mixtral,
     /// Qwen 3, mixture of experts.
     Qwen3Moe,
+    /// DeepSeek V2 and V2.5, and everything of the kind in GGUF.
+    DeepseekV2,
+    /// DeepSeek V3 and R1.
+    DeepseekV3,
     /// BERT, and the sentence models made of it.
     Bert,
     /// DistilBERT.
@@ -116,7 +120,7 @@ impl RopeScaling {
 pub struct Rope {
     /// Frequency base (theta).
     pub base: f64,
-    /// Rotated values of each head, from its start; even. 0: nothing is rotated.
+    /// Rotated values of each head, from its start, with [`Latent`] attention those at its end; even. 0: nothing is rotated.
     pub dims: usize,
     /// Which values form a pair.
     pub layout: RopeLayout,
@@ -132,6 +136,10 @@ fn yes() -> bool {
 }
 
 fn one() -> f64 {
+    1.0
+}
+
+fn one_f32() -> f32 {
     1.0
 }
 
@@ -154,9 +162,8 @@ pub struct LayerConfig {
 
 /// A mixture of experts: each token goes to a few of many feed-forward blocks.
 ///
-/// A router scores the experts; the softmax of the scores is taken, the `used` best experts are chosen, and their outputs, each times its
-/// weight, are added in the order of choice.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A router scores the experts, the `used` best are chosen, and their outputs, each times its weight, are added in the order of choice.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Experts {
     /// Number of experts.
     pub count: usize,
@@ -166,6 +173,72 @@ pub struct Experts {
     pub ffn: usize,
     /// The weights of the chosen experts are divided by their sum.
     pub normalize: bool,
+    /// What scores are made into.
+    #[serde(default)]
+    pub scoring: Scoring,
+    /// The choice is among the experts of the best groups.
+    #[serde(default)]
+    pub groups: Option<ExpertGroups>,
+    /// Factor of the weights.
+    #[serde(default = "one_f32")]
+    pub scale: f32,
+    /// Experts that every token goes to beside the chosen ones, as one block of `shared · ffn` values.
+    #[serde(default)]
+    pub shared: usize,
+}
+
+impl Experts {
+    /// A softmax over the scores of `count` experts of width `ffn`, `used` of them for each token.
+    pub const fn softmax(count: usize, used: usize, ffn: usize, normalize: bool) -> Self {
+        Self { count, used, ffn, normalize, scoring: Scoring::Softmax, groups: None, scale: 1.0, shared: 0 }
+    }
+
+    /// Width of the block that every token goes through; 0: there is none.
+    pub fn shared_ffn(&self) -> usize {
+        self.shared.saturating_mul(self.ffn)
+    }
+}
+
+/// What the scores of a router are made into.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Scoring {
+    /// The softmax over all experts: weights, by which the choice goes too.
+    #[default]
+    Softmax,
+    /// `1 / (1 + e^-x)` of each: weights. The choice goes by these plus a stored bias of each expert.
+    Sigmoid,
+}
+
+/// Groups of experts that follow each other, all of the same size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExpertGroups {
+    /// Number of groups; divides the number of experts.
+    pub count: usize,
+    /// Groups of each token: those with the highest scores.
+    pub used: usize,
+    /// A group's score is the sum of what the choice goes by, over so many of its best experts: 1 or 2.
+    pub best: usize,
+}
+
+/// Multi-head latent attention: DeepSeek-AI 2024, arXiv:2405.04434, section 2.1.
+///
+/// Keys and values of all heads are made of one vector of `kv_rank` values, queries of one of `q_rank`. Queries and keys of a head have
+/// [`ModelConfig::head_dim`] values, of which the last `rotated` are rotated; those of keys are the same for all heads, and not made of the
+/// compressed vector.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Latent {
+    /// Values of the compressed query; `None`: queries are made of the hidden state at once.
+    pub q_rank: Option<usize>,
+    /// Values of the compressed keys and values.
+    pub kv_rank: usize,
+    /// Rotated values of a head; less than a head has.
+    pub rotated: usize,
+    /// Values of a head of the values.
+    pub value_dim: usize,
+    /// Epsilon of the norms of compressed vectors.
+    pub norm_eps: f32,
+    /// What [`ModelConfig::attention_scale`] has of YaRN: the square of `0.1 · this · ln(factor) + 1`. 0: nothing.
+    pub temperature: f64,
 }
 
 /// Gate activation of the feed-forward block.
@@ -216,7 +289,7 @@ pub struct ModelConfig {
     pub heads: usize,
     /// Key/value heads; divides `heads`.
     pub kv_heads: usize,
-    /// Values per head.
+    /// Values per head of queries and keys; of values too, but for [`Latent`] attention.
     pub head_dim: usize,
     /// Width of the feed-forward block.
     pub ffn: usize,
@@ -263,6 +336,9 @@ pub struct ModelConfig {
     /// What the layers with experts are mixtures of.
     #[serde(default)]
     pub experts: Option<Experts>,
+    /// How queries, keys and values are compressed, where they are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<Latent>,
     /// One entry per layer.
     pub layers: Vec<LayerConfig>,
 }
@@ -289,6 +365,12 @@ pub enum Role {
     VBias,
     QNorm,
     KNorm,
+    QDown,
+    QDownNorm,
+    QUp,
+    KvDown,
+    KvDownNorm,
+    KvUp,
     O,
     OBias,
     PostAttnNorm,
@@ -302,9 +384,13 @@ pub enum Role {
     DownBias,
     PostFfnNorm,
     Router,
+    RouterBias,
     ExpertGate(u32),
     ExpertUp(u32),
     ExpertDown(u32),
+    SharedGate,
+    SharedUp,
+    SharedDown,
     OutputNorm,
     OutputNormBias,
     Output,
@@ -330,20 +416,37 @@ impl ModelConfig {
         self.encoder.and_then(|e| e.classifier).map_or(0, |c| c.labels)
     }
 
+    /// Values per head of the values.
+    pub fn value_dim(&self) -> usize {
+        self.latent.map_or(self.head_dim, |l| l.value_dim)
+    }
+
+    /// Rows of the product that makes a head's unrotated key and its value of what is compressed; 0 without [`Latent`] attention.
+    pub fn unpacked_dim(&self) -> usize {
+        self.latent.map_or(0, |l| self.head_dim.saturating_sub(l.rotated) + l.value_dim)
+    }
+
     /// Row-major shape of the tensor with a role: `[out, in]` for matrices, `[n]` for vectors.
     pub fn shape(&self, role: Role) -> Vec<usize> {
         let (q, kv) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let latent = |size: fn(&Latent) -> usize| self.latent.as_ref().map_or(0, size);
         match role {
             Role::Embedding | Role::Output => vec![self.vocab, self.hidden],
             Role::Q => vec![q, self.hidden],
             Role::QBias => vec![q],
             Role::K | Role::V => vec![kv, self.hidden],
             Role::KBias | Role::VBias => vec![kv],
-            Role::O => vec![self.hidden, q],
+            Role::O => vec![self.hidden, self.heads * self.value_dim()],
             Role::Gate | Role::Up => vec![self.ffn, self.hidden],
             Role::GateBias | Role::UpBias => vec![self.ffn],
             Role::Down => vec![self.hidden, self.ffn],
             Role::QNorm | Role::KNorm => vec![self.head_dim],
+            Role::QDown => vec![latent(|l| l.q_rank.unwrap_or(0)), self.hidden],
+            Role::QDownNorm => vec![latent(|l| l.q_rank.unwrap_or(0))],
+            Role::QUp => vec![q, latent(|l| l.q_rank.unwrap_or(0))],
+            Role::KvDown => vec![latent(|l| l.kv_rank + l.rotated), self.hidden],
+            Role::KvDownNorm => vec![latent(|l| l.kv_rank)],
+            Role::KvUp => vec![self.kv_heads * self.unpacked_dim(), latent(|l| l.kv_rank)],
             Role::RopeFactors | Role::ShortRopeFactors | Role::LongRopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
             Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => vec![self.hidden],
             Role::AttnNormBias | Role::FfnNormBias | Role::OutputNormBias | Role::OBias | Role::DownBias => vec![self.hidden],
@@ -356,6 +459,9 @@ impl ModelConfig {
             Role::Router => vec![self.experts.map_or(0, |e| e.count), self.hidden],
             Role::ExpertGate(_) | Role::ExpertUp(_) => vec![self.experts.map_or(0, |e| e.ffn), self.hidden],
             Role::ExpertDown(_) => vec![self.hidden, self.experts.map_or(0, |e| e.ffn)],
+            Role::RouterBias => vec![self.experts.map_or(0, |e| e.count)],
+            Role::SharedGate | Role::SharedUp => vec![self.experts.map_or(0, |e| e.shared_ffn()), self.hidden],
+            Role::SharedDown => vec![self.hidden, self.experts.map_or(0, |e| e.shared_ffn())],
         }
     }
 }

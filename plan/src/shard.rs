@@ -55,6 +55,9 @@ pub struct Splits {
     /// Experts, whole. Disjoint, cover all of them; empty where the model has none.
     #[serde(default)]
     pub experts: Vec<Range<usize>>,
+    /// Rows of gate and up of the shared experts, as of [`Splits::ffn`]; empty where the model has none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shared: Vec<Range<usize>>,
     /// Rows of the vocabulary matrix and of the embedding table: whole tiles. Disjoint, cover `vocab`.
     pub vocab: Vec<Range<usize>>,
 }
@@ -65,9 +68,11 @@ impl Splits {
         let of = |ranges: &[Range<usize>], unit: usize| ranges.get(rank).map_or(0..0, |r| r.start * unit..r.end * unit);
         match role {
             Role::Embedding | Role::Output => of(&self.vocab, 1),
-            Role::Q | Role::QBias => of(&self.heads, config.head_dim),
+            Role::Q | Role::QBias | Role::QUp => of(&self.heads, config.head_dim),
             Role::K | Role::KBias | Role::V | Role::VBias => of(&self.kv_heads, config.head_dim),
-            Role::O | Role::OBias | Role::Down | Role::DownBias => of(&self.hidden, 1),
+            Role::KvUp => of(&self.kv_heads, config.unpacked_dim()),
+            Role::O | Role::OBias | Role::Down | Role::DownBias | Role::SharedDown => of(&self.hidden, 1),
+            Role::SharedGate | Role::SharedUp => of(&self.shared, 1),
             Role::Gate | Role::GateBias | Role::Up | Role::UpBias => of(&self.ffn, 1),
             Role::ExpertGate(e) | Role::ExpertUp(e) | Role::ExpertDown(e) => match self.experts.get(rank) {
                 Some(own) if own.contains(&(e as usize)) => 0..config.shape(role)[0],
@@ -82,6 +87,11 @@ impl Splits {
             | Role::Classifier
             | Role::ClassifierBias
             | Role::Router
+            | Role::RouterBias
+            | Role::QDown
+            | Role::QDownNorm
+            | Role::KvDown
+            | Role::KvDownNorm
             | Role::AttnNormBias
             | Role::FfnNormBias
             | Role::OutputNormBias

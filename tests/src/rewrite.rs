@@ -208,6 +208,9 @@ impl Folder {
                 file.metadata(&key(name), Value::U32(n as u32));
             }
         }
+        if arch == "deepseek2" {
+            self.deepseek_metadata(file);
+        }
         let rope = &self.config["rope_parameters"]["rope_theta"];
         for (value, name) in [
             (&self.config["rms_norm_eps"], "attention.layer_norm_rms_epsilon"),
@@ -228,6 +231,40 @@ impl Folder {
             .array("tokenizer.ggml.token_type", Kind::I32, vec![Value::I32(1); vocab])
             .metadata("tokenizer.ggml.bos_token_id", Value::U32(1))
             .metadata("tokenizer.ggml.eos_token_id", Value::U32(2));
+    }
+
+    /// What llama.cpp's converter writes of latent attention and its mixtures.
+    fn deepseek_metadata(&self, file: &mut Writer) {
+        let c = &self.config;
+        let mut put = |name: &str, value: Value| {
+            file.metadata(&format!("deepseek2.{name}"), value);
+        };
+        let count = |field: &str| self.optional(field).unwrap_or(0) as u32;
+        let rotated = count("qk_rope_head_dim");
+        if count("q_lora_rank") > 0 {
+            put("attention.q_lora_rank", Value::U32(count("q_lora_rank")));
+        }
+        put("attention.kv_lora_rank", Value::U32(count("kv_lora_rank")));
+        put("attention.key_length", Value::U32(count("qk_nope_head_dim") + rotated));
+        put("attention.value_length", Value::U32(count("v_head_dim")));
+        put("rope.dimension_count", Value::U32(rotated));
+        put("leading_dense_block_count", Value::U32(count("first_k_dense_replace")));
+        put("expert_count", Value::U32(count("n_routed_experts")));
+        put("expert_shared_count", Value::U32(count("n_shared_experts")));
+        put("expert_weights_scale", Value::F32(c["routed_scaling_factor"].as_f64().expect("a factor") as f32));
+        put("expert_weights_norm", Value::Bool(c["norm_topk_prob"].as_bool().expect("a flag")));
+        put("expert_gating_func", Value::U32(if c["model_type"] == "deepseek_v3" { 2 } else { 1 }));
+        put("expert_group_count", Value::U32(count("n_group")));
+        put("expert_group_used_count", Value::U32(count("topk_group")));
+        let scaling = if c["rope_scaling"].is_object() { &c["rope_scaling"] } else { &c["rope_parameters"] };
+        let number = |name: &str| Value::F32(scaling[name].as_f64().expect("a number") as f32);
+        put("rope.scaling.type", Value::String("yarn".into()));
+        put("rope.scaling.factor", number("factor"));
+        put(
+            "rope.scaling.original_context_length",
+            Value::U32(scaling["original_max_position_embeddings"].as_u64().expect("a length") as u32),
+        );
+        put("rope.scaling.yarn_log_multiplier", Value::F32((0.1 * scaling["mscale_all_dim"].as_f64().expect("a number")) as f32));
     }
 }
 
@@ -257,7 +294,7 @@ fn tensors(folder: &Path) -> io::Result<BTreeMap<String, Tensor>> {
 }
 
 /// Hugging Face's names in GGUF, within layers and outside.
-const GGUF_NAMES: [(&str, &str); 45] = [
+const GGUF_NAMES: [(&str, &str); 55] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -284,6 +321,16 @@ const GGUF_NAMES: [(&str, &str); 45] = [
     ("mlp.gate_up_proj", "ffn_up"),
     ("mlp.down_proj", "ffn_down"),
     ("mlp.gate", "ffn_gate_inp"),
+    ("mlp.gate.e_score_correction_bias", "exp_probs_b"),
+    ("mlp.shared_experts.gate_proj", "ffn_gate_shexp"),
+    ("mlp.shared_experts.up_proj", "ffn_up_shexp"),
+    ("mlp.shared_experts.down_proj", "ffn_down_shexp"),
+    ("self_attn.q_a_proj", "attn_q_a"),
+    ("self_attn.q_a_layernorm", "attn_q_a_norm"),
+    ("self_attn.q_b_proj", "attn_q_b"),
+    ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
+    ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
+    ("self_attn.kv_b_proj", "attn_kv_b"),
     ("mlp.experts.gate_proj", "ffn_gate_exps"),
     ("mlp.experts.up_proj", "ffn_up_exps"),
     ("mlp.experts.down_proj", "ffn_down_exps"),
@@ -314,7 +361,11 @@ fn expert(name: &str) -> Option<(String, usize)> {
 
 /// The GGUF name of a tensor.
 fn gguf_name(name: &str) -> String {
-    let (stem, kind) = name.rsplit_once('.').expect("a name with its kind");
+    // The one tensor whose name does not end with its kind.
+    let (stem, kind) = match name.ends_with(".e_score_correction_bias") {
+        true => (name, "bias"),
+        false => name.rsplit_once('.').expect("a name with its kind"),
+    };
     let layer = ["model.layers.", "transformer.h.", "encoder.layer."].iter().find_map(|prefix| stem.strip_prefix(prefix)?.split_once('.'));
     let (prefix, stem) = match layer {
         Some((layer, stem)) => (format!("blk.{layer}."), stem),

@@ -33,6 +33,7 @@ struct Inspected<'a> {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    value_dim: usize,
     ffn: usize,
     vocab: usize,
     context_tokens: usize,
@@ -103,6 +104,7 @@ fn describe<'a>(name: &'a str, header: &'a ModelHeader, tensors: bool) -> Inspec
         heads: config.heads,
         kv_heads: config.kv_heads,
         head_dim: config.head_dim,
+        value_dim: config.value_dim(),
         ffn: config.ffn,
         vocab: config.vocab,
         context_tokens: config.context,
@@ -126,6 +128,7 @@ fn print(model: &Inspected<'_>) -> Outcome {
         None => format!("{} full", window.layers),
     };
     let windows: Vec<String> = model.windows.iter().map(attention).collect();
+    let narrower = if model.value_dim == model.head_dim { String::new() } else { format!(" ({} of values)", model.value_dim) };
     let rows = [
         ("model", model.model.to_owned()),
         ("format", format!("{:?}, {} in {} files", model.format, output::bytes(model.size_bytes), model.files.len())),
@@ -134,7 +137,7 @@ fn print(model: &Inspected<'_>) -> Outcome {
         ("types", types.join(", ")),
         ("layers", format!("{} ({})", model.layers, windows.join(", "))),
         ("hidden", format!("{}, feed-forward {}", model.hidden, model.ffn)),
-        ("heads", format!("{} query, {} key/value, {} values each", model.heads, model.kv_heads, model.head_dim)),
+        ("heads", format!("{} query, {} key/value, {} values each{narrower}", model.heads, model.kv_heads, model.head_dim)),
         ("vocabulary", format!("{}{}", model.vocab, if model.tied_embeddings { ", tied" } else { "" })),
         ("context", format!("{} tokens", model.context_tokens)),
     ];

@@ -9,9 +9,9 @@ use std::ops::Range;
 use kernels::{
     bytes,
     elementwise::{self, Gate},
-    routing::{self, Choice, Routing, Scoring},
+    routing::{self, Choice, Groups, Routing},
 };
-use plan::model::Experts;
+use plan::model::{Experts, Scoring};
 
 use super::{
     input::Inputs,
@@ -43,12 +43,29 @@ pub(super) struct Mixture {
 
 impl Mixture {
     /// Chooses the experts of each token of `h`, `[tokens, hidden]`.
-    pub(super) fn route(&mut self, compute: &Compute, inputs: &mut Inputs, router: &Linear, experts: Experts, h: &[f32], tokens: usize) {
+    pub(super) fn route(
+        &mut self,
+        compute: &Compute,
+        inputs: &mut Inputs,
+        (router, bias): (&Linear, &[f32]),
+        experts: Experts,
+        h: &[f32],
+        tokens: usize,
+    ) {
         self.used = experts.used;
         let scores = first_values(&mut self.scores, tokens * experts.count);
         inputs.multiply(compute, h, tokens, &[], [(router, &mut *scores)]);
-        let Experts { count, used, normalize, .. } = experts;
-        let routing = Routing { experts: count, used, scoring: Scoring::Softmax, groups: None, normalize, scale: 1.0 };
+        let routing = Routing {
+            experts: experts.count,
+            used: experts.used,
+            scoring: match experts.scoring {
+                Scoring::Softmax => routing::Scoring::Softmax,
+                Scoring::Sigmoid => routing::Scoring::Sigmoid(bias),
+            },
+            groups: experts.groups.map(|g| Groups { count: g.count, used: g.used, best: g.best }),
+            normalize: experts.normalize,
+            scale: experts.scale,
+        };
         routing::route(compute.isa, &routing, scores, &mut self.chosen);
         let mut counts = vec![0; experts.count];
         self.chosen.iter().for_each(|c| counts[c.expert as usize] += 1);

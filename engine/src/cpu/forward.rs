@@ -30,14 +30,14 @@ impl Laps {
 }
 
 /// The rows of the last layer that go on behind its keys and values: those whose results are wanted.
-struct Tail {
+pub(super) struct Tail {
     spans: Vec<Span>,
     /// The sequence of each span.
     parts: Vec<usize>,
     /// Rows of the batch, ascending.
-    rows: Vec<usize>,
+    pub(super) rows: Vec<usize>,
     /// Those of them that run with adapters, counted among them.
-    adapted: Vec<Adapted>,
+    pub(super) adapted: Vec<Adapted>,
 }
 
 impl Tail {
@@ -72,6 +72,8 @@ impl Cpu {
     pub(super) fn run_layers(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError> {
         let mut laps = Laps(Instant::now());
         self.buffers.rows = batch.tokens;
+        self.buffers.positions.clear();
+        self.buffers.positions.extend(&batch.positions);
         if self.is_first {
             self.embed(batch, context.ranks)?;
         } else {
@@ -181,52 +183,21 @@ impl Cpu {
         context: &mut Context<'_, '_>,
         laps: &mut Laps,
     ) -> Result<(), CollectiveError> {
+        self.project(layer, batch, tail, context, laps);
         let (weights, place, config) = (&self.weights.layers[layer], &self.places[layer], &self.config);
-        let (hidden, head_dim) = (config.hidden, config.head_dim);
+        let hidden = config.hidden;
         let Compute { pool, isa } = &self.compute;
         let isa = *isa;
-        let tokens = batch.tokens;
-        let Buffers { x, h, q, k, v, attention, positions, rows, .. } = &mut self.buffers;
-        let (q_width, kv_width) = (self.kv_heads.len() * head_dim, self.caches[place.cache].kv_heads() * head_dim);
-        let input = block_input(&self.compute, config, &x[..tokens * hidden], &weights.attn_norm, &mut h[..tokens * hidden]);
-        let (k, v) = (&mut k[..tokens * kv_width], &mut v[..tokens * kv_width]);
-        let tail_spans;
-        let (query_spans, query_positions) = match tail {
-            None => {
-                let into = [(&weights.q, &mut q[..tokens * q_width]), (&weights.k, &mut *k), (&weights.v, &mut *v)];
-                self.inputs.multiply(&self.compute, input, tokens, &batch.adapted, into);
-                (spans, batch.positions.as_slice())
-            }
-            Some(tail) => {
-                let into = [(&weights.k, &mut *k), (&weights.v, &mut *v)];
-                self.inputs.multiply(&self.compute, input, tokens, &batch.adapted, into);
-                keep_rows(h, hidden, &tail.rows);
-                keep_rows(x, hidden, &tail.rows);
-                *rows = tail.rows.len();
-                if *rows > 0 {
-                    let into = [(&weights.q, &mut q[..*rows * q_width])];
-                    self.inputs.multiply(&self.compute, &h[..*rows * hidden], *rows, &tail.adapted, into);
-                }
-                positions.clear();
-                positions.extend(tail.rows.iter().map(|&row| batch.positions[row]));
-                tail_spans = kv_spans(&tail.spans, tail.parts.iter().map(|&part| spans[part].table));
-                (tail_spans.as_slice(), positions.as_slice())
-            }
-        };
-        let rows = *rows;
-        let q = &mut q[..rows * q_width];
-        laps.add(&mut context.timings.qkv);
-        if let Some(norms) = &weights.head_norms {
-            norm::rms_norm_in_place(pool, isa, q, &norms.q, config.norm_eps);
-            norm::rms_norm_in_place(pool, isa, k, &norms.k, config.norm_eps);
-        }
-        if let Some(rope) = place.rope {
-            let rope = &self.ropes[rope];
-            rope.apply(pool, isa, q, (head_dim, 0), query_positions);
-            rope.apply(pool, isa, k, (head_dim, 0), &batch.positions);
-        }
+        let Buffers { q, k, v, attention, rows, .. } = &mut self.buffers;
+        let (rows, tokens) = (*rows, batch.tokens);
+        let (head_dim, value_dim, kv_heads) = (config.head_dim, config.value_dim(), self.caches[place.cache].kv_heads());
+        let (q, k, v) =
+            (&q[..rows * self.kv_heads.len() * head_dim], &k[..tokens * kv_heads * head_dim], &v[..tokens * kv_heads * value_dim]);
+        let tail_spans = tail.map(|tail| kv_spans(&tail.spans, tail.parts.iter().map(|&part| spans[part].table)));
+        let query_spans = tail_spans.as_deref().unwrap_or(spans);
+        let width = self.kv_heads.len() * value_dim;
         self.caches[place.cache].write(isa, spans, k, v);
-        let attention = &mut attention[..rows * q_width];
+        let attention = &mut attention[..rows * width];
         let kernel = Attention {
             cache: &self.caches[place.cache],
             kv_heads: &self.kv_heads,
@@ -242,7 +213,7 @@ impl Cpu {
         let Buffers { x, attention, gathered, block_out, .. } = &mut self.buffers;
         let gathered = &mut gathered[..rows * hidden];
         let own = own_part(gathered, &self.splits.hidden[self.rank], rows);
-        let attention = &attention[..rows * q_width];
+        let attention = &attention[..rows * width];
         let adapted = tail.map_or(batch.adapted.as_slice(), |tail| &tail.adapted);
         self.inputs.multiply_gathered(&self.compute, context.ranks, attention, &self.head_columns, (rows, adapted), (&weights.o, own))?;
         let out = all_rows(context.ranks, gathered, block_out, &self.splits.hidden, rows)?;
@@ -290,15 +261,6 @@ fn own_tables(spans: &[Span]) -> Vec<Vec<u32>> {
 /// The spans as the kernels want them.
 fn kv_spans<'a>(spans: &[Span], tables: impl Iterator<Item = &'a [u32]>) -> Vec<KvSpan<'a>> {
     spans.iter().zip(tables).map(|(s, table)| KvSpan { table, first_position: s.first, tokens: s.rows.len() }).collect()
-}
-
-/// Moves the given rows, ascending, to the front.
-fn keep_rows(x: &mut [f32], width: usize, rows: &[usize]) {
-    for (to, &from) in rows.iter().enumerate() {
-        if to != from {
-            x.copy_within(from * width..(from + 1) * width, to * width);
-        }
-    }
 }
 
 /// This rank's part of a buffer that holds rank after rank `[tokens, rows of the matrix]`.

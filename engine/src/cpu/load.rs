@@ -6,12 +6,13 @@ use half::{bf16, f16};
 use kernels::{Matrix, MatrixBuilder, convert_rows};
 use plan::{
     dtype::DType,
-    model::{ModelConfig, Role, RopeScaling, TensorId},
+    model::{ModelConfig, Role, RopeScaling, Scoring, TensorId},
     shard::{Shard, TensorSlice},
 };
 
 use super::weights::{
-    ClassifierWeights, Dense, Expert, FeedForward, HeadNorms, LayerWeights, Linear, Norm, RopeFactors, Weights, weight_type,
+    ClassifierWeights, Dense, Expert, Experts, FeedForward, HeadNorms, Latent, LayerWeights, Linear, Norm, Plain, Projection, RopeFactors,
+    Weights, weight_type,
 };
 use crate::{LoadShardError, WeightReader, compute::Compute};
 
@@ -228,19 +229,45 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
             let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
             Ok::<_, LoadShardError>(Linear { id: id(role), matrix, bias: t.vectors.remove(&id(bias)).unwrap_or_default() })
         };
+        let plain = |t: &mut Tensors, role| {
+            let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
+            Ok::<_, LoadShardError>(Linear { id: id(role), matrix, bias: Vec::new() })
+        };
         let t = &mut tensors;
-        let feed_forward = match config.experts.filter(|_| config.layers[layer].experts) {
-            Some(_) => {
-                let plain = |t: &mut Tensors, role| {
-                    let matrix = t.matrices.remove(&id(role)).ok_or_else(|| missing(id(role)))?;
-                    Ok::<_, LoadShardError>(Linear { id: id(role), matrix, bias: Vec::new() })
+        let projection = match config.latent {
+            None => Projection::Plain(Box::new(Plain {
+                q: linear(t, Role::Q, Role::QBias)?,
+                k: linear(t, Role::K, Role::KBias)?,
+                v: linear(t, Role::V, Role::VBias)?,
+                head_norms: if config.head_norms { Some(HeadNorms { q: norm(t, Role::QNorm)?, k: norm(t, Role::KNorm)? }) } else { None },
+            })),
+            Some(latent) => {
+                let (q_down, q) = match latent.q_rank {
+                    None => (None, plain(t, Role::Q)?),
+                    Some(_) => (Some((plain(t, Role::QDown)?, norm(t, Role::QDownNorm)?)), plain(t, Role::QUp)?),
                 };
+                let (kv_down, kv_norm) = (plain(t, Role::KvDown)?, norm(t, Role::KvDownNorm)?);
+                Projection::Latent(Box::new(Latent { q_down, q, kv_down, kv_norm, kv_up: plain(t, Role::KvUp)? }))
+            }
+        };
+        let feed_forward = match config.experts.filter(|_| config.layers[layer].experts) {
+            Some(experts) => {
                 let own = shard.splits.experts[shard.rank].clone().map(|e| e as u32).map(|e| {
                     let (gate, up) = (plain(t, Role::ExpertGate(e))?, plain(t, Role::ExpertUp(e))?);
                     Ok::<_, LoadShardError>(Expert { gate, up, down: plain(t, Role::ExpertDown(e))? })
                 });
                 let own = own.collect::<Result<_, _>>()?;
-                FeedForward::Experts { router: plain(t, Role::Router)?, own }
+                let biased = experts.scoring == Scoring::Sigmoid;
+                let router_bias = if biased { norm(t, Role::RouterBias)? } else { Vec::new() };
+                let shared = match experts.shared {
+                    0 => None,
+                    _ => Some(Dense {
+                        gate: Some(plain(t, Role::SharedGate)?),
+                        up: plain(t, Role::SharedUp)?,
+                        down: plain(t, Role::SharedDown)?,
+                    }),
+                };
+                FeedForward::Experts(Box::new(Experts { router: plain(t, Role::Router)?, router_bias, own, shared }))
             }
             None => FeedForward::Dense(Box::new(Dense {
                 gate: if config.gated { Some(linear(t, Role::Gate, Role::GateBias)?) } else { None },
@@ -250,10 +277,7 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
         };
         layers.push(LayerWeights {
             attn_norm: centred(t, Role::AttnNorm, Role::AttnNormBias)?,
-            q: linear(t, Role::Q, Role::QBias)?,
-            k: linear(t, Role::K, Role::KBias)?,
-            v: linear(t, Role::V, Role::VBias)?,
-            head_norms: if config.head_norms { Some(HeadNorms { q: norm(t, Role::QNorm)?, k: norm(t, Role::KNorm)? }) } else { None },
+            projection,
             o: linear(t, Role::O, Role::OBias)?,
             post_attn_norm: if config.block_norms { Some(norm(t, Role::PostAttnNorm)?) } else { None },
             ffn_norm: centred(t, Role::FfnNorm, Role::FfnNormBias)?,

@@ -13,6 +13,7 @@ use super::{
     experts::Mixture,
     input::Inputs,
     load,
+    project::LatentBuffers,
     weights::{RopeFactors, Weights},
 };
 use crate::{
@@ -68,6 +69,7 @@ pub(super) struct Buffers {
     pub(super) q: Vec<f32>,
     pub(super) k: Vec<f32>,
     pub(super) v: Vec<f32>,
+    pub(super) latent: LatentBuffers,
     pub(super) attention: Vec<f32>,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
@@ -75,9 +77,11 @@ pub(super) struct Buffers {
     pub(super) gathered: Vec<f32>,
     /// The same, token after token; empty where there is one rank.
     pub(super) block_out: Vec<f32>,
+    /// Outputs of experts, where others are shared.
+    pub(super) sums: Vec<f32>,
     /// Rows of the hidden state that are left after the last layer.
     pub(super) rows: usize,
-    /// Positions of the rows of the last layer's tail.
+    /// Positions of the rows that are left.
     pub(super) positions: Vec<u32>,
     pub(super) logits: Vec<f32>,
 }
@@ -124,12 +128,13 @@ impl Cpu {
                 KvDType::F32 => KvType::F32,
                 KvDType::F16 => KvType::F16,
             };
-            caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), (config.head_dim, config.head_dim)));
+            caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), (config.head_dim, config.value_dim())));
         }
         if config.encoder.is_some() {
             // One for all layers, used anew in each: at worst every token is a sequence with a block of its own.
-            caches.push(KvCache::new(KvType::F32, options.max_batch_tokens, kv_range.len(), (config.head_dim, config.head_dim)));
+            caches.push(KvCache::new(KvType::F32, options.max_batch_tokens, kv_range.len(), (config.head_dim, config.value_dim())));
         }
+        let shared = config.experts.map_or(0, |e| e.shared_ffn());
         Ok(Self {
             rank,
             first_layer: shard.layers.start,
@@ -141,11 +146,11 @@ impl Cpu {
             caches,
             ropes: ropes.into_iter().map(|(_, table)| table).collect(),
             kv_heads: heads.map(|head| (head / per_kv_head - kv_range.start) as u32).collect(),
-            head_columns: splits.heads.iter().map(|h| h.start * config.head_dim..h.end * config.head_dim).collect(),
+            head_columns: splits.heads.iter().map(|h| h.start * config.value_dim()..h.end * config.value_dim()).collect(),
             buffers: Buffers::new(config, &splits, rank, options.max_batch_tokens),
             inputs: Inputs::new(
                 options.max_batch_tokens,
-                if shard.ranks > 1 { (config.heads * config.head_dim).max(config.ffn) } else { 0 },
+                if shard.ranks > 1 { (config.heads * config.value_dim()).max(config.ffn).max(shared) } else { 0 },
             ),
             mixture: Mixture::default(),
             config: config.clone(),
@@ -157,19 +162,23 @@ impl Cpu {
 impl Buffers {
     fn new(config: &ModelConfig, splits: &Splits, rank: usize, tokens: usize) -> Self {
         let rows = |width: usize| vec![0.0; tokens * width];
-        let (heads, kv_heads) = (splits.heads[rank].len() * config.head_dim, splits.kv_heads[rank].len() * config.head_dim);
+        let (heads, kv_heads) = (splits.heads[rank].len(), splits.kv_heads[rank].len());
+        let ffn = splits.shared.get(rank).map_or(0, Range::len).max(splits.ffn[rank].len());
+        let shared = config.experts.is_some_and(|e| e.shared > 0);
         let many = splits.heads.len() > 1;
         Self {
             x: rows(config.hidden),
             h: rows(config.hidden),
-            q: rows(heads),
-            k: rows(kv_heads),
-            v: rows(kv_heads),
-            attention: rows(heads),
-            gate: rows(splits.ffn[rank].len()),
-            up: rows(splits.ffn[rank].len()),
+            q: rows(heads * config.head_dim),
+            k: rows(kv_heads * config.head_dim),
+            v: rows(kv_heads * config.value_dim()),
+            latent: LatentBuffers::new(config.latent, tokens, kv_heads * config.unpacked_dim()),
+            attention: rows(heads * config.value_dim()),
+            gate: rows(ffn),
+            up: rows(ffn),
             gathered: rows(config.hidden),
             block_out: rows(if many { config.hidden } else { 0 }),
+            sums: rows(if shared { config.hidden } else { 0 }),
             rows: 0,
             positions: Vec::with_capacity(tokens),
             logits: Vec::new(),

@@ -25,11 +25,7 @@ pub(crate) struct Norm {
 #[derive(Debug)]
 pub(crate) struct LayerWeights {
     pub(crate) attn_norm: Norm,
-    pub(crate) q: Linear,
-    pub(crate) k: Linear,
-    pub(crate) v: Linear,
-    /// Norms over each head of query and key.
-    pub(crate) head_norms: Option<HeadNorms>,
+    pub(crate) projection: Projection,
     pub(crate) o: Linear,
     /// Norm of the attention block's output, before it is added.
     pub(crate) post_attn_norm: Option<Vec<f32>>,
@@ -39,15 +35,52 @@ pub(crate) struct LayerWeights {
     pub(crate) post_ffn_norm: Option<Vec<f32>>,
 }
 
+/// What makes queries, keys and values.
+#[derive(Debug)]
+pub(crate) enum Projection {
+    Plain(Box<Plain>),
+    Latent(Box<Latent>),
+}
+
+/// Each of the hidden state.
+#[derive(Debug)]
+pub(crate) struct Plain {
+    pub(crate) q: Linear,
+    pub(crate) k: Linear,
+    pub(crate) v: Linear,
+    /// Norms over each head of query and key.
+    pub(crate) head_norms: Option<HeadNorms>,
+}
+
+/// By way of compressed vectors. What compresses is whole on every rank; what unpacks has the rows of this rank's heads.
+#[derive(Debug)]
+pub(crate) struct Latent {
+    /// What compresses queries, and the norm behind it, where they are compressed.
+    pub(crate) q_down: Option<(Linear, Vec<f32>)>,
+    pub(crate) q: Linear,
+    /// Compressed keys and values, then the rotated part of all heads' keys.
+    pub(crate) kv_down: Linear,
+    pub(crate) kv_norm: Vec<f32>,
+    /// For each head the other part of its key, then its value.
+    pub(crate) kv_up: Linear,
+}
+
 /// A feed-forward block.
 #[derive(Debug)]
 pub(crate) enum FeedForward {
     Dense(Box<Dense>),
-    /// A mixture of experts.
-    Experts {
-        router: Linear,
-        own: Vec<Expert>,
-    },
+    Experts(Box<Experts>),
+}
+
+/// A mixture of experts.
+#[derive(Debug)]
+pub(crate) struct Experts {
+    pub(crate) router: Linear,
+    /// What is added to scores for the choice; empty where nothing is.
+    pub(crate) router_bias: Vec<f32>,
+    pub(crate) own: Vec<Expert>,
+    /// The block that every token goes through, split as a dense one.
+    pub(crate) shared: Option<Dense>,
 }
 
 /// `down(activation(gate x) · up x)`, or without a gate `down(activation(up x))`.

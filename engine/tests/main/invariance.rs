@@ -18,13 +18,15 @@ fn chunked(model: &Model, layout: Layout, ids: &[TokenId], chunk: usize) -> Bits
     ids.chunks(chunk).flat_map(|ids| logits(&rig.run(&[Part::new(1, ids).all_logits()]))).map(|(.., bits)| bits).collect()
 }
 
-fn models() -> [Recipe; 5] {
+fn models() -> [Recipe; 7] {
     [
         model::llama(model::mixed),
         model::llama(model::more),
         model::gemma(20, model::small),
         model::gpt2(model::mixed),
         model::mixture(model::mixed),
+        model::latent(model::mixed),
+        model::latent_keys(model::small),
     ]
 }
 

@@ -132,6 +132,38 @@ fn what_does_not_fit_together_is_refused() {
     }
 }
 
+/// The same of latent attention and its mixtures.
+#[test]
+fn what_does_not_fit_latent_attention_is_refused() {
+    let model = model::latent(model::small).build();
+    let refused = |change: &dyn Fn(&mut ExecutionPlan)| {
+        let mut plan = plan(&model, Layout::default());
+        change(&mut plan);
+        match load(&plan, &plan.stages[0].shards[0], &model) {
+            Ok(_) => panic!("a wrong plan was accepted"),
+            Err(error) => error,
+        }
+    };
+    for role in [Role::QDown, Role::QDownNorm, Role::QUp, Role::KvDown, Role::KvDownNorm, Role::KvUp, Role::RouterBias, Role::SharedDown] {
+        let error = refused(&|p| p.stages[0].shards[0].slices.retain(|s| s.id.role != role));
+        assert!(matches!(error, LoadShardError::Missing { role: missing, .. } if missing == role), "{error}");
+    }
+    type Change = fn(&mut ExecutionPlan);
+    for (change, what) in [
+        ((|p| p.config.latent = p.config.latent.map(|l| plan::model::Latent { rotated: 18, ..l })) as Change, "latent attention"),
+        (|p| p.config.latent = p.config.latent.map(|l| plan::model::Latent { kv_rank: 0, ..l }), "latent attention"),
+        (|p| p.config.kv_heads = 2, "latent attention"),
+        (|p| p.config.experts.as_mut().unwrap().groups.as_mut().unwrap().count = 3, "groups of experts"),
+        (|p| p.config.experts.as_mut().unwrap().groups.as_mut().unwrap().best = 0, "groups of experts"),
+        (|p| p.stages[0].shards[0].splits.shared[0].end = 500, "shared experts"),
+    ] {
+        let error = refused(&change);
+        assert!(matches!(&error, LoadShardError::Plan { .. }) && error.to_string().contains(what), "{what}: {error}");
+    }
+    let error = refused(&|p| p.config.latent = p.config.latent.map(|l| plan::model::Latent { value_dim: 65, ..l }));
+    assert!(matches!(error, LoadShardError::Shape { .. }), "{error}");
+}
+
 #[test]
 fn a_truncated_file_is_named_with_its_place() {
     let mut model = model::gemma(20, model::small).build();

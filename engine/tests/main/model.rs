@@ -12,8 +12,8 @@ use half::{bf16, f16};
 use plan::{
     dtype::DType,
     model::{
-        Activation, Architecture, Classifier, Encoder, Experts, Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, PoolerActivation,
-        Role, Rope, RopeLayout, RopeScaling, TensorId, TensorInfo,
+        Activation, Architecture, Classifier, Encoder, ExpertGroups, Experts, Format, Latent, LayerConfig, ModelConfig, ModelFile,
+        ModelHeader, PoolerActivation, Role, Rope, RopeLayout, RopeScaling, Scoring, TensorId, TensorInfo,
     },
 };
 
@@ -163,14 +163,32 @@ impl Recipe {
                 (Role::Q, Role::QBias, q, c.hidden),
                 (Role::K, Role::KBias, kv, c.hidden),
                 (Role::V, Role::VBias, kv, c.hidden),
-                (Role::O, Role::OBias, c.hidden, q),
+                (Role::O, Role::OBias, c.hidden, c.heads * c.value_dim()),
                 (Role::Gate, Role::GateBias, c.ffn, c.hidden),
                 (Role::Up, Role::UpBias, c.ffn, c.hidden),
                 (Role::Down, Role::DownBias, c.hidden, c.ffn),
             ];
             let experts = c.experts.filter(|_| layer.experts);
+            if let Some(latent) = c.latent {
+                let mut compressed = vec![(Role::KvDown, Role::KvDownNorm, Role::KvUp, latent.kv_rank)];
+                compressed.extend(latent.q_rank.map(|rank| (Role::QDown, Role::QDownNorm, Role::QUp, rank)));
+                for (down, norm, up, rank) in compressed {
+                    for role in [down, up] {
+                        let shape = c.shape(role);
+                        model.matrix(l, role, dtype(l, role), shape[0], shape[1]);
+                    }
+                    model.norm(l, norm, rank, 0.0);
+                }
+            }
             if let Some(e) = experts {
                 model.matrix(l, Role::Router, dtype(l, Role::Router), e.count, c.hidden);
+                if e.scoring == Scoring::Sigmoid {
+                    model.vector(l, Role::RouterBias, e.count, 0.0, 0.3);
+                }
+                for role in [Role::SharedGate, Role::SharedUp, Role::SharedDown].into_iter().filter(|_| e.shared > 0) {
+                    let shape = c.shape(role);
+                    model.matrix(l, role, dtype(l, role), shape[0], shape[1]);
+                }
                 for expert in 0..e.count as u32 {
                     for (role, rows, k) in [
                         (Role::ExpertGate(expert), e.ffn, c.hidden),
@@ -183,6 +201,14 @@ impl Recipe {
             }
             for (role, bias, rows, k) in matrices {
                 let ffn = matches!(role, Role::Gate | Role::Up | Role::Down);
+                let unpacked = match role {
+                    Role::Q => c.latent.is_some_and(|l| l.q_rank.is_some()),
+                    Role::K | Role::V => c.latent.is_some(),
+                    _ => false,
+                };
+                if unpacked {
+                    continue;
+                }
                 if ffn && (experts.is_some() || (role == Role::Gate && !c.gated)) {
                     continue;
                 }
@@ -301,6 +327,7 @@ pub(crate) fn llama(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         post_norms: false,
         encoder: None,
         experts: None,
+        latent: None,
         layers: vec![LayerConfig { window: None, rope, experts: false }; 3],
     };
     Recipe { config, biases: true, dtype, seed: 11 }
@@ -334,6 +361,7 @@ pub(crate) fn gemma(window: u32, dtype: fn(Option<usize>, Role) -> DType) -> Rec
         post_norms: false,
         encoder: None,
         experts: None,
+        latent: None,
         layers: vec![local.clone(), local.clone(), full, local],
     };
     Recipe { config, biases: false, dtype, seed: 12 }
@@ -380,11 +408,48 @@ pub(crate) fn mixture(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
     recipe.config = ModelConfig {
         architecture: Architecture::Qwen3Moe,
         head_norms: true,
-        experts: Some(Experts { count: 6, used: 3, ffn: 256, normalize: true }),
+        experts: Some(Experts::softmax(6, 3, 256, true)),
         layers: vec![layer(true), layer(false), layer(true)],
         ..recipe.config
     };
     recipe.biases = false;
+    recipe
+}
+
+/// Compressed queries, keys and values, and two layers of three mixtures with shared experts, routed by sigmoids and groups.
+pub(crate) fn latent(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = llama(dtype);
+    let layer = |experts| LayerConfig { window: None, rope: rope(10_000.0, 16, RopeLayout::Adjacent, RopeScaling::None), experts };
+    let groups = Some(ExpertGroups { count: 2, used: 1, best: 2 });
+    let experts = Experts { scoring: Scoring::Sigmoid, groups, scale: 2.5, shared: 2, ..Experts::softmax(8, 3, 256, true) };
+    recipe.config = ModelConfig {
+        architecture: Architecture::DeepseekV3,
+        kv_heads: 4,
+        head_dim: 48,
+        attention_scale: 1.0 / 48_f32.sqrt(),
+        latent: Some(Latent { q_rank: Some(256), kv_rank: 256, rotated: 16, value_dim: 64, norm_eps: 1e-6, temperature: 0.0 }),
+        experts: Some(experts),
+        layers: vec![layer(false), layer(true), layer(true)],
+        ..recipe.config
+    };
+    recipe.biases = false;
+    recipe
+}
+
+/// Compressed keys and values alone, of heads whose values are narrower than their keys, and softmax routers.
+pub(crate) fn latent_keys(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = latent(dtype);
+    let layer =
+        |experts| LayerConfig { window: None, rope: rope(9_000.0, 32, RopeLayout::Halves, RopeScaling::Linear { factor: 4.0 }), experts };
+    let groups = Some(ExpertGroups { count: 4, used: 2, best: 1 });
+    recipe.config = ModelConfig {
+        architecture: Architecture::DeepseekV2,
+        head_dim: 96,
+        latent: Some(Latent { q_rank: None, kv_rank: 64, rotated: 32, value_dim: 24, norm_eps: 1e-5, temperature: 0.0 }),
+        experts: Some(Experts { groups, scale: 1.5, shared: 1, ..Experts::softmax(8, 3, 160, false) }),
+        layers: vec![layer(true), layer(false), layer(true)],
+        ..recipe.config
+    };
     recipe
 }
 

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use plan::{
     dtype::DType,
-    model::{Activation, Experts, Role, Rope, RopeLayout, RopeScaling, TensorId},
+    model::{Activation, Experts, Latent, Role, Rope, RopeLayout, RopeScaling, Scoring, TensorId},
     step::TokenId,
 };
 
@@ -60,7 +60,10 @@ fn norm(model: &Model, layer: Option<usize>, role: Role, x: &mut [f64]) {
 
 fn rotate(model: &Model, rope: &Rope, position: usize, heads: &mut [f64], head_dim: usize) {
     let factors = values(model, None, Role::RopeFactors);
+    // With latent attention the end of a head is rotated.
+    let first = if model.header.config.latent.is_some() { head_dim - rope.dims } else { 0 };
     for head in heads.chunks_mut(head_dim) {
+        let head = &mut head[first..];
         for i in 0..rope.dims / 2 {
             let divisor = match rope.scaling {
                 RopeScaling::Linear { factor } => factor,
@@ -96,24 +99,30 @@ pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
         for (position, x) in states.iter_mut().enumerate() {
             let mut h = x.clone();
             norm(model, l, Role::AttnNorm, &mut h);
-            let mut q = linear(model, l, Role::Q, Some(Role::QBias), &h);
-            let mut k = linear(model, l, Role::K, Some(Role::KBias), &h);
-            norm(model, l, Role::QNorm, &mut q);
-            norm(model, l, Role::KNorm, &mut k);
+            let (mut q, mut k, v) = match c.latent {
+                Some(latent) => unpacked(model, l, latent, &h),
+                None => {
+                    let mut q = linear(model, l, Role::Q, Some(Role::QBias), &h);
+                    let mut k = linear(model, l, Role::K, Some(Role::KBias), &h);
+                    norm(model, l, Role::QNorm, &mut q);
+                    norm(model, l, Role::KNorm, &mut k);
+                    (q, k, linear(model, l, Role::V, Some(Role::VBias), &h))
+                }
+            };
             rotate(model, &layer.rope, position, &mut q, c.head_dim);
             rotate(model, &layer.rope, position, &mut k, c.head_dim);
             keys.push(k);
-            cached.push(linear(model, l, Role::V, Some(Role::VBias), &h));
+            cached.push(v);
             let from = layer.window.map_or(0, |w| (position + 1).saturating_sub(w as usize));
             let mut attention = Vec::new();
             for head in 0..c.heads {
-                let kv = head / (c.heads / c.kv_heads) * c.head_dim;
+                let of = head / (c.heads / c.kv_heads);
+                let (kv, value, width) = (of * c.head_dim, of * c.value_dim(), c.value_dim());
                 let q = &q[head * c.head_dim..][..c.head_dim];
                 let scores: Vec<f64> =
                     keys[from..].iter().map(|k| (dot(q, &k[kv..][..c.head_dim]) * f64::from(c.attention_scale)).exp()).collect();
                 let sum: f64 = scores.iter().sum();
-                attention
-                    .extend((0..c.head_dim).map(|d| scores.iter().zip(&cached[from..]).map(|(s, v)| s * v[kv + d]).sum::<f64>() / sum));
+                attention.extend((0..width).map(|d| scores.iter().zip(&cached[from..]).map(|(s, v)| s * v[value + d]).sum::<f64>() / sum));
             }
             let mut o = linear(model, l, Role::O, Some(Role::OBias), &attention);
             norm(model, l, Role::PostAttnNorm, &mut o);
@@ -133,6 +142,34 @@ pub(crate) fn logits(model: &Model, ids: &[TokenId]) -> Vec<Vec<f64>> {
     states.iter().map(|x| linear(model, None, output, None, x)).collect()
 }
 
+/// Queries, keys and values of latent attention, before rotation: arXiv:2405.04434, equations 9 to 19.
+fn unpacked(model: &Model, l: Option<usize>, latent: Latent, h: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let c = &model.header.config;
+    let rms = |role: Role, x: &mut [f64]| {
+        let w = values(model, l, role).expect("a norm");
+        let scale = 1.0 / (dot(x, x) / w.len() as f64 + f64::from(latent.norm_eps)).sqrt();
+        x.iter_mut().zip(&w).for_each(|(x, w)| *x *= scale * w);
+    };
+    let q = match latent.q_rank {
+        None => linear(model, l, Role::Q, None, h),
+        Some(_) => {
+            let mut compressed = linear(model, l, Role::QDown, None, h);
+            rms(Role::QDownNorm, &mut compressed);
+            linear(model, l, Role::QUp, None, &compressed)
+        }
+    };
+    let mut compressed = linear(model, l, Role::KvDown, None, h);
+    let shared = compressed.split_off(latent.kv_rank);
+    rms(Role::KvDownNorm, &mut compressed);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for head in linear(model, l, Role::KvUp, None, &compressed).chunks(c.head_dim - latent.rotated + latent.value_dim) {
+        let (own, value) = head.split_at(c.head_dim - latent.rotated);
+        k.extend(own.iter().chain(&shared));
+        v.extend(value);
+    }
+    (q, k, v)
+}
+
 fn feed_forward(model: &Model, l: Option<usize>, (gate, up, down): (Role, Role, Role), h: &[f64]) -> Vec<f64> {
     let c = &model.header.config;
     let act = |x: &f64| activation(c.activation, *x);
@@ -146,16 +183,40 @@ fn feed_forward(model: &Model, l: Option<usize>, (gate, up, down): (Role, Role, 
 }
 
 fn mixture(model: &Model, l: Option<usize>, experts: Experts, h: &[f64]) -> Vec<f64> {
-    let p: Vec<f64> = linear(model, l, Role::Router, None, h).iter().map(|x| x.exp()).collect();
+    let scores = linear(model, l, Role::Router, None, h);
+    let (p, by): (Vec<f64>, Vec<f64>) = match experts.scoring {
+        Scoring::Softmax => {
+            let p: Vec<f64> = scores.iter().map(|x| x.exp() / scores.iter().map(|x| x.exp()).sum::<f64>()).collect();
+            (p.clone(), p)
+        }
+        Scoring::Sigmoid => {
+            let bias = values(model, l, Role::RouterBias).expect("biases");
+            scores.iter().zip(bias).map(|(x, b)| (1.0 / (1.0 + (-x).exp()), b)).map(|(p, b)| (p, p + b)).unzip()
+        }
+    };
     let mut best: Vec<usize> = (0..experts.count).collect();
-    best.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+    if let Some(groups) = experts.groups {
+        let size = experts.count / groups.count;
+        let score = |group: usize| {
+            let mut of = by[group * size..(group + 1) * size].to_vec();
+            of.sort_by(|a, b| b.total_cmp(a));
+            of[..groups.best].iter().sum::<f64>()
+        };
+        let mut ranked: Vec<usize> = (0..groups.count).collect();
+        ranked.sort_by(|&a, &b| score(b).total_cmp(&score(a)));
+        best.retain(|e| ranked[..groups.used].contains(&(e / size)));
+    }
+    best.sort_by(|&a, &b| by[b].total_cmp(&by[a]));
     best.truncate(experts.used);
-    let all: f64 = if experts.normalize { best.iter().map(|&e| p[e]).sum() } else { p.iter().sum() };
-    let mut sum = vec![0.0; h.len()];
+    let all: f64 = if experts.normalize { best.iter().map(|&e| p[e]).sum() } else { 1.0 };
+    let mut sum = match experts.shared {
+        0 => vec![0.0; h.len()],
+        _ => feed_forward(model, l, (Role::SharedGate, Role::SharedUp, Role::SharedDown), h),
+    };
     for e in best {
         let roles = (Role::ExpertGate(e as u32), Role::ExpertUp(e as u32), Role::ExpertDown(e as u32));
         let out = feed_forward(model, l, roles, h);
-        sum.iter_mut().zip(out).for_each(|(sum, y)| *sum += p[e] / all * y);
+        sum.iter_mut().zip(out).for_each(|(sum, y)| *sum += f64::from(experts.scale) * p[e] / all * y);
     }
     sum
 }

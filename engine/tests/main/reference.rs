@@ -61,6 +61,30 @@ fn a_mixture_of_experts_is_the_textbooks() {
     );
 }
 
+#[test]
+fn latent_attention_and_its_mixtures_are_the_textbooks() {
+    agrees(|| model::latent(model::floats), |r| r.config.latent = r.config.latent.map(|l| plan::model::Latent { norm_eps: 1e-2, ..l }));
+    agrees(
+        || model::latent_keys(model::floats),
+        |r| r.config.layers.iter_mut().for_each(|l| l.rope.layout = plan::model::RopeLayout::Adjacent),
+    );
+    let groups = |used| plan::model::ExpertGroups { count: 4, used, best: 1 };
+    let wrong = |r: &mut Recipe, change: fn(plan::model::Experts) -> plan::model::Experts| r.config.experts = r.config.experts.map(change);
+    for change in [
+        |e| plan::model::Experts { groups: None, ..e },
+        |e| plan::model::Experts { scale: 1.0, ..e },
+        |e| plan::model::Experts { normalize: !e.normalize, ..e },
+    ] as [fn(plan::model::Experts) -> plan::model::Experts; 3]
+    {
+        agrees(|| model::latent(model::floats), |r| wrong(r, change));
+        agrees(|| model::latent_keys(model::floats), |r| wrong(r, change));
+    }
+    agrees(
+        || model::latent_keys(model::floats),
+        |r| r.config.experts = r.config.experts.map(|e| plan::model::Experts { groups: Some(groups(1)), used: 2, ..e }),
+    );
+}
+
 /// A base that grows with the longest sequence: 400 tokens where 64 were trained.
 #[test]
 fn dynamic_scaling_goes_by_the_longest_sequence() {

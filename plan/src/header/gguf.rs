@@ -96,7 +96,6 @@ fn shape(meta: &Meta<'_>, architecture: Architecture, eps: &str) -> Result<Model
     let hidden = meta.required("embedding_length")?;
     let heads = meta.required("attention.head_count")?;
     let kv_heads = meta.arch_count("attention.head_count_kv")?.unwrap_or(heads);
-    let layers = meta.required("block_count")?;
     let head_dim = match meta.arch_count("attention.key_length")? {
         Some(dim) => dim,
         None if hidden % heads == 0 => hidden / heads,
@@ -108,6 +107,19 @@ fn shape(meta: &Meta<'_>, architecture: Architecture, eps: &str) -> Result<Model
     if kv_heads > heads || heads % kv_heads != 0 {
         return Err(meta.wrong("attention.head_count_kv", &format!("a divisor of the {heads} heads"), &kv_heads.to_string()));
     }
+    shape_with_heads(meta, architecture, eps, (kv_heads, head_dim))
+}
+
+/// As [`shape`], with heads of keys and of `head_dim` values as they are given.
+pub(super) fn shape_with_heads(
+    meta: &Meta<'_>,
+    architecture: Architecture,
+    eps: &str,
+    (kv_heads, head_dim): (usize, usize),
+) -> Result<ModelConfig, HeaderError> {
+    let hidden = meta.required("embedding_length")?;
+    let heads = meta.required("attention.head_count")?;
+    let layers = meta.required("block_count")?;
     if layers as u64 > MAX_LAYERS {
         return Err(meta.wrong("block_count", &format!("at most {MAX_LAYERS} layers"), &layers.to_string()));
     }
@@ -136,6 +148,7 @@ fn shape(meta: &Meta<'_>, architecture: Architecture, eps: &str) -> Result<Model
         post_norms: false,
         encoder: None,
         experts: None,
+        latent: None,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     })
 }
@@ -163,17 +176,7 @@ pub(super) fn refuse_window(meta: &Meta<'_>) -> Result<(), HeaderError> {
 
 /// Makes the feed-forward block of every layer a mixture of experts of width `ffn`, where the file has experts.
 pub(super) fn experts_everywhere(meta: &Meta<'_>, config: &mut ModelConfig, ffn: usize) -> Result<(), HeaderError> {
-    let count = meta.arch_count_or_zero("expert_count")?;
-    if count == 0 {
-        return Ok(());
-    }
-    if count > MAX_EXPERTS {
-        return Err(meta.wrong("expert_count", &format!("at most {MAX_EXPERTS} experts"), &count.to_string()));
-    }
-    let used = meta.required("expert_used_count")?;
-    if used as u64 > count {
-        return Err(meta.wrong("expert_used_count", &format!("at most the {count} experts"), &used.to_string()));
-    }
+    let Some((count, used)) = expert_counts(meta)? else { return Ok(()) };
     for (name, expected) in [("expert_shared_count", "no shared experts"), ("leading_dense_block_count", "experts in every layer")] {
         let got = meta.arch_count_or_zero(name)?;
         if got > 0 {
@@ -186,14 +189,35 @@ pub(super) fn experts_everywhere(meta: &Meta<'_>, config: &mut ModelConfig, ffn:
     if let Some(scale) = meta.float("expert_weights_scale")?.filter(|&s| s != 0.0 && s != 1.0) {
         return Err(meta.unsupported("expert_weights_scale", "1", &scale.to_string()));
     }
-    let normalize = match meta.header.get(&meta.key("expert_weights_norm")) {
-        None => true,
-        Some(Value::Bool(normalize)) => *normalize,
-        Some(other) => return Err(meta.wrong("expert_weights_norm", "a bool", other.kind().name())),
-    };
-    config.experts = Some(Experts { count: count as usize, used, ffn, normalize });
+    let normalize = weights_norm(meta)?.unwrap_or(true);
+    config.experts = Some(Experts::softmax(count, used, ffn, normalize));
     config.layers.iter_mut().for_each(|layer| layer.experts = true);
     Ok(())
+}
+
+/// Number of experts, and how many of them a token goes to, where the file has experts.
+pub(super) fn expert_counts(meta: &Meta<'_>) -> Result<Option<(usize, usize)>, HeaderError> {
+    let count = meta.arch_count_or_zero("expert_count")?;
+    if count == 0 {
+        return Ok(None);
+    }
+    if count > MAX_EXPERTS {
+        return Err(meta.wrong("expert_count", &format!("at most {MAX_EXPERTS} experts"), &count.to_string()));
+    }
+    let used = meta.required("expert_used_count")?;
+    if used as u64 > count {
+        return Err(meta.wrong("expert_used_count", &format!("at most the {count} experts"), &used.to_string()));
+    }
+    Ok(Some((count as usize, used)))
+}
+
+/// Whether the weights of chosen experts are divided by their sum, where the file says.
+pub(super) fn weights_norm(meta: &Meta<'_>) -> Result<Option<bool>, HeaderError> {
+    match meta.header.get(&meta.key("expert_weights_norm")) {
+        None => Ok(None),
+        Some(Value::Bool(normalize)) => Ok(Some(*normalize)),
+        Some(other) => Err(meta.wrong("expert_weights_norm", "a bool", other.kind().name())),
+    }
 }
 
 /// Refuses experts in a family that has none.

@@ -95,17 +95,22 @@ pub(super) fn decoder(fields: &Fields<'_>, architecture: Architecture) -> Result
 
 /// The widths and counts of a decoder, without layers.
 pub(super) fn shape(fields: &Fields<'_>, architecture: Architecture) -> Result<ModelConfig, HeaderError> {
-    let hidden = fields.required("hidden_size")?;
-    let heads = fields.required("num_attention_heads")?;
-    let kv_heads = fields.count("num_key_value_heads")?.unwrap_or(heads);
-    if kv_heads > heads || heads % kv_heads != 0 {
-        return Err(fields.wrong("num_key_value_heads", &format!("a divisor of the {heads} heads"), &kv_heads.into()));
-    }
+    let (hidden, heads) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
     let head_dim = match fields.count("head_dim")? {
         Some(dim) => dim,
         None if hidden % heads == 0 => hidden / heads,
         None => return Err(fields.wrong("num_attention_heads", &format!("a divisor of the hidden size {hidden}"), &heads.into())),
     };
+    shape_with_heads(fields, architecture, head_dim)
+}
+
+/// As [`shape`], of heads of `head_dim` values.
+pub(super) fn shape_with_heads(fields: &Fields<'_>, architecture: Architecture, head_dim: usize) -> Result<ModelConfig, HeaderError> {
+    let (hidden, heads) = (fields.required("hidden_size")?, fields.required("num_attention_heads")?);
+    let kv_heads = fields.count("num_key_value_heads")?.unwrap_or(heads);
+    if kv_heads > heads || heads % kv_heads != 0 {
+        return Err(fields.wrong("num_key_value_heads", &format!("a divisor of the {heads} heads"), &kv_heads.into()));
+    }
     let eps = fields.positive("rms_norm_eps")?.ok_or_else(|| fields.missing("rms_norm_eps", "a positive number"))?;
     Ok(ModelConfig {
         architecture,
@@ -131,6 +136,7 @@ pub(super) fn shape(fields: &Fields<'_>, architecture: Architecture) -> Result<M
         post_norms: false,
         encoder: None,
         experts: None,
+        latent: None,
         layers: Vec::new(),
     })
 }
@@ -185,6 +191,7 @@ pub(super) fn encoder(
         post_norms: true,
         encoder: Some(encoder),
         experts: None,
+        latent: None,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers(fields, names.layers)?],
     })
 }

@@ -169,6 +169,7 @@ fn assemble(
     let unused = found
         .iter()
         .filter(|f| !used.contains(f.name.as_str()) && !tensors::ignorable(&f.name, &config))
+        .filter(|f| !tensors::of_predictor(&f.name, family, &config, |name| by_name.contains_key(name)))
         .min_by_key(|f| (f.file, f.entry_offset));
     if let Some(f) = unused {
         return Err(HeaderError::UnexpectedTensor { name: f.name.clone(), place: place(f), architecture: family.name });

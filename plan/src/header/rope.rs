@@ -143,8 +143,47 @@ pub(super) fn gguf_rope(meta: &Meta<'_>, head_dim: usize, layout: RopeLayout) ->
         return Err(meta.wrong("rope.dimension_count", &format!("an even number up to the head's {head_dim}"), &dims.to_string()));
     }
     let base = meta.positive("rope.freq_base")?.unwrap_or(DEFAULT_BASE);
+    refuse_changed(meta, "rope.scaling.yarn_log_multiplier")?;
     let (scaling, amplitude) = gguf_scaling(meta)?;
     Ok(Rope { base, dims, layout, scaling, amplitude })
+}
+
+/// The settings of `dims` rotated values in GGUF metadata of latent attention, and what YaRN adds to the temperature of its scores.
+///
+/// There llama.cpp leaves cosines and sines as they are, and takes the temperature from `yarn_log_multiplier`, 0.1 of what `config.json` calls
+/// `mscale_all_dim`.
+pub(super) fn gguf_latent_rope(meta: &Meta<'_>, dims: usize) -> Result<(Rope, f64), HeaderError> {
+    /// Digits of the temperature that 32 bits hold for sure.
+    const DIGITS: f64 = 1e6;
+    let base = meta.positive("rope.freq_base")?.unwrap_or(DEFAULT_BASE);
+    refuse_changed(meta, "rope.scaling.attn_factor")?;
+    let (scaling, _) = gguf_scaling(meta)?;
+    let temperature = match scaling {
+        RopeScaling::Yarn { .. } => meta.float("rope.scaling.yarn_log_multiplier")?.unwrap_or(0.0),
+        _ => 0.0,
+    };
+    if !temperature.is_finite() || temperature < 0.0 {
+        return Err(meta.wrong("rope.scaling.yarn_log_multiplier", "a number of at least 0", &temperature.to_string()));
+    }
+    let rope = Rope { base, dims, layout: RopeLayout::Adjacent, scaling, amplitude: 1.0 };
+    Ok((rope, (temperature * 10.0 * DIGITS).round() / DIGITS))
+}
+
+/// Refuses a number that is neither 0 nor 1, where it is there.
+fn refuse_changed(meta: &Meta<'_>, name: &str) -> Result<(), HeaderError> {
+    match meta.float(name)?.filter(|&v| v != 1.0 && v != 0.0) {
+        Some(value) => Err(meta.unsupported(name, "its default", &value.to_string())),
+        None => Ok(()),
+    }
+}
+
+/// The factor of scores of heads of `head_dim` values: one over the root, and with YaRN the temperature that goes with `temperature`.
+pub(super) fn latent_scale(head_dim: usize, rope: &Rope, temperature: f64) -> f32 {
+    let root = 1.0 / (head_dim as f64).sqrt();
+    match rope.scaling {
+        RopeScaling::Yarn { factor, .. } if temperature > 0.0 => (root * yarn_amplitude(factor, temperature).powi(2)) as f32,
+        _ => root as f32,
+    }
 }
 
 /// Scaling of frequencies, and the factor of cosines and sines: what llama.cpp makes of them.
@@ -155,10 +194,8 @@ fn gguf_scaling(meta: &Meta<'_>) -> Result<(RopeScaling, f64), HeaderError> {
         let original = meta.positive_count("rope.scaling.original_context_length")?;
         original.ok_or_else(|| meta.wrong("rope.scaling.original_context_length", "an integer", "missing"))
     };
-    for name in ["rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor", "rope.scaling.yarn_log_multiplier"] {
-        if let Some(value) = meta.float(name)?.filter(|&v| v != 1.0 && v != 0.0) {
-            return Err(meta.unsupported(name, "its default", &value.to_string()));
-        }
+    for name in ["rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"] {
+        refuse_changed(meta, name)?;
     }
     if has("rope_freqs.weight") {
         return Ok((RopeScaling::Tensor, amplitude));

@@ -1,7 +1,7 @@
 //! Which tensors a model has, by what name and with what shape.
 
 use super::families::Family;
-use crate::model::{Format, LayerConfig, ModelConfig, Role, RopeScaling, TensorId};
+use crate::model::{Format, LayerConfig, ModelConfig, Role, RopeScaling, Scoring, TensorId};
 
 /// Where the values of a role are stored.
 #[derive(Clone, Copy)]
@@ -83,6 +83,14 @@ pub(super) fn ignorable(name: &str, config: &ModelConfig) -> bool {
     mask || name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight") || beside_encoder(name, config)
 }
 
+/// The layer behind the last one to which a tensor belongs, if it is of one that predicts a further token: it stands among `names` with the
+/// product of such layers. Training uses them, no forward pass here does.
+pub(super) fn of_predictor(name: &str, family: &Family, config: &ModelConfig, has: impl Fn(&str) -> bool) -> bool {
+    let number = name.strip_prefix(family.hf_layers).and_then(|rest| rest.split_once('.')).and_then(|(number, _)| number.parse().ok());
+    let behind = number.filter(|&number: &usize| config.latent.is_some() && number >= config.layers.len());
+    behind.is_some_and(|number| has(&format!("{}{number}.eh_proj.weight", family.hf_layers)))
+}
+
 /// What files of encoders carry beside what is run: positions as numbers, the pooler of a model that does not classify, and the head
 /// that words were guessed with in training.
 fn beside_encoder(name: &str, config: &ModelConfig) -> bool {
@@ -110,6 +118,8 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
         outer.extend([Role::ShortRopeFactors, Role::LongRopeFactors]);
     }
     let biases = match biases {
+        // Compressed queries, keys and values have no biases in any file here.
+        None if config.latent.is_some() => Vec::new(),
         None => QKV_BIASES.into_iter().chain([Role::OBias]).chain(MLP_BIASES).map(|role| (role, true)).collect(),
         Some(b) => {
             let with = |roles: &[Role], wanted: bool| roles.iter().filter(|_| wanted).map(|&role| (role, false)).collect::<Vec<_>>();
@@ -186,10 +196,27 @@ fn outer_roles(config: &ModelConfig) -> Vec<Role> {
 
 /// The roles of a layer, biases of products aside.
 fn layer_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<Role> {
-    let mut roles = vec![Role::AttnNorm, Role::Q, Role::K, Role::V, Role::O, Role::FfnNorm];
+    let mut roles = vec![Role::AttnNorm];
+    match config.latent {
+        None => roles.extend([Role::Q, Role::K, Role::V]),
+        Some(latent) => {
+            match latent.q_rank {
+                None => roles.push(Role::Q),
+                Some(_) => roles.extend([Role::QDown, Role::QDownNorm, Role::QUp]),
+            }
+            roles.extend([Role::KvDown, Role::KvDownNorm, Role::KvUp]);
+        }
+    }
+    roles.extend([Role::O, Role::FfnNorm]);
     match config.experts.filter(|_| layer.experts) {
         Some(experts) => {
             roles.push(Role::Router);
+            if experts.scoring == Scoring::Sigmoid {
+                roles.push(Role::RouterBias);
+            }
+            if experts.shared > 0 {
+                roles.extend([Role::SharedGate, Role::SharedUp, Role::SharedDown]);
+            }
             roles.extend((0..experts.count as u32).flat_map(|e| [Role::ExpertGate(e), Role::ExpertUp(e), Role::ExpertDown(e)]));
         }
         None if config.gated => roles.extend([Role::Gate, Role::Up, Role::Down]),
@@ -248,6 +275,16 @@ pub(super) const fn gguf_name(role: Role) -> Name {
         Role::FfnNormBias => "ffn_norm.bias",
         Role::OutputNormBias => "output_norm.bias",
         Role::Router => "ffn_gate_inp.weight",
+        Role::RouterBias => "exp_probs_b.bias",
+        Role::SharedGate => "ffn_gate_shexp.weight",
+        Role::SharedUp => "ffn_up_shexp.weight",
+        Role::SharedDown => "ffn_down_shexp.weight",
+        Role::QDown => "attn_q_a.weight",
+        Role::QDownNorm => "attn_q_a_norm.weight",
+        Role::QUp => "attn_q_b.weight",
+        Role::KvDown => "attn_kv_a_mqa.weight",
+        Role::KvDownNorm => "attn_kv_a_norm.weight",
+        Role::KvUp => "attn_kv_b.weight",
         Role::ExpertGate(_) => return Name::stacked("ffn_gate_exps.weight"),
         Role::ExpertUp(_) => return Name::stacked("ffn_up_exps.weight"),
         Role::ExpertDown(_) => return Name::stacked("ffn_down_exps.weight"),
@@ -295,6 +332,16 @@ pub(super) const fn hf_name(role: Role) -> Name {
         Role::FfnNormBias => "post_attention_layernorm.bias",
         Role::OutputNormBias => "model.norm.bias",
         Role::Router => "mlp.gate.weight",
+        Role::RouterBias => "mlp.gate.e_score_correction_bias",
+        Role::SharedGate => "mlp.shared_experts.gate_proj.weight",
+        Role::SharedUp => "mlp.shared_experts.up_proj.weight",
+        Role::SharedDown => "mlp.shared_experts.down_proj.weight",
+        Role::QDown => "self_attn.q_a_proj.weight",
+        Role::QDownNorm => "self_attn.q_a_layernorm.weight",
+        Role::QUp => "self_attn.q_b_proj.weight",
+        Role::KvDown => "self_attn.kv_a_proj_with_mqa.weight",
+        Role::KvDownNorm => "self_attn.kv_a_layernorm.weight",
+        Role::KvUp => "self_attn.kv_b_proj.weight",
         Role::ExpertGate(_) => "mlp.experts.{}.gate_proj.weight",
         Role::ExpertUp(_) => "mlp.experts.{}.up_proj.weight",
         Role::ExpertDown(_) => "mlp.experts.{}.down_proj.weight",

@@ -1,6 +1,7 @@
 //! Headers of models: the fixtures, both layouts of config.json, every refusal, and headers with any byte damaged.
 
 mod damaged;
+mod latent;
 
 use std::{borrow::Cow, fs, path::PathBuf};
 

@@ -35,7 +35,7 @@ fn block_bytes(group: &KvGroup, dtype: KvDType, config: &ModelConfig, shard: &Sh
         KvDType::F32 => 4,
         KvDType::F16 => 2,
     };
-    2 * layers as u64 * heads as u64 * config.head_dim as u64 * BLOCK_TOKENS as u64 * entry
+    layers as u64 * heads as u64 * (config.head_dim + config.value_dim()) as u64 * BLOCK_TOKENS as u64 * entry
 }
 
 /// Blocks of one group: at least for one sequence of full length, at most for a full batch.

@@ -214,12 +214,15 @@ fn shards(stages: &[Stage]) -> impl Iterator<Item = &Shard> {
 /// Bytes of activations and logits that a worker needs beside weights and KV cache.
 ///
 /// Per token of a step: residual, norm and gathered outputs (8 × hidden), gate, up and their product (3 × ffn), query, key, value and
-/// attention output of all heads, and of each expert that it goes to input, output, gate and up, as f32; on the last stage one row of logits
-/// per sequence. An encoder has keys and values of one layer, in blocks of which each sequence's last may be begun, and no logits.
+/// attention output of all heads, with latent attention the compressed vectors and what they are unpacked to, of each expert that it goes to
+/// input, output, gate and up, and of the shared ones gate, up, their product and output, as f32; on the last stage one row of logits per
+/// sequence. An encoder has keys and values of one layer, in blocks of which each sequence's last may be begun, and no logits.
 fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     let c = &header.config;
-    let experts = c.experts.map_or(0, |e| e.count + e.used * 2 * (c.hidden + e.ffn));
-    let width = 8 * c.hidden + 3 * c.ffn + 2 * (c.heads + c.kv_heads) * c.head_dim + experts;
+    let experts = c.experts.map_or(0, |e| e.count + e.used * 2 * (c.hidden + e.ffn) + 3 * e.shared_ffn() + e.shared.min(1) * c.hidden);
+    let heads = (c.heads + c.kv_heads) * (c.head_dim + c.value_dim());
+    let latent = c.latent.map_or(0, |l| l.q_rank.unwrap_or(0) + 2 * l.kv_rank + l.rotated + c.kv_heads * c.unpacked_dim());
+    let width = 8 * c.hidden + 3 * c.ffn + heads + latent + experts;
     let tokens = (spec.max_batch_tokens as u64).saturating_mul(width as u64).saturating_mul(4);
     if c.encoder.is_some() {
         let held = spec.max_batch_sequences.saturating_mul(BLOCK_TOKENS).saturating_add(spec.max_batch_tokens) as u64;

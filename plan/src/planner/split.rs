@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::balanced;
 use crate::{
-    model::{ModelHeader, Role},
+    model::{ModelHeader, Role, TensorId},
     shard::{Splits, VOCAB_TILE},
 };
 
@@ -18,13 +18,21 @@ pub(super) fn splits(header: &ModelHeader, layers: &Range<usize>, ranks: usize) 
     let heads = balanced(c.heads, ranks, 1);
     let kv_heads = heads.iter().map(|h| if h.is_empty() { 0..0 } else { h.start / group..(h.end - 1) / group + 1 }).collect();
     let row_unit = |len: usize| if len >= ROW_UNIT * ranks { ROW_UNIT } else { 1 };
-    let down = header.tensors.iter().filter(|(id, _)| id.role == Role::Down && id.layer.is_some_and(|l| layers.contains(&(l as usize))));
-    let block = down.filter_map(|(_, t)| t.dtype.activation_block()).max();
+    let here = |id: &TensorId| id.layer.is_some_and(|l| layers.contains(&(l as usize)));
+    let block = |down: Role| {
+        let products = header.tensors.iter().filter(|(id, _)| id.role == down && here(id));
+        products.filter_map(|(_, t)| t.dtype.activation_block()).max()
+    };
+    let shared = c.experts.map_or(0, |e| e.shared_ffn());
     Splits {
         kv_heads,
         hidden: balanced(c.hidden, ranks, row_unit(c.hidden)),
-        ffn: balanced(c.ffn, ranks, block.unwrap_or_else(|| row_unit(c.ffn))),
+        ffn: balanced(c.ffn, ranks, block(Role::Down).unwrap_or_else(|| row_unit(c.ffn))),
         experts: c.experts.map_or_else(Vec::new, |e| balanced(e.count, ranks, 1)),
+        shared: match shared {
+            0 => Vec::new(),
+            width => balanced(width, ranks, block(Role::SharedDown).unwrap_or_else(|| row_unit(width))),
+        },
         vocab: balanced(c.vocab, ranks, VOCAB_TILE),
         heads,
     }

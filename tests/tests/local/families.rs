@@ -106,12 +106,75 @@ fn qwen3_moe() {
     both_files("qwen3-moe", ("\"norm_topk_prob\": true", "\"norm_topk_prob\": false"), "qwen3moe");
 }
 
+#[test]
+fn deepseek_v3() {
+    both_files("deepseek-v3", ("\"topk_group\": 1", "\"topk_group\": 2"), "deepseek2");
+}
+
+/// GGUF has one epsilon for all norms, and no other amplitude of YaRN than 1: its twin is of a folder that says the same.
+#[test]
+fn deepseek_v2() {
+    matches_reference("deepseek-v2", ("\"mscale_all_dim\": 0.707", "\"mscale_all_dim\": 0.75"));
+    let like = files::fixture("deepseek-v2");
+    let mut folder = Folder::read(&like).expect("the fixture");
+    folder.config["rms_norm_eps"] = 1e-6.into();
+    folder.config["rope_scaling"]["mscale"] = 0.707.into();
+    let place = tempfile::tempdir().expect("a temporary folder");
+    folder.write(place.path(), &like).expect("a writable folder");
+    let input = ids(&files::expected("deepseek-v2"), "input_ids");
+    same_in_gguf(&folder, "deepseek2", &logits(place.path(), &input, 24, &[]), &input);
+}
+
+/// Each setting that the fixtures have changes the numbers, so that the reference would tell a wrong reading of any of them.
+#[test]
+fn settings_of_latent_models_show() {
+    for (name, settings) in [
+        (
+            "deepseek-v3",
+            &[
+                ("norm_topk_prob", Value::Bool(false)),
+                ("routed_scaling_factor", 2.0.into()),
+                ("n_group", 1.into()),
+                ("rope_interleave", Value::Bool(false)),
+                ("rms_norm_eps", 1e-3.into()),
+            ][..],
+        ),
+        (
+            "deepseek-v2",
+            &[
+                ("topk_method", "greedy".into()),
+                ("topk_group", 3.into()),
+                ("routed_scaling_factor", 3.0.into()),
+                ("rope_theta", 9000.into()),
+            ],
+        ),
+    ] {
+        let (like, input) = (files::fixture(name), ids(&files::expected(name), "input_ids"));
+        let expected = floats(&files::expected(name), "last_logits");
+        for (field, value) in settings {
+            let mut folder = Folder::read(&like).expect("the fixture");
+            assert!(!folder.config[*field].is_null(), "{field}");
+            folder.config[*field] = value.clone();
+            let place = tempfile::tempdir().expect("a temporary folder");
+            folder.write(place.path(), &like).expect("a writable folder");
+            let off = distance(&floats(&logits(place.path(), &input, 0, &[]), "last_logits"), &expected);
+            assert!(off > 1e-3, "{name}: {field} = {value} went unseen ({off})");
+        }
+    }
+}
+
 /// More ranks than some experts' worth, and experts that do not divide: the bits of one process.
 #[test]
 fn experts_split_unevenly() {
-    for (name, way) in
-        [("mixtral", ["--tp", "3"]), ("qwen3-moe", ["--tp", "3"]), ("qwen3-moe", ["--tp", "4"]), ("mixtral", ["--chunk", "3"])]
-    {
+    for (name, way) in [
+        ("mixtral", ["--tp", "3"]),
+        ("qwen3-moe", ["--tp", "3"]),
+        ("qwen3-moe", ["--tp", "4"]),
+        ("mixtral", ["--chunk", "3"]),
+        ("deepseek-v3", ["--tp", "3"]),
+        ("deepseek-v2", ["--tp", "4"]),
+        ("deepseek-v3", ["--chunk", "3"]),
+    ] {
         let (expected, model) = (files::expected(name), files::fixture(name));
         let input = ids(&expected, "input_ids");
         let alone = bits(&logits(&model, &input, 8, &[]));

@@ -125,6 +125,26 @@ fn qwen_round_trip() {
     whole("qwen3-moe");
 }
 
+/// Of DeepSeek V2 a model that GGUF can tell; the fixture's own amplitude of YaRN it cannot.
+#[test]
+fn deepseek_round_trip() {
+    whole("deepseek-v3");
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let (like, original) = (files::fixture("deepseek-v2"), place.path().join("deepseek-v2"));
+    fs::create_dir(&original).expect("a folder");
+    let mut folder = Folder::read(&like).expect("the fixture");
+    folder.config["rms_norm_eps"] = 1e-6.into();
+    folder.config["rope_scaling"]["mscale"] = 0.707.into();
+    folder.write(&original, &like).expect("a writable folder");
+    let [_, gguf, back] = round_trip("deepseek-v2", &original, place.path());
+    let input = ids(&files::expected("deepseek-v2"), "input_ids");
+    let expected = says(&original, &input);
+    assert!(says(&gguf, &input).1 == expected.1 && says(&back, &input).1 == expected.1);
+    let out = place.path().join("other.gguf");
+    let done = program::run(&["convert", &like.display().to_string(), &out.display().to_string()]);
+    assert!(done.status.code() == Some(2) && done.stderr.contains("attn_factor") && !out.exists(), "{}", done.stderr);
+}
+
 #[test]
 fn gemma3_round_trip() {
     whole("gemma3");

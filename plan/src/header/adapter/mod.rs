@@ -121,7 +121,8 @@ impl Collector<'_> {
     /// How the rows of a query or key product stand in the file.
     fn order(&self, id: TensorId) -> RowOrder {
         let layer = id.layer.and_then(|layer| self.config.layers.get(layer as usize));
-        let heads = matches!(id.role, Role::Q | Role::K) && self.config.head_dim.is_multiple_of(2);
+        // Files of latent attention have one order.
+        let heads = matches!(id.role, Role::Q | Role::K) && self.config.head_dim.is_multiple_of(2) && self.config.latent.is_none();
         let head_dim = self.config.head_dim;
         match layer.filter(|_| heads).map(|l| (l.rope.layout, self.layout)) {
             Some((RopeLayout::Adjacent, RopeLayout::Halves)) => RowOrder::ToAdjacent { head_dim },

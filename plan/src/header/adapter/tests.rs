@@ -321,6 +321,25 @@ fn tensors_that_do_not_belong_are_refused_by_name() {
     assert!(read(&config, &[], &llama).is_err());
 }
 
+/// Of latent attention the products that other models have too; rows of queries stay where they are.
+#[test]
+fn adapters_of_compressing_products_are_refused() {
+    let (v2, v3) = (base("deepseek-v2"), base("deepseek-v3"));
+    let pair = |l: u32, module: &str, rows: u64, input: u64| {
+        let name = |half| format!("base_model.model.model.layers.{l}.self_attn.{module}.lora_{half}.weight");
+        [(name("A"), [2, input]), (name("B"), [rows, 2])]
+    };
+    let of = |module: &str, rows, input| listed(&(0..3).flat_map(|l| pair(l, module, rows, input)).collect::<Vec<_>>());
+    let adapter = read(&minimal(json!(["q_proj"])), &of("q_proj", 96, 48), &v2).unwrap();
+    assert!(adapter.pairs.len() == 3 && adapter.pairs.iter().all(|p| p.order == RowOrder::Same));
+    let adapter = read(&minimal(json!(["o_proj"])), &of("o_proj", 48, 80), &v3).unwrap();
+    assert_eq!(adapter.pairs.len(), 3);
+    for (module, rows, input) in [("q_a_proj", 40, 48), ("q_b_proj", 160, 40), ("kv_a_proj_with_mqa", 48, 48), ("kv_b_proj", 176, 32)] {
+        let text = read(&minimal(json!([module])), &of(module, rows, input), &v3).unwrap_err().to_string();
+        assert!(text.contains(module) && text.contains("query, key, value"), "{text}");
+    }
+}
+
 #[test]
 fn broken_bytes_are_refused_and_never_panic() {
     let (llama, parts) = (base("llama"), weights("llama-lora-a"));

@@ -83,6 +83,7 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
         post_norms: false,
         encoder: None,
         experts: None,
+        latent: None,
         layers: vec![LayerConfig { window: None, rope: Rope::NONE, experts: false }; layers],
     };
     Ok(HfConfig { config, biases: Biases { qkv: true, o: true, mlp: true } })

@@ -36,7 +36,7 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let mut config = hf::decoder(fields, Architecture::Mixtral)?;
     hf::window_everywhere(fields, &mut config)?;
     let (count, used) = hf::experts(fields, &["num_local_experts"])?;
-    config.experts = Some(Experts { count, used, ffn: config.ffn, normalize: true });
+    config.experts = Some(Experts::softmax(count, used, config.ffn, true));
     config.layers.iter_mut().for_each(|layer| layer.experts = true);
     Ok(HfConfig { config, biases: Biases::default() })
 }

@@ -4,6 +4,8 @@
 //! The engine reads the config alone, so that a family whose layers are made of parts it has is this file and a line in [`FAMILIES`].
 
 mod bert;
+mod deepseek_v2;
+mod deepseek_v3;
 mod distilbert;
 mod gemma3;
 mod gpt2;
@@ -24,7 +26,7 @@ use super::{
     metadata::Meta,
     tensors::{Biases, Name},
 };
-use crate::model::{Architecture, Format, ModelConfig, Role};
+use crate::model::{Architecture, Format, ModelConfig, Role, Scoring};
 
 /// Makes the fields of `config.json`.
 pub(super) type ToHf = fn(&Family, &ModelConfig, &Biases) -> Map<String, Value>;
@@ -58,7 +60,7 @@ pub(super) struct Family {
 }
 
 /// Every family.
-const FAMILIES: [&Family; 11] = [
+const FAMILIES: [&Family; 13] = [
     &llama::LLAMA,
     &gemma3::GEMMA3,
     &mistral::MISTRAL,
@@ -68,6 +70,8 @@ const FAMILIES: [&Family; 11] = [
     &gpt2::GPT2,
     &mixtral::MIXTRAL,
     &qwen3_moe::QWEN3_MOE,
+    &deepseek_v2::DEEPSEEK_V2,
+    &deepseek_v3::DEEPSEEK_V3,
     &bert::BERT,
     &distilbert::DISTILBERT,
 ];
@@ -84,6 +88,8 @@ pub(super) fn of(architecture: Architecture) -> &'static Family {
         Architecture::Gpt2 => &gpt2::GPT2,
         Architecture::Mixtral => &mixtral::MIXTRAL,
         Architecture::Qwen3Moe => &qwen3_moe::QWEN3_MOE,
+        Architecture::DeepseekV2 => &deepseek_v2::DEEPSEEK_V2,
+        Architecture::DeepseekV3 => &deepseek_v3::DEEPSEEK_V3,
         Architecture::Bert => &bert::BERT,
         Architecture::DistilBert => &distilbert::DISTILBERT,
     }
@@ -119,12 +125,15 @@ pub(super) fn of_gguf(meta: &Meta<'_>) -> Result<&'static Family, HeaderError> {
     })
 }
 
-/// The family whose files of a format hold a model: files of Mistral and Mixtral are Llama's in GGUF.
+/// The family whose files of a format hold a model: files of Mistral and Mixtral are Llama's in GGUF, those of DeepSeek V3 are V2's.
 pub(super) fn in_format(config: &ModelConfig, format: Format) -> &'static Family {
     let own = of(config.architecture);
     let llama = config.architecture == Architecture::Llama;
+    let sigmoid = config.experts.is_some_and(|e| e.scoring == Scoring::Sigmoid);
     match format {
+        Format::GGUF if config.latent.is_some() => &deepseek_v2::DEEPSEEK_V2,
         Format::GGUF if own.gguf.is_none() => &llama::LLAMA,
+        Format::Safetensors if config.latent.is_some() && sigmoid => &deepseek_v3::DEEPSEEK_V3,
         Format::Safetensors if llama && config.experts.is_some() => &mixtral::MIXTRAL,
         Format::Safetensors if llama && config.layers.iter().any(|l| l.window.is_some()) => &mistral::MISTRAL,
         _ => own,

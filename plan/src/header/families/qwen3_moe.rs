@@ -28,7 +28,7 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     config.head_norms = true;
     let (count, used) = hf::experts(fields, &["num_experts", "num_local_experts"])?;
     let normalize = fields.flag("norm_topk_prob")?.unwrap_or(false);
-    config.experts = Some(Experts { count, used, ffn: fields.required("moe_intermediate_size")?, normalize });
+    config.experts = Some(Experts::softmax(count, used, fields.required("moe_intermediate_size")?, normalize));
     let step = fields.count("decoder_sparse_step")?.unwrap_or(1);
     let dense = fields.indices("mlp_only_layers")?;
     for (index, layer) in config.layers.iter_mut().enumerate() {

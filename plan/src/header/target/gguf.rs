@@ -3,7 +3,7 @@
 use crate::{
     gguf::{Array, Kind, Value},
     header::families::Family,
-    model::{ModelConfig, RopeScaling},
+    model::{ModelConfig, RopeScaling, Scoring},
 };
 
 /// Of every 6 layers of Gemma 3 the first 5 are local where a file says nothing.
@@ -28,14 +28,32 @@ pub(super) fn entries(family: &Family, config: &ModelConfig) -> Vec<(String, Val
     put(eps, Value::F32(config.norm_eps));
     if !config.learned_positions {
         put("attention.key_length", count(config.head_dim));
-        put("attention.value_length", count(config.head_dim));
+        put("attention.value_length", count(config.value_dim()));
+    }
+    if let Some(latent) = config.latent {
+        if let Some(rank) = latent.q_rank {
+            put("attention.q_lora_rank", count(rank));
+        }
+        put("attention.kv_lora_rank", count(latent.kv_rank));
     }
     if let Some(experts) = config.experts {
         put("expert_count", count(experts.count));
         put("expert_used_count", count(experts.used));
         put("expert_feed_forward_length", count(experts.ffn));
-        if !experts.normalize {
-            put("expert_weights_norm", Value::Bool(false));
+        // Where files of latent attention say nothing, nothing is divided; others divide.
+        if experts.normalize == config.latent.is_some() {
+            put("expert_weights_norm", Value::Bool(experts.normalize));
+        }
+        if config.latent.is_some() {
+            let dense = config.layers.iter().take_while(|layer| !layer.experts).count();
+            put("leading_dense_block_count", count(dense));
+            put("expert_shared_count", count(experts.shared));
+            put("expert_weights_scale", Value::F32(experts.scale));
+            put("expert_gating_func", count(if experts.scoring == Scoring::Sigmoid { 2 } else { 1 }));
+        }
+        if let Some(groups) = experts.groups {
+            put("expert_group_count", count(groups.count));
+            put("expert_group_used_count", count(groups.used));
         }
     }
     let local: Vec<bool> = config.layers.iter().map(|layer| layer.window.is_some()).collect();
@@ -72,7 +90,10 @@ pub(super) fn entries(family: &Family, config: &ModelConfig) -> Vec<(String, Val
             put("rope.scaling.original_context_length", Value::U32(*original_context as u32));
             put("rope.scaling.yarn_beta_fast", Value::F32(*beta_fast as f32));
             put("rope.scaling.yarn_beta_slow", Value::F32(*beta_slow as f32));
-            factor /= crate::header::rope::yarn_amplitude(*stretch, 1.0);
+            match config.latent {
+                None => factor /= crate::header::rope::yarn_amplitude(*stretch, 1.0),
+                Some(latent) => put("rope.scaling.yarn_log_multiplier", Value::F32((0.1 * latent.temperature) as f32)),
+            }
         }
         RopeScaling::LongRopeTensors { original_context } => {
             put("rope.scaling.original_context_length", Value::U32(*original_context as u32));

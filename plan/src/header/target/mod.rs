@@ -139,6 +139,11 @@ pub fn target(model: &ModelHeader, format: Format) -> Result<Target, TargetError
     };
     let read =
         read_back(&metadata, &made).map_err(|source| TargetError::Other { format, family: family.name, source: Box::new(source) })?;
+    let layout = |config: &ModelConfig| config.layers.first().map(|layer| layer.rope.layout);
+    if config.latent.is_some() && layout(&config) != layout(&read.config) {
+        let what = "rotated pairs half a head apart".to_owned();
+        return Err(TargetError::Inexpressible { format, family: family.name, what });
+    }
     if let Some(what) = difference(&config, &read.config) {
         return Err(TargetError::Inexpressible { format, family: family.name, what });
     }

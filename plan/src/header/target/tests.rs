@@ -7,8 +7,12 @@ use crate::model::Architecture;
 
 /// The header of a fixture as if its tensors were all there.
 fn fixture(name: &str) -> ModelHeader {
+    parsed(&config(name).to_string())
+}
+
+fn config(name: &str) -> Json {
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(name);
-    parsed(&std::fs::read_to_string(folder.join("config.json")).unwrap())
+    serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap()
 }
 
 /// The header of `config.json`, with every tensor that it asks for.
@@ -35,8 +39,11 @@ fn every_family_is_the_same_model_in_gguf_and_back() {
     let phi3 = json!({"architectures": ["Phi3ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 96, "vocab_size": 512, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "sliding_window": 32,
         "partial_rotary_factor": 0.5});
-    let names = ["llama", "llama-pt", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "gemma3", "gpt2"];
-    let models = names.map(fixture).into_iter().chain([parsed(&phi3.to_string())]);
+    let names = ["llama", "llama-pt", "mistral", "mixtral", "qwen2", "qwen3", "qwen3-moe", "gemma3", "gpt2", "deepseek-v3"];
+    let mut deepseek_v2 = config("deepseek-v2");
+    deepseek_v2["rms_norm_eps"] = json!(1e-6);
+    deepseek_v2["rope_scaling"]["mscale"] = json!(0.707);
+    let models = names.map(fixture).into_iter().chain([parsed(&phi3.to_string()), parsed(&deepseek_v2.to_string())]);
     for model in models {
         let architecture = model.config.architecture;
         let there = target(&model, Format::GGUF).unwrap_or_else(|e| panic!("{architecture:?}: {e:?}"));
