@@ -237,6 +237,9 @@ pub struct Latent {
     pub value_dim: usize,
     /// Epsilon of the norms of compressed vectors.
     pub norm_eps: f32,
+    /// Unrotated keys and values are unpacked by products of their own.
+    #[serde(default)]
+    pub apart: bool,
     /// What [`ModelConfig::attention_scale`] has of YaRN: the square of `0.1 · this · ln(factor) + 1`. 0: nothing.
     pub temperature: f64,
 }
@@ -371,6 +374,8 @@ pub enum Role {
     KvDown,
     KvDownNorm,
     KvUp,
+    KeyUp,
+    ValueUp,
     O,
     OBias,
     PostAttnNorm,
@@ -423,7 +428,12 @@ impl ModelConfig {
 
     /// Rows of the product that makes a head's unrotated key and its value of what is compressed; 0 without [`Latent`] attention.
     pub fn unpacked_dim(&self) -> usize {
-        self.latent.map_or(0, |l| self.head_dim.saturating_sub(l.rotated) + l.value_dim)
+        self.latent.map_or(0, |l| self.unrotated_dim() + l.value_dim)
+    }
+
+    /// Values of a head's key that are not rotated, of [`Latent`] attention.
+    pub fn unrotated_dim(&self) -> usize {
+        self.latent.map_or(0, |l| self.head_dim.saturating_sub(l.rotated))
     }
 
     /// Row-major shape of the tensor with a role: `[out, in]` for matrices, `[n]` for vectors.
@@ -447,6 +457,8 @@ impl ModelConfig {
             Role::KvDown => vec![latent(|l| l.kv_rank + l.rotated), self.hidden],
             Role::KvDownNorm => vec![latent(|l| l.kv_rank)],
             Role::KvUp => vec![self.kv_heads * self.unpacked_dim(), latent(|l| l.kv_rank)],
+            Role::KeyUp => vec![self.kv_heads * self.unrotated_dim(), latent(|l| l.kv_rank)],
+            Role::ValueUp => vec![self.kv_heads * self.value_dim(), latent(|l| l.kv_rank)],
             Role::RopeFactors | Role::ShortRopeFactors | Role::LongRopeFactors => vec![self.layers.first().map_or(0, |l| l.rope.dims / 2)],
             Role::AttnNorm | Role::PostAttnNorm | Role::FfnNorm | Role::PostFfnNorm | Role::OutputNorm => vec![self.hidden],
             Role::AttnNormBias | Role::FfnNormBias | Role::OutputNormBias | Role::OBias | Role::DownBias => vec![self.hidden],
@@ -496,6 +508,9 @@ pub struct TensorInfo {
     /// For a matrix whose columns are stored one after the other: bytes from one to the next. `None`: it is stored row by row.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub column_stride: Option<u64>,
+    /// For a matrix of heads each of which is stored by columns, one head after the other, the columns in blocks of their own: rows of a head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub turned: Option<usize>,
 }
 
 impl TensorInfo {
@@ -553,7 +568,7 @@ impl ModelHeader {
         for (id, tensor) in &mut header.tensors {
             // The choice of experts turns on small differences; the others are small. Files of `skein quantize` have the same.
             let kept = matches!(id.role, Role::Router | Role::Positions | Role::TokenTypes | Role::Pooler | Role::Classifier);
-            if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || kept {
+            if tensor.shape.len() != 2 || tensor.dtype.block_len() != 1 || kept || tensor.turned.is_some() {
                 continue;
             }
             let vocabulary = matches!(id.role, Role::Embedding | Role::Output);

@@ -71,6 +71,8 @@ impl Splits {
             Role::Q | Role::QBias | Role::QUp => of(&self.heads, config.head_dim),
             Role::K | Role::KBias | Role::V | Role::VBias => of(&self.kv_heads, config.head_dim),
             Role::KvUp => of(&self.kv_heads, config.unpacked_dim()),
+            Role::KeyUp => of(&self.kv_heads, config.unrotated_dim()),
+            Role::ValueUp => of(&self.kv_heads, config.value_dim()),
             Role::O | Role::OBias | Role::Down | Role::DownBias | Role::SharedDown => of(&self.hidden, 1),
             Role::SharedGate | Role::SharedUp => of(&self.shared, 1),
             Role::Gate | Role::GateBias | Role::Up | Role::UpBias => of(&self.ffn, 1),
@@ -126,6 +128,11 @@ impl TensorSlice {
     /// The slice of `rows` of a tensor.
     pub fn new(id: TensorId, tensor: &TensorInfo, rows: Range<usize>) -> Self {
         let count = tensor.shape.first().map_or(1, |&n| n.max(1) as u64);
+        if let Some(head) = tensor.turned.map(|rows| rows.max(1)) {
+            let bytes = tensor.bytes / (count / head as u64).max(1);
+            let at = |row: usize| tensor.offset + (row / head) as u64 * bytes;
+            return Self { id, tensor: tensor.clone(), bytes: at(rows.start)..at(rows.end), rows };
+        }
         let bytes = match (tensor.column_stride, tensor.shape.last().copied().unwrap_or(0) as u64) {
             (Some(stride), columns) if !rows.is_empty() && columns > 0 => {
                 let element = tensor.bytes / count / columns;

@@ -194,7 +194,10 @@ impl Folder {
             .metadata(&key("context_length"), count("max_position_embeddings"))
             .metadata(&key("embedding_length"), count("hidden_size"))
             .metadata(&key("attention.head_count"), count("num_attention_heads"))
-            .metadata(&key("attention.head_count_kv"), count("num_key_value_heads"));
+            .metadata(
+                &key("attention.head_count_kv"),
+                if self.config["apart"].is_boolean() { Value::U32(1) } else { count("num_key_value_heads") },
+            );
         let width = self.optional("intermediate_size").unwrap_or_else(|| 4 * self.count("hidden_size"));
         file.metadata(&key("feed_forward_length"), Value::U32(width as u32));
         for (field, name) in [
@@ -233,6 +236,32 @@ impl Folder {
             .metadata("tokenizer.ggml.eos_token_id", Value::U32(2));
     }
 
+    /// Writes the same with keys and values of latent attention in tensors of their own, keys by columns of each head, as llama.cpp's newer
+    /// converter does.
+    pub fn write_gguf_apart(&self, path: &Path) -> io::Result<()> {
+        let mut folder = self.clone();
+        let (heads, value) = (self.count("num_attention_heads"), self.count("v_head_dim"));
+        let (key, rank) = (self.count("qk_nope_head_dim"), self.count("kv_lora_rank"));
+        let names: Vec<String> = self.tensors.keys().filter(|name| name.ends_with("kv_b_proj.weight")).cloned().collect();
+        for name in names {
+            let both = folder.take(&name);
+            let rows: Vec<&[u8]> = both.rows().collect();
+            let part = |first: usize, count: usize, head: usize| Tensor {
+                shape: vec![count, rank],
+                data: rows[head * (key + value) + first..][..count].concat(),
+                ..both.clone()
+            };
+            let keys: Vec<Tensor> = (0..heads).map(|head| part(0, key, head).transposed()).collect();
+            let values: Vec<Tensor> = (0..heads).map(|head| part(key, value, head)).collect();
+            for (stem, parts) in [("k_b_proj", keys), ("v_b_proj", values)] {
+                let shape = vec![heads, parts[0].shape[0], parts[0].shape[1]];
+                folder.tensors.insert(name.replace("kv_b_proj", stem), Tensor { shape, ..Tensor::joined(&parts) });
+            }
+        }
+        folder.config["apart"] = true.into();
+        folder.write_gguf(path, "deepseek2")
+    }
+
     /// What llama.cpp's converter writes of latent attention and its mixtures.
     fn deepseek_metadata(&self, file: &mut Writer) {
         let c = &self.config;
@@ -245,8 +274,17 @@ impl Folder {
             put("attention.q_lora_rank", Value::U32(count("q_lora_rank")));
         }
         put("attention.kv_lora_rank", Value::U32(count("kv_lora_rank")));
-        put("attention.key_length", Value::U32(count("qk_nope_head_dim") + rotated));
-        put("attention.value_length", Value::U32(count("v_head_dim")));
+        let (key, value) = (count("qk_nope_head_dim") + rotated, count("v_head_dim"));
+        let (mut cached, mut of_heads) = ((key, value), None);
+        if c["apart"].is_boolean() {
+            (cached, of_heads) = ((count("kv_lora_rank") + rotated, count("kv_lora_rank")), Some((key, value)));
+        }
+        put("attention.key_length", Value::U32(cached.0));
+        put("attention.value_length", Value::U32(cached.1));
+        if let Some((key, value)) = of_heads {
+            put("attention.key_length_mla", Value::U32(key));
+            put("attention.value_length_mla", Value::U32(value));
+        }
         put("rope.dimension_count", Value::U32(rotated));
         put("leading_dense_block_count", Value::U32(count("first_k_dense_replace")));
         put("expert_count", Value::U32(count("n_routed_experts")));
@@ -294,7 +332,7 @@ fn tensors(folder: &Path) -> io::Result<BTreeMap<String, Tensor>> {
 }
 
 /// Hugging Face's names in GGUF, within layers and outside.
-const GGUF_NAMES: [(&str, &str); 55] = [
+const GGUF_NAMES: [(&str, &str); 57] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -331,6 +369,8 @@ const GGUF_NAMES: [(&str, &str); 55] = [
     ("self_attn.kv_a_proj_with_mqa", "attn_kv_a_mqa"),
     ("self_attn.kv_a_layernorm", "attn_kv_a_norm"),
     ("self_attn.kv_b_proj", "attn_kv_b"),
+    ("self_attn.k_b_proj", "attn_k_b"),
+    ("self_attn.v_b_proj", "attn_v_b"),
     ("mlp.experts.gate_proj", "ffn_gate_exps"),
     ("mlp.experts.up_proj", "ffn_up_exps"),
     ("mlp.experts.down_proj", "ffn_down_exps"),

@@ -92,7 +92,11 @@ fn check(config: &ModelConfig, shard: &Shard, pair: &PairSlice) -> Result<(), Lo
         if slice.tensor.shape != shape || rank == 0 {
             return Err(wrong(slice, format!("shape {:?}", slice.tensor.shape), format!("{shape:?} of a rank of at least 1")));
         }
-        if slice.tensor.dtype.block_len() != 1 || slice.tensor.stored.is_some() || slice.tensor.column_stride.is_some() {
+        if slice.tensor.dtype.block_len() != 1
+            || slice.tensor.stored.is_some()
+            || slice.tensor.column_stride.is_some()
+            || slice.tensor.turned.is_some()
+        {
             return Err(wrong(slice, format!("type {:?}", slice.tensor.dtype), "F32, F16 or BF16 by rows".to_owned()));
         }
     }

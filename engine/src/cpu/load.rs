@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use half::{bf16, f16};
-use kernels::{Matrix, MatrixBuilder, convert_rows};
+use kernels::{Matrix, MatrixBuilder, WeightType, convert_rows, dequantize_rows};
 use plan::{
     dtype::DType,
     model::{ModelConfig, Role, RopeScaling, Scoring, TensorId},
@@ -12,7 +12,7 @@ use plan::{
 
 use super::weights::{
     ClassifierWeights, Dense, Expert, Experts, FeedForward, HeadNorms, Latent, LayerWeights, Linear, Norm, Plain, Projection, RopeFactors,
-    Weights, weight_type,
+    Unpack, Weights, weight_type,
 };
 use crate::{LoadShardError, WeightReader, compute::Compute};
 
@@ -86,6 +86,16 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
             .map_err(|error| LoadShardError::Pack { name: slice.tensor.name.clone(), detail: error.to_string() })?;
         builder.push(&converted, pool).map_err(pack)
     };
+    if let Some(head) = slice.tensor.turned.filter(|&head| head > 0 && rows.is_multiple_of(head)) {
+        let heads = rows / head;
+        let bytes = resized(buffer, (slice.len() as usize).checked_div(heads).unwrap_or(0));
+        for at in 0..heads {
+            let start = slice.bytes.start + (at * bytes.len()) as u64;
+            read(start..start + bytes.len() as u64, bytes)?;
+            builder.push(&head_by_rows(stored, (head, k), bytes), pool).map_err(pack)?;
+        }
+        return builder.finish().map_err(pack);
+    }
     if let Some(stride) = slice.tensor.column_stride {
         let mut turned = Vec::new();
         for first in (0..rows).step_by(piece) {
@@ -103,6 +113,16 @@ fn matrix(loading: &Loading<'_>, slice: &TensorSlice, buffer: &mut Vec<u8>, read
         push(&mut builder, bytes)?;
     }
     builder.finish().map_err(pack)
+}
+
+/// A head of `rows` rows of `k` values, stored by columns in blocks of their own, by rows in F32.
+fn head_by_rows(stored: WeightType, (rows, k): (usize, usize), columns: &[u8]) -> Vec<u8> {
+    let values = dequantize_rows(stored, rows, columns);
+    let mut turned = Vec::with_capacity(rows * k * size_of::<f32>());
+    for row in 0..rows {
+        turned.extend((0..k).flat_map(|column| values[column * rows + row].to_le_bytes()));
+    }
+    turned
 }
 
 /// Reads some rows, counted from the slice's first, of a matrix of `k` columns stored one after the other, `stride` bytes from each to the next.
@@ -192,6 +212,24 @@ fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardErro
         return Err(LoadShardError::VectorType { name: tensor.name.clone(), dtype: tensor.dtype });
     }
     let width = shape.get(1).copied().unwrap_or(1);
+    if tensor.turned.is_some() != (slice.id.role == Role::KeyUp) {
+        return Err(wrong(format!("heads by columns: {:?}", tensor.turned), "them in what unpacks keys, and there alone".to_owned()));
+    }
+    if let Some(head) = tensor.turned {
+        let columns = tensor.stored_type().row_bytes(head).filter(|_| head > 0 && shape.len() == 2 && shape[0].is_multiple_of(head));
+        let bytes = columns.and_then(|bytes| (shape[0] / head * width).checked_mul(bytes));
+        let whole = rows.start.is_multiple_of(head.max(1)) && rows.end.is_multiple_of(head.max(1));
+        let placed = bytes.map(|n| n as u64) == Some(tensor.bytes) && tensor.offset.checked_add(tensor.bytes).is_some();
+        if !whole || !placed || tensor.dtype != DType::F32 || tensor.column_stride.is_some() {
+            return Err(wrong(format!("{} bytes of heads of {head} rows", tensor.bytes), "whole heads by columns, held as F32".to_owned()));
+        }
+        let slices = TensorSlice::new(slice.id, tensor, rows);
+        return if slice.bytes == slices.bytes {
+            Ok(())
+        } else {
+            Err(wrong(format!("bytes {:?}", slice.bytes), format!("{:?}", slices.bytes)))
+        };
+    }
     let Some(row_bytes) = tensor.stored_type().row_bytes(width) else {
         return Err(wrong(format!("rows of {width} values"), format!("whole blocks of {}", tensor.dtype.block_len())));
     };
@@ -247,7 +285,11 @@ fn assemble(loading: &Loading<'_>, mut tensors: Tensors) -> Result<Weights, Load
                     Some(_) => (Some((plain(t, Role::QDown)?, norm(t, Role::QDownNorm)?)), plain(t, Role::QUp)?),
                 };
                 let (kv_down, kv_norm) = (plain(t, Role::KvDown)?, norm(t, Role::KvDownNorm)?);
-                Projection::Latent(Box::new(Latent { q_down, q, kv_down, kv_norm, kv_up: plain(t, Role::KvUp)? }))
+                let unpack = match latent.apart {
+                    false => Unpack::Together(plain(t, Role::KvUp)?),
+                    true => Unpack::Apart(plain(t, Role::KeyUp)?, plain(t, Role::ValueUp)?),
+                };
+                Projection::Latent(Box::new(Latent { q_down, q, kv_down, kv_norm, unpack }))
             }
         };
         let feed_forward = match config.experts.filter(|_| config.layers[layer].experts) {

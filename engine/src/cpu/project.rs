@@ -10,7 +10,7 @@ use super::{
     adapter::Adapted,
     forward::{Laps, Tail, block_input},
     stage::{Buffers, Cpu},
-    weights::{Latent, Plain, Projection},
+    weights::{Latent, Plain, Projection, Unpack},
 };
 use crate::{backend::Context, batch::Batch};
 
@@ -23,7 +23,7 @@ pub(super) struct LatentBuffers {
     kv: Vec<f32>,
     /// The former alone, normed.
     normed: Vec<f32>,
-    /// For each head the other part of its key, then its value.
+    /// For each head the other part of its key, and its value where both are unpacked together.
     unpacked: Vec<f32>,
 }
 
@@ -90,7 +90,7 @@ impl Cpu {
     fn project_latent(&mut self, layer: usize, batch: &Batch<'_>, tail: Option<&Tail>, context: &mut Context<'_, '_>, laps: &mut Laps) {
         let (weights, place, config) = (&self.weights.layers[layer], &self.places[layer], &self.config);
         let (Projection::Latent(of), Some(shape)) = (&weights.projection, config.latent) else { return };
-        let Latent { q_down, q: q_weights, kv_down, kv_norm, kv_up } = &**of;
+        let Latent { q_down, q: q_weights, kv_down, kv_norm, unpack } = &**of;
         let (hidden, head_dim, tokens) = (config.hidden, config.head_dim, batch.tokens);
         let (q_heads, kv_heads) = (self.kv_heads.len(), self.caches[place.cache].kv_heads());
         let (compute, inputs) = (&self.compute, &mut self.inputs);
@@ -123,34 +123,48 @@ impl Cpu {
             norm::rms_norm_in_place(pool, isa, compressed, norm, shape.norm_eps);
             inputs.multiply(compute, compressed, rows, adapted, [(q_weights, &mut q[..rows * q_heads * head_dim])]);
         }
-        let (normed, unpacked) = (&mut latent.normed[..tokens * shape.kv_rank], &mut latent.unpacked);
+        let normed = &mut latent.normed[..tokens * shape.kv_rank];
         for (normed, kv) in normed.chunks_exact_mut(shape.kv_rank).zip(kv.chunks_exact(kv_width)) {
             normed.copy_from_slice(&kv[..shape.kv_rank]);
         }
         norm::rms_norm_in_place(pool, isa, normed, kv_norm, shape.norm_eps);
-        let unpacked = &mut unpacked[..tokens * kv_heads * config.unpacked_dim()];
-        inputs.multiply(compute, normed, tokens, &batch.adapted, [(kv_up, &mut *unpacked)]);
+        let unrotated = head_dim - shape.rotated;
+        let v = &mut v[..tokens * kv_heads * shape.value_dim];
+        // What a head has in `unpacked`: its key's part, and its value too where both are unpacked together.
+        let (width, unpacked) = match unpack {
+            Unpack::Together(both) => {
+                let width = unrotated + shape.value_dim;
+                let unpacked = &mut latent.unpacked[..tokens * kv_heads * width];
+                inputs.multiply(compute, normed, tokens, &batch.adapted, [(both, &mut *unpacked)]);
+                (width, &*unpacked)
+            }
+            Unpack::Apart(keys, values) => {
+                let unpacked = &mut latent.unpacked[..tokens * kv_heads * unrotated];
+                inputs.multiply(compute, normed, tokens, &batch.adapted, [(keys, &mut *unpacked), (values, &mut *v)]);
+                (unrotated, &*unpacked)
+            }
+        };
         laps.add(&mut context.timings.qkv);
         if let Some(rope) = place.rope.map(|rope| &self.ropes[rope]) {
             let q = &mut q[..rows * q_heads * head_dim];
-            rope.apply(pool, isa, q, (head_dim, head_dim - shape.rotated), positions);
+            rope.apply(pool, isa, q, (head_dim, unrotated), positions);
             rope.apply(pool, isa, kv, (kv_width, shape.kv_rank), &batch.positions);
         }
-        let unrotated = head_dim - shape.rotated;
         pool.for_rows(&mut k[..tokens * kv_heads * head_dim], kv_heads * head_dim, 4, |token, keys| {
             for (at, key) in keys.chunks_exact_mut(head_dim).enumerate() {
                 let (own, shared) = key.split_at_mut(unrotated);
                 let head = token * kv_heads + at;
-                own.copy_from_slice(&unpacked[head * (unrotated + shape.value_dim)..][..unrotated]);
+                own.copy_from_slice(&unpacked[head * width..][..unrotated]);
                 shared.copy_from_slice(&kv[head / kv_heads * kv_width + shape.kv_rank..][..shape.rotated]);
             }
         });
-        pool.for_rows(&mut v[..tokens * kv_heads * shape.value_dim], kv_heads * shape.value_dim, 4, |token, values| {
-            for (at, value) in values.chunks_exact_mut(shape.value_dim).enumerate() {
-                let head = (token * kv_heads + at) * (unrotated + shape.value_dim);
-                value.copy_from_slice(&unpacked[head + unrotated..][..shape.value_dim]);
-            }
-        });
+        if let Unpack::Together(_) = unpack {
+            pool.for_rows(v, kv_heads * shape.value_dim, 4, |token, values| {
+                for (at, value) in values.chunks_exact_mut(shape.value_dim).enumerate() {
+                    value.copy_from_slice(&unpacked[(token * kv_heads + at) * width + unrotated..][..shape.value_dim]);
+                }
+            });
+        }
     }
 }
 

@@ -61,8 +61,16 @@ pub(crate) struct Latent {
     /// Compressed keys and values, then the rotated part of all heads' keys.
     pub(crate) kv_down: Linear,
     pub(crate) kv_norm: Vec<f32>,
-    /// For each head the other part of its key, then its value.
-    pub(crate) kv_up: Linear,
+    pub(crate) unpack: Unpack,
+}
+
+/// What makes unrotated keys and values of what is compressed.
+#[derive(Debug)]
+pub(crate) enum Unpack {
+    /// For each head the unrotated part of its key, then its value.
+    Together(Linear),
+    /// Keys' parts, and values.
+    Apart(Linear, Linear),
 }
 
 /// A feed-forward block.

@@ -70,6 +70,7 @@ fn lora(config: &ModelConfig, seed: u64, rank: usize, with: impl Fn(usize, Tenso
                 offset,
                 bytes,
                 column_stride: None,
+                turned: None,
             }
         };
         let types = [DType::F32, DType::F16, DType::BF16];

@@ -18,7 +18,7 @@ fn chunked(model: &Model, layout: Layout, ids: &[TokenId], chunk: usize) -> Bits
     ids.chunks(chunk).flat_map(|ids| logits(&rig.run(&[Part::new(1, ids).all_logits()]))).map(|(.., bits)| bits).collect()
 }
 
-fn models() -> [Recipe; 7] {
+fn models() -> [Recipe; 8] {
     [
         model::llama(model::mixed),
         model::llama(model::more),
@@ -27,6 +27,7 @@ fn models() -> [Recipe; 7] {
         model::mixture(model::mixed),
         model::latent(model::mixed),
         model::latent_keys(model::small),
+        model::latent_apart(model::small),
     ]
 }
 
@@ -169,4 +170,28 @@ fn conversion_at_load_does_not_depend_on_the_split() {
             assert!(alone(&before) == expected, "{to:?}: converted before");
         }
     }
+}
+
+/// Heads stored by columns in blocks are what their floats are, by columns or by rows.
+#[test]
+fn heads_by_columns_are_their_values() {
+    let model = model::latent_apart(model::small).build();
+    let expected = alone(&model);
+    let mut plain = Model { header: model.header.clone(), bytes: model.bytes.clone(), read: AtomicU64::new(0) };
+    let mut turned = 0;
+    for tensor in plain.header.tensors.values_mut() {
+        let (Some(rows), Some(stored)) = (tensor.turned, tensor.stored.take()) else { continue };
+        let kind = WeightType::ALL.into_iter().find(|t| t.to_string() == format!("{stored:?}")).expect("a type");
+        let bytes = &model.bytes[tensor.offset as usize..(tensor.offset + tensor.bytes) as usize];
+        let values: Vec<u8> = kernels::dequantize_rows(kind, rows, bytes).iter().flat_map(|v| v.to_le_bytes()).collect();
+        (tensor.offset, tensor.bytes) = (plain.bytes.len() as u64, values.len() as u64);
+        plain.bytes.extend(values);
+        turned += 1;
+    }
+    assert_eq!(turned, 3, "blocks of several types");
+    assert!(alone(&plain) == expected);
+    // Control: another value shows.
+    let at = plain.bytes.len() - 4;
+    plain.bytes[at..].copy_from_slice(&1.0_f32.to_le_bytes());
+    assert!(alone(&plain) != expected);
 }

@@ -162,6 +162,22 @@ fn what_does_not_fit_latent_attention_is_refused() {
     }
     let error = refused(&|p| p.config.latent = p.config.latent.map(|l| plan::model::Latent { value_dim: 65, ..l }));
     assert!(matches!(error, LoadShardError::Shape { .. }), "{error}");
+    // Heads that are stored by columns: whole ones, of their size, held as floats.
+    let apart = model::latent_apart(model::small).build();
+    for change in [
+        (|s| s.tensor.turned = Some(24)) as fn(&mut plan::shard::TensorSlice),
+        |s| s.tensor.turned = Some(0),
+        |s| s.tensor.turned = None,
+        |s| s.tensor.dtype = DType::Q8_0,
+        |s| s.tensor.bytes -= 1,
+        |s| s.bytes.end -= 1,
+        |s| s.rows.end -= 1,
+    ] {
+        let mut plan = plan(&apart, Layout::default());
+        change(slice(&mut plan, Role::KeyUp));
+        let error = load(&plan, &plan.stages[0].shards[0], &apart).err().expect("a refusal");
+        assert!(matches!(&error, LoadShardError::Shape { name, .. } if name.starts_with("KeyUp")), "{error}");
+    }
 }
 
 #[test]

@@ -173,6 +173,10 @@ impl Recipe {
                 let mut compressed = vec![(Role::KvDown, Role::KvDownNorm, Role::KvUp, latent.kv_rank)];
                 compressed.extend(latent.q_rank.map(|rank| (Role::QDown, Role::QDownNorm, Role::QUp, rank)));
                 for (down, norm, up, rank) in compressed {
+                    if latent.apart && up == Role::KvUp {
+                        model.turned_heads(l, dtype(l, Role::KeyUp), c.kv_heads, &c.shape(Role::KeyUp));
+                    }
+                    let up = if latent.apart && up == Role::KvUp { Role::ValueUp } else { up };
                     for role in [down, up] {
                         let shape = c.shape(role);
                         model.matrix(l, role, dtype(l, role), shape[0], shape[1]);
@@ -262,7 +266,8 @@ impl Builder {
         self.bytes.extend_from_slice(data);
         self.bytes.resize(self.bytes.len().next_multiple_of(32), 0xff);
         let name = format!("{role:?}.{layer:?}");
-        let tensor = TensorInfo { name, dtype, stored: None, shape, file: 0, offset, bytes: data.len() as u64, column_stride: None };
+        let tensor =
+            TensorInfo { name, dtype, stored: None, shape, file: 0, offset, bytes: data.len() as u64, column_stride: None, turned: None };
         self.tensors.insert(TensorId { layer: layer.map(|l| l as u32), role }, tensor);
     }
 
@@ -277,6 +282,17 @@ impl Builder {
         };
         let data = stored(&mut self.noise, dtype, rows, k, size);
         self.add(layer, role, dtype, vec![rows, k], &data);
+    }
+
+    /// What makes keys of compressed vectors, each head by columns in blocks of their own.
+    fn turned_heads(&mut self, layer: Option<usize>, dtype: DType, heads: usize, shape: &[usize]) {
+        let (rows, k) = (shape[0] / heads, shape[1]);
+        let data = stored(&mut self.noise, dtype, heads * k, rows, 2.0 / (k as f32).sqrt());
+        self.add(layer, Role::KeyUp, dtype, shape.to_vec(), &data);
+        let id = TensorId { layer: layer.map(|l| l as u32), role: Role::KeyUp };
+        let tensor = self.tensors.get_mut(&id).expect("the tensor");
+        (tensor.turned, tensor.dtype) = (Some(rows), DType::F32);
+        tensor.stored = Some(dtype).filter(|dtype| *dtype != DType::F32);
     }
 
     fn vector(&mut self, layer: Option<usize>, role: Role, len: usize, middle: f32, size: f32) {
@@ -427,7 +443,15 @@ pub(crate) fn latent(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
         kv_heads: 4,
         head_dim: 48,
         attention_scale: 1.0 / 48_f32.sqrt(),
-        latent: Some(Latent { q_rank: Some(256), kv_rank: 256, rotated: 16, value_dim: 64, norm_eps: 1e-6, temperature: 0.0 }),
+        latent: Some(Latent {
+            q_rank: Some(256),
+            kv_rank: 256,
+            rotated: 16,
+            value_dim: 64,
+            norm_eps: 1e-6,
+            apart: false,
+            temperature: 0.0,
+        }),
         experts: Some(experts),
         layers: vec![layer(false), layer(true), layer(true)],
         ..recipe.config
@@ -445,11 +469,18 @@ pub(crate) fn latent_keys(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
     recipe.config = ModelConfig {
         architecture: Architecture::DeepseekV2,
         head_dim: 96,
-        latent: Some(Latent { q_rank: None, kv_rank: 64, rotated: 32, value_dim: 24, norm_eps: 1e-5, temperature: 0.0 }),
+        latent: Some(Latent { q_rank: None, kv_rank: 64, rotated: 32, value_dim: 24, norm_eps: 1e-5, apart: false, temperature: 0.0 }),
         experts: Some(Experts { groups, scale: 1.5, shared: 1, ..Experts::softmax(8, 3, 160, false) }),
         layers: vec![layer(true), layer(false), layer(true)],
         ..recipe.config
     };
+    recipe
+}
+
+/// The same, keys and values unpacked apart: keys' products by columns of each head, in blocks or not.
+pub(crate) fn latent_apart(dtype: fn(Option<usize>, Role) -> DType) -> Recipe {
+    let mut recipe = latent(dtype);
+    recipe.config.latent = recipe.config.latent.map(|l| Latent { apart: true, ..l });
     recipe
 }
 

@@ -13,7 +13,7 @@ use crate::model::Model;
 fn values(model: &Model, layer: Option<usize>, role: Role) -> Option<Vec<f64>> {
     let t = model.header.tensors.get(&TensorId { layer: layer.map(|l| l as u32), role })?;
     let bytes = &model.bytes[t.offset as usize..(t.offset + t.bytes) as usize];
-    Some(match t.dtype {
+    Some(match t.stored_type() {
         DType::F32 => bytes.chunks(4).map(|b| f64::from(f32::from_le_bytes(b.try_into().expect("4 bytes")))).collect(),
         DType::F16 => bytes.chunks(2).map(|b| f16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64()).collect(),
         DType::BF16 => bytes.chunks(2).map(|b| bf16::from_le_bytes(b.try_into().expect("2 bytes")).to_f64()).collect(),
@@ -162,8 +162,19 @@ fn unpacked(model: &Model, l: Option<usize>, latent: Latent, h: &[f64]) -> (Vec<
     let shared = compressed.split_off(latent.kv_rank);
     rms(Role::KvDownNorm, &mut compressed);
     let (mut k, mut v) = (Vec::new(), Vec::new());
-    for head in linear(model, l, Role::KvUp, None, &compressed).chunks(c.head_dim - latent.rotated + latent.value_dim) {
-        let (own, value) = head.split_at(c.head_dim - latent.rotated);
+    let unrotated = c.head_dim - latent.rotated;
+    if latent.apart {
+        v = linear(model, l, Role::ValueUp, None, &compressed);
+        // `[heads, in, rows of a head]`.
+        let columns = values(model, l, Role::KeyUp).expect("a matrix");
+        for head in columns.chunks(latent.kv_rank * unrotated) {
+            k.extend((0..unrotated).map(|row| compressed.iter().enumerate().map(|(i, x)| x * head[i * unrotated + row]).sum::<f64>()));
+            k.extend(&shared);
+        }
+        return (q, k, v);
+    }
+    for head in linear(model, l, Role::KvUp, None, &compressed).chunks(unrotated + latent.value_dim) {
+        let (own, value) = head.split_at(unrotated);
         k.extend(own.iter().chain(&shared));
         v.extend(value);
     }

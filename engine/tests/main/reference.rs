@@ -68,6 +68,10 @@ fn latent_attention_and_its_mixtures_are_the_textbooks() {
         || model::latent_keys(model::floats),
         |r| r.config.layers.iter_mut().for_each(|l| l.rope.layout = plan::model::RopeLayout::Adjacent),
     );
+    agrees(
+        || model::latent_apart(model::floats),
+        |r| r.config.latent = r.config.latent.map(|l| plan::model::Latent { norm_eps: 1e-2, ..l }),
+    );
     let groups = |used| plan::model::ExpertGroups { count: 4, used, best: 1 };
     let wrong = |r: &mut Recipe, change: fn(plan::model::Experts) -> plan::model::Experts| r.config.experts = r.config.experts.map(change);
     for change in [

@@ -180,6 +180,21 @@ fn assemble(
 /// A wanted tensor as what it is of the one that was found.
 fn view(found: &Found, want: tensors::Wanted, dtype: DType) -> TensorInfo {
     let values: u64 = want.shape.iter().map(|&n| n as u64).product();
+    if want.turned.is_some() {
+        // Turned as they are read, and held as what blocks of columns say.
+        let stored = Some(dtype).filter(|dtype| *dtype != DType::F32);
+        return TensorInfo {
+            name: want.name,
+            dtype: DType::F32,
+            stored,
+            shape: want.shape,
+            file: found.file,
+            offset: found.offset,
+            bytes: found.bytes,
+            column_stride: None,
+            turned: want.turned,
+        };
+    }
     // Where it is stored by columns, each of the stored rows holds one column of every role.
     let (step, bytes, column_stride) = if want.columns {
         let element = dtype.block_bytes() as u64;
@@ -190,7 +205,7 @@ fn view(found: &Found, want: tensors::Wanted, dtype: DType) -> TensorInfo {
         (row, want.shape[0] as u64 * row, None)
     };
     let offset = found.offset + want.first_row as u64 * step;
-    TensorInfo { name: want.name, dtype, stored: None, shape: want.shape, file: found.file, offset, bytes, column_stride }
+    TensorInfo { name: want.name, dtype, stored: None, shape: want.shape, file: found.file, offset, bytes, column_stride, turned: None }
 }
 
 /// The tensor tables that were searched, in words.

@@ -20,6 +20,10 @@ pub(super) enum Form {
     Fused(&'static [Role]),
     /// It holds the matrices of all experts, in their order.
     Stacked,
+    /// It holds the rows of each head, one head after the other.
+    Heads,
+    /// It holds the columns of each head, `[heads, in, rows of a head]`.
+    TurnedHeads,
     /// It holds the columns, `[in, out]`: alone, or those of several roles side by side.
     Columns(&'static [Role]),
 }
@@ -40,6 +44,16 @@ impl Name {
         Self { stem, form: Form::Stacked }
     }
 
+    /// A matrix of heads, stored as three dimensions.
+    pub(super) const fn heads(stem: &'static str) -> Self {
+        Self { stem, form: Form::Heads }
+    }
+
+    /// A matrix of heads, each stored by columns.
+    pub(super) const fn turned_heads(stem: &'static str) -> Self {
+        Self { stem, form: Form::TurnedHeads }
+    }
+
     /// A matrix stored by columns; `parts` share the tensor, where there are any.
     pub(super) const fn columns(stem: &'static str, parts: &'static [Role]) -> Self {
         Self { stem, form: Form::Columns(parts) }
@@ -57,6 +71,8 @@ pub(super) struct Wanted {
     pub(super) first_row: usize,
     /// It is stored by columns.
     pub(super) columns: bool,
+    /// Each head of so many rows is.
+    pub(super) turned: Option<usize>,
     /// Shape of this one.
     pub(super) shape: Vec<usize>,
     pub(super) optional: bool,
@@ -79,7 +95,9 @@ const MLP_BIASES: [Role; 3] = [Role::GateBias, Role::UpBias, Role::DownBias];
 /// Tensors that some files carry and no forward pass needs.
 pub(super) fn ignorable(name: &str, config: &ModelConfig) -> bool {
     // GPT-2's files may hold its causal mask.
-    let mask = [".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
+    // Some files of latent attention have products both together and apart.
+    let again = config.latent.is_some_and(|l| !l.apart) && [".attn_k_b.weight", ".attn_v_b.weight"].iter().any(|end| name.ends_with(end));
+    let mask = again || [".attn.bias", ".attn.masked_bias"].iter().any(|end| name.ends_with(end));
     mask || name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight") || beside_encoder(name, config)
 }
 
@@ -135,12 +153,21 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
         let shape = config.shape(role);
         let rows = |roles: &[Role]| roles.iter().map(|&role| config.shape(role)[0]).sum::<usize>();
         let before = |parts: &[Role]| rows(&parts[..parts.iter().position(|&part| part == role).unwrap_or(0)]);
-        let mut stored = shape.clone();
+        let (mut stored, mut turned) = (shape.clone(), None);
         let (first_row, columns) = match name.form {
             Form::Own | Form::Columns([]) => (0, matches!(name.form, Form::Columns(_))),
             Form::Fused(parts) | Form::Columns(parts) => {
                 stored[0] = rows(parts);
                 (before(parts), matches!(name.form, Form::Columns(_)))
+            }
+            Form::Heads | Form::TurnedHeads => {
+                let rows = shape[0] / config.kv_heads;
+                stored = vec![config.kv_heads, rows, shape[1]];
+                if matches!(name.form, Form::TurnedHeads) {
+                    stored.swap(1, 2);
+                    turned = Some(rows);
+                }
+                (0, false)
             }
             Form::Stacked => {
                 stored.insert(0, config.experts.map_or(0, |e| e.count));
@@ -159,7 +186,7 @@ pub(super) fn wanted(family: &Family, config: &ModelConfig, format: Format, bias
             (Some(layer), Format::Safetensors) => format!("{}{layer}.{stem}", family.hf_layers),
             (None, _) => stem,
         };
-        Wanted { id: TensorId { layer, role }, name, stored, first_row, columns, shape, optional }
+        Wanted { id: TensorId { layer, role }, name, stored, first_row, columns, turned, shape, optional }
     };
     let mut all: Vec<Wanted> = outer.into_iter().map(|role| make(None, role, false)).collect();
     for (index, layer) in config.layers.iter().enumerate() {
@@ -204,7 +231,11 @@ fn layer_roles(config: &ModelConfig, layer: &LayerConfig) -> Vec<Role> {
                 None => roles.push(Role::Q),
                 Some(_) => roles.extend([Role::QDown, Role::QDownNorm, Role::QUp]),
             }
-            roles.extend([Role::KvDown, Role::KvDownNorm, Role::KvUp]);
+            roles.extend([Role::KvDown, Role::KvDownNorm]);
+            match latent.apart {
+                false => roles.push(Role::KvUp),
+                true => roles.extend([Role::KeyUp, Role::ValueUp]),
+            }
         }
     }
     roles.extend([Role::O, Role::FfnNorm]);
@@ -285,6 +316,8 @@ pub(super) const fn gguf_name(role: Role) -> Name {
         Role::KvDown => "attn_kv_a_mqa.weight",
         Role::KvDownNorm => "attn_kv_a_norm.weight",
         Role::KvUp => "attn_kv_b.weight",
+        Role::KeyUp => return Name::turned_heads("attn_k_b.weight"),
+        Role::ValueUp => return Name::heads("attn_v_b.weight"),
         Role::ExpertGate(_) => return Name::stacked("ffn_gate_exps.weight"),
         Role::ExpertUp(_) => return Name::stacked("ffn_up_exps.weight"),
         Role::ExpertDown(_) => return Name::stacked("ffn_down_exps.weight"),
@@ -342,6 +375,8 @@ pub(super) const fn hf_name(role: Role) -> Name {
         Role::KvDown => "self_attn.kv_a_proj_with_mqa.weight",
         Role::KvDownNorm => "self_attn.kv_a_layernorm.weight",
         Role::KvUp => "self_attn.kv_b_proj.weight",
+        Role::KeyUp => "self_attn.k_b_proj.weight",
+        Role::ValueUp => "self_attn.v_b_proj.weight",
         Role::ExpertGate(_) => "mlp.experts.{}.gate_proj.weight",
         Role::ExpertUp(_) => "mlp.experts.{}.up_proj.weight",
         Role::ExpertDown(_) => "mlp.experts.{}.down_proj.weight",

@@ -111,6 +111,23 @@ fn deepseek_v3() {
     both_files("deepseek-v3", ("\"topk_group\": 1", "\"topk_group\": 2"), "deepseek2");
 }
 
+/// Newer GGUF files have keys and values of heads in tensors of their own: the same numbers, and the same bits in two ranks and stages.
+#[test]
+fn deepseek_with_keys_and_values_apart() {
+    let expected = files::expected("deepseek-v3");
+    let folder = Folder::read(&files::fixture("deepseek-v3")).expect("the fixture");
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let (path, wrong) = (place.path().join("apart.gguf"), place.path().join("wrong.gguf"));
+    folder.write_gguf_apart(&path).expect("a writable folder");
+    let got = matches(&path, &expected, "keys and values apart");
+    let mut other = folder;
+    let kv = other.tensors.get_mut("model.layers.1.self_attn.kv_b_proj.weight").expect("a tensor");
+    kv.data.rotate_left(kv.shape[1] * 2);
+    other.write_gguf_apart(&wrong).expect("a writable folder");
+    let seen = logits(&wrong, &ids(&expected, "input_ids"), 0, &[]);
+    assert!(distance(&floats(&seen, "last_logits"), &floats(&got, "last_logits")) > 1e-3, "rows of another place went unseen");
+}
+
 /// GGUF has one epsilon for all norms, and no other amplitude of YaRN than 1: its twin is of a folder that says the same.
 #[test]
 fn deepseek_v2() {

@@ -146,6 +146,7 @@ fn info(found: &Found, dtype: DType, shape: [usize; 2]) -> TensorInfo {
         offset: found.offset,
         bytes: found.bytes,
         column_stride: None,
+        turned: None,
     }
 }
 

@@ -98,6 +98,7 @@ pub(super) fn decoder(fields: &Fields<'_>, architecture: Architecture, layout: R
         rotated,
         value_dim,
         norm_eps: COMPRESSED_EPS,
+        apart: false,
         temperature,
     });
     config.context = hf_context(config.context, &rope);
@@ -208,16 +209,20 @@ pub(super) fn to_hf(family: &Family, config: &ModelConfig, biases: &Biases) -> M
 
 fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
     gguf::refuse_window(meta)?;
-    let absorbed = meta.header.tensors.iter().find(|t| t.name.ends_with(".attn_k_b.weight") || t.name.ends_with(".attn_v_b.weight"));
-    if let Some(tensor) = absorbed {
-        return Err(HeaderError::UnsupportedFeature {
-            file: meta.file.to_owned(),
-            field: format!("tensor {}", tensor.name),
-            expected: "attn_kv_b.weight, which holds the rows of keys and values together",
-            got: "keys and values of heads in tensors of their own".to_owned(),
-        });
+    // Other models of this architecture in GGUF scale queries by their position.
+    if let Some(scale) = meta.float("attention.temperature_scale")?.filter(|&scale| scale != 0.0) {
+        return Err(meta.unsupported("attention.temperature_scale", "none", &scale.to_string()));
     }
-    let (head_dim, value_dim) = (meta.required("attention.key_length")?, meta.required("attention.value_length")?);
+    let has = |end: &str| meta.header.tensors.iter().any(|t| t.name.ends_with(end));
+    // Newer files have keys and values of heads apart, for a cache of what is compressed, and describe that one as the heads' widths.
+    let apart = has(".attn_k_b.weight") && !has(".attn_kv_b.weight");
+    let of_heads = |own: &str, plain: &str| match meta.arch_count(own)? {
+        None if !apart => meta.required(plain),
+        None => Err(meta.wrong(own, "an integer", "missing")),
+        Some(width) => Ok(width),
+    };
+    let head_dim = of_heads("attention.key_length_mla", "attention.key_length")?;
+    let value_dim = of_heads("attention.value_length_mla", "attention.value_length")?;
     let rotated = meta.required("rope.dimension_count")?;
     if rotated >= head_dim || !rotated.is_multiple_of(2) {
         return Err(meta.wrong("rope.dimension_count", &format!("an even number below the key's {head_dim}"), &rotated.to_string()));
@@ -232,6 +237,7 @@ fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
         rotated,
         value_dim,
         norm_eps: config.norm_eps,
+        apart,
         temperature,
     });
     config.layers.iter_mut().for_each(|layer| layer.rope = rope.clone());

@@ -109,6 +109,10 @@ pub fn target(model: &ModelHeader, format: Format) -> Result<Target, TargetError
         return Err(TargetError::OneFormat { format, family: own.name });
     }
     let family = families::in_format(&model.config, format);
+    if model.config.latent.is_some_and(|l| l.apart) {
+        let what = "keys and values that are unpacked apart".to_owned();
+        return Err(TargetError::Inexpressible { format, family: family.name, what });
+    }
     let mut config = model.config.clone();
     let unnamed = |layer: &LayerConfig| matches!(layer.rope.scaling, RopeScaling::Tensor | RopeScaling::LongRopeTensors { .. });
     if format == Format::Safetensors && model.format != format && config.layers.iter().any(unnamed) {

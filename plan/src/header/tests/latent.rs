@@ -26,7 +26,7 @@ fn the_fixtures_have_their_shapes() {
         (c.architecture, c.heads, c.kv_heads, c.head_dim, c.value_dim(), c.unpacked_dim()),
         (Architecture::DeepseekV3, 4, 4, 40, 20, 44)
     );
-    let latent = Latent { q_rank: Some(40), kv_rank: 32, rotated: 16, value_dim: 20, norm_eps: 1e-6, temperature: 1.0 };
+    let latent = Latent { q_rank: Some(40), kv_rank: 32, rotated: 16, value_dim: 20, norm_eps: 1e-6, apart: false, temperature: 1.0 };
     assert_eq!(c.latent, Some(latent));
     let groups = Some(ExpertGroups { count: 2, used: 1, best: 2 });
     let experts = Experts { scoring: Scoring::Sigmoid, groups, scale: 2.5, shared: 1, ..Experts::softmax(8, 3, 24, true) };
@@ -187,6 +187,63 @@ fn in_gguf(change: impl FnOnce(&mut Vec<(String, Value)>, &mut Vec<Tensor>)) -> 
     from_gguf(ModelFile { name: "m.gguf".to_owned(), bytes: offset }, &header)
 }
 
+/// Keys and values in tensors of their own, as llama.cpp's newer converter writes them.
+fn unpack_apart(entries: &mut Vec<(String, Value)>, tensors: &mut Vec<Tensor>) {
+    for (key, n) in [("head_count_kv", 1), ("key_length", 48), ("value_length", 32), ("key_length_mla", 40), ("value_length_mla", 20)] {
+        put(entries, &format!("deepseek2.attention.{key}"), Value::U32(n));
+    }
+    let again: Vec<Tensor> = tensors
+        .iter()
+        .filter(|t| t.name.ends_with("attn_kv_b.weight"))
+        .flat_map(|t| {
+            let part = |part: &str, dims: [u64; 3], offset, at| Tensor {
+                name: t.name.replace("attn_kv_b", part),
+                dims: dims.to_vec(),
+                offset,
+                bytes: 4 * dims.iter().product::<u64>(),
+                entry_offset: t.entry_offset * 1000 + at,
+                ..t.clone()
+            };
+            let keys = part("attn_k_b", [24, 32, 4], t.offset, 0);
+            let values = part("attn_v_b", [32, 20, 4], t.offset + keys.bytes, 1);
+            [keys, values]
+        })
+        .collect();
+    tensors.retain(|t| !t.name.ends_with("attn_kv_b.weight"));
+    tensors.extend(again);
+}
+
+/// Each rank reads whole heads of them; where a file has both, those together are taken.
+#[test]
+fn keys_and_values_unpacked_apart_are_read() {
+    let together = in_gguf(|_, _| {}).unwrap();
+    let apart = in_gguf(unpack_apart).unwrap();
+    let latent = Latent { apart: true, ..together.config.latent.unwrap() };
+    assert_eq!(apart.config, crate::model::ModelConfig { latent: Some(latent), ..together.config.clone() });
+    let keys = &apart.tensors[&layer(1, Role::KeyUp)];
+    assert_eq!((keys.shape.as_slice(), keys.turned, keys.dtype, keys.stored), (&[96, 32][..], Some(24), crate::dtype::DType::F32, None));
+    assert_eq!(apart.tensors[&layer(1, Role::ValueUp)].shape, [80, 32]);
+    let plan = plan(&Spec { tensor: 2, ..Spec::default() }, &apart, &Capacity { memory_bytes: None }).unwrap();
+    let slice = plan.stages[0].shards[1].slices.iter().find(|s| s.id == layer(1, Role::KeyUp)).unwrap();
+    let head = 24 * 32 * 4;
+    assert_eq!((slice.rows.clone(), slice.bytes.clone()), (48..96, keys.offset + 2 * head..keys.offset + 4 * head));
+    assert_eq!((slice.len(), slice.ranges().collect::<Vec<_>>()), (2 * head, vec![slice.bytes.clone()]));
+    let both = in_gguf(|entries, tensors| {
+        let kv: Vec<Tensor> = tensors.iter().filter(|t| t.name.ends_with("attn_kv_b.weight")).cloned().collect();
+        unpack_apart(entries, tensors);
+        tensors.extend(kv);
+    });
+    assert_eq!(both.unwrap().tensors[&layer(1, Role::KvUp)].shape, [176, 32]);
+    // Held as floats, whatever is loaded as what; and not to be written in another way.
+    let loaded = apart.loaded_as(crate::dtype::DType::Q8_0);
+    assert_eq!(loaded.tensors[&layer(1, Role::KeyUp)], *keys);
+    assert_eq!(loaded.tensors[&layer(1, Role::ValueUp)].dtype, crate::dtype::DType::Q8_0);
+    for format in [Format::GGUF, Format::Safetensors] {
+        let said = target(&apart, format).unwrap_err().to_string();
+        assert!(said.contains("unpacked apart"), "{said}");
+    }
+}
+
 fn put(entries: &mut Vec<(String, Value)>, key: &str, value: Value) {
     entries.retain(|(k, _)| k != key);
     entries.push((key.to_owned(), value));
@@ -216,13 +273,30 @@ fn refusals_of_gguf_name_key_and_tensor() {
     let refused = |change: fn(&mut Vec<(String, Value)>, &mut Vec<Tensor>)| in_gguf(change).unwrap_err().to_string();
     for (change, parts) in [
         (
-            (|_, tensors| {
-                let kv = tensors.iter_mut().find(|t| t.name == "blk.0.attn_kv_b.weight").unwrap();
-                "blk.0.attn_k_b.weight".clone_into(&mut kv.name);
-            }) as fn(&mut Vec<(String, Value)>, &mut Vec<Tensor>),
-            ["blk.0.attn_k_b.weight", "attn_kv_b.weight"],
+            (|e, _| put(e, "deepseek2.rope.dimension_count", Value::U32(40))) as fn(&mut Vec<(String, Value)>, &mut Vec<Tensor>),
+            ["rope.dimension_count", "below the key's 40"],
         ),
-        (|e, _| put(e, "deepseek2.rope.dimension_count", Value::U32(40)), ["rope.dimension_count", "below the key's 40"]),
+        (
+            |e, tensors| {
+                unpack_apart(e, tensors);
+                e.retain(|(k, _)| k != "deepseek2.attention.key_length_mla");
+            },
+            ["attention.key_length_mla", "missing"],
+        ),
+        (
+            |e, tensors| {
+                unpack_apart(e, tensors);
+                tensors.retain(|t| t.name != "blk.1.attn_v_b.weight");
+            },
+            ["blk.1.attn_v_b.weight", "missing"],
+        ),
+        (
+            |e, tensors| {
+                unpack_apart(e, tensors);
+                tensors.iter_mut().find(|t| t.name == "blk.1.attn_k_b.weight").unwrap().dims = vec![32, 24, 4];
+            },
+            ["blk.1.attn_k_b.weight", "[4, 32, 24]"],
+        ),
         (|e, _| put(e, "deepseek2.rope.dimension_count", Value::U32(15)), ["rope.dimension_count", "even"]),
         (|e, _| e.retain(|(k, _)| !k.ends_with("kv_lora_rank")), ["attention.kv_lora_rank", "missing"]),
         (|e, _| put(e, "deepseek2.expert_gating_func", Value::U32(3)), ["expert_gating_func", "2, sigmoid"]),
@@ -230,6 +304,7 @@ fn refusals_of_gguf_name_key_and_tensor() {
         (|e, _| put(e, "deepseek2.expert_weights_scale", Value::F32(-1.0)), ["expert_weights_scale", "at least 0"]),
         (|e, _| put(e, "deepseek2.rope.scaling.attn_factor", Value::F32(1.2)), ["rope.scaling.attn_factor", "default"]),
         (|e, _| put(e, "deepseek2.rope.scaling.yarn_log_multiplier", Value::F32(-0.1)), ["yarn_log_multiplier", "at least 0"]),
+        (|e, _| put(e, "deepseek2.attention.temperature_scale", Value::F32(0.1)), ["attention.temperature_scale", "none"]),
         (|e, _| put(e, "deepseek2.attention.sliding_window", Value::U32(8)), ["sliding_window", "no sliding window"]),
         (|_, tensors| tensors.retain(|t| t.name != "blk.2.exp_probs_b.bias"), ["blk.2.exp_probs_b.bias", "missing"]),
     ] {
