@@ -359,3 +359,62 @@ fn ranks_have_their_heads_and_experts() {
         model.tensors.iter().filter(|(id, _)| whole.contains(&id.role) || id.role == Role::OutputNorm).map(|(_, t)| t.bytes).sum();
     assert_eq!(plan.shared_bytes, twice);
 }
+
+/// Any number in place of any other: refused, or a model whose plan stays in its file.
+#[test]
+fn no_number_breaks_the_reader() {
+    let planned = |model: ModelHeader| {
+        for tensor in [1, 2, 4] {
+            let Ok(plan) = plan(&Spec { tensor, ..Spec::default() }, &model, &Capacity { memory_bytes: Some(1 << 30) }) else { continue };
+            let mut slices = plan.stages.iter().flat_map(|s| &s.shards).flat_map(|s| &s.slices);
+            assert!(slices.all(|s| s.bytes.start <= s.bytes.end && s.bytes.end <= model.files[0].bytes));
+        }
+    };
+    let (mut read, mut refused) = (0, 0);
+    for name in ["deepseek-v2", "deepseek-v3"] {
+        let bytes = std::fs::read(fixture(name).join("model.safetensors")).unwrap();
+        let header = safetensors::read(&mut &*bytes, bytes.len() as u64).unwrap();
+        let file = ModelFile { name: "model.safetensors".to_owned(), bytes: bytes.len() as u64 };
+        let config = fixture_config(name);
+        for (field, _) in config.as_object().unwrap().iter().filter(|(_, value)| value.is_number() || value.is_null()) {
+            for value in [json!(0), json!(1), json!(2), json!(3), json!(7), json!(1 << 24), json!(-1), json!(1.5), json!(1e308), json!("x")]
+            {
+                let mut config = config.clone();
+                config[field] = value;
+                match from_safetensors(config.to_string().as_bytes(), &[(file.clone(), header.clone())]) {
+                    Ok(model) => {
+                        planned(model);
+                        read += 1;
+                    }
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+    }
+    for apart in [false, true] {
+        let mut count = 0;
+        let _ = in_gguf(|entries, _| count = entries.len());
+        for at in 0..count + if apart { 2 } else { 0 } {
+            for n in [0, 1, 2, 3, 7, 1 << 24, u32::MAX] {
+                let changed = in_gguf(|entries, tensors| {
+                    if apart {
+                        unpack_apart(entries, tensors);
+                    }
+                    match &mut entries[at].1 {
+                        value @ Value::U32(_) => *value = Value::U32(n),
+                        value @ Value::F32(_) => *value = Value::F32(f32::from_bits(n.rotate_right(3))),
+                        _ => {}
+                    }
+                });
+                match changed {
+                    Ok(model) => {
+                        planned(model);
+                        read += 1;
+                    }
+                    Err(_) => refused += 1,
+                }
+            }
+        }
+    }
+    assert!(read > 100 && refused > 100, "{read} read, {refused} refused");
+}
