@@ -106,6 +106,8 @@ boundary = GOLDEN / "boundary.tokenizer.json"
 prefixed = json.loads((GOLDEN / "boundary-prefixed.json").read_text())
 of_json("random-boundary.json", boundary)
 of_json("random-boundary-prefixed.json", boundary, {key: prefixed[key] for key in ["normalizer", "pre_tokenizer", "decoder"]})
+# How DeepSeek V3's tokenizer.json splits text, with a vocabulary that has tokens across the borders of other splittings.
+of_json("random-deepseek-v3.json", MODELS / "qwen2" / "tokenizer.json", json.loads((GOLDEN / "deepseek-v3.json").read_text()))
 of_sentencepiece("random-spm-bytes.json", "spm-bytes.model", dict(vocab_size=600, byte_fallback=True, user_defined_symbols=["<tool>", "▁▁", "▁▁▁▁"]))
 of_sentencepiece(
     "random-spm-plain.json", "spm-plain.model",

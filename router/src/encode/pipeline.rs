@@ -134,6 +134,21 @@ const QWEN2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N
 const QWEN35: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
+/// DeepSeek V3's: numbers, Chinese and Japanese, the rest.
+const DEEPSEEK3: &[&str] = &[
+    r"\p{N}{1,3}",
+    "[\u{4e00}-\u{9fa5}\u{3040}-\u{309f}\u{30a0}-\u{30ff}]+",
+    concat!(
+        r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^"##,
+        "\r\n",
+        r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[",
+        "\r\n",
+        r"]*|\s*[",
+        "\r\n",
+        r"]+|\s+(?!\S)|\s+"
+    ),
+];
+
 /// How a `tokenizer.ggml.pre` splits text.
 pub(super) struct PreTokenization {
     /// Regular expressions applied in turn.
@@ -146,7 +161,7 @@ pub(super) struct PreTokenization {
 
 /// The name of the rule with these patterns.
 pub(super) fn name_of(patterns: &[&str]) -> Option<&'static str> {
-    let names = ["llama-bpe", "qwen2", "qwen35", "gpt-2", "smollm"];
+    let names = ["llama-bpe", "qwen2", "qwen35", "gpt-2", "smollm", "deepseek-v3"];
     names.into_iter().find(|name| pre_tokenization(name).is_ok_and(|rule| rule.patterns == patterns))
 }
 
@@ -159,6 +174,7 @@ pub(super) fn pre_tokenization(pre: &str) -> Result<PreTokenization, TokenizerEr
         "llama3" | "llama-v3" | "llama-bpe" | "falcon3" => (&[LLAMA3], true),
         "qwen2" | "deepseek-r1-qwen" => (&[QWEN2], false),
         "qwen35" => (&[QWEN35], false),
+        "deepseek-v3" => (DEEPSEEK3, false),
         "gpt-2" | "phi-2" | "olmo" | "mpt" | "jina-es" | "jina-de" => (&[WORDS], false),
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => (&[DIGIT, WORDS], false),
         other => return Err(TokenizerError::PreTokenizer(other.to_owned())),

@@ -100,6 +100,17 @@ fn boundary(prefixed: bool) -> ModelCard {
     card_of(&[("tokenizer.json", &json)])
 }
 
+/// A vocabulary with tokens across the borders of other splittings; text is split as DeepSeek V3's, or as Qwen's.
+fn deepseek(own: bool) -> ModelCard {
+    let mut json: Value = serde_json::from_slice(card("qwen2").file("tokenizer.json").unwrap()).unwrap();
+    let other = golden_json("deepseek-v3.json");
+    json["model"] = other["model"].clone();
+    if own {
+        json["pre_tokenizer"] = other["pre_tokenizer"].clone();
+    }
+    card_of(&[("tokenizer.json", &json)])
+}
+
 fn spm(name: &str) -> ModelCard {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/encode/golden").join(name);
     ModelCard { files: vec![CardFile { name: "tokenizer.model".to_owned(), bytes: std::fs::read(path).unwrap() }] }
@@ -110,16 +121,21 @@ fn tokenizer_json_gives_the_ids_of_tokenizers() {
     for name in ["llama", "qwen2", "gpt2"] {
         matches(&format!("random-{name}.json"), &Tokenizer::from_card(&card(name)).unwrap());
     }
+    matches("random-deepseek-v3.json", &Tokenizer::from_card(&deepseek(true)).unwrap());
     matches("random-boundary.json", &Tokenizer::from_card(&boundary(false)).unwrap());
     matches("random-boundary-prefixed.json", &Tokenizer::from_card(&boundary(true)).unwrap());
 }
 
-/// The keys of a GGUF header alone, with the pre-tokenizers llama-bpe, qwen2 and gpt-2.
+/// The keys of a GGUF header alone, with the pre-tokenizers llama-bpe, qwen2, gpt-2 and deepseek-v3.
 #[test]
 fn byte_level_headers_give_the_ids_of_tokenizers() {
-    for name in ["llama", "qwen2", "gpt2"] {
+    let named = ["llama", "qwen2", "gpt2"].map(|name| (name, card(name)));
+    for (name, card) in named.into_iter().chain([("deepseek-v3", deepseek(true))]) {
         let mut file = Writer::new();
-        for (key, value) in gguf_entries(&card(name), 0).unwrap() {
+        for (key, value) in gguf_entries(&card, 0).unwrap() {
+            if key == "tokenizer.ggml.pre" && name == "deepseek-v3" {
+                assert_eq!(value.as_str(), Some(name));
+            }
             if key != plan::gguf::HUGGINGFACE_KEY {
                 file.metadata(&key, value);
             }
@@ -206,6 +222,12 @@ fn word_pieces_without_their_marks_are_refused() {
     assert!(refused(marks.as_bytes(), json!({"tokenizer_class": "PhobertTokenizer"})).contains("PhobertTokenizer"));
     assert!(refused(marks.as_bytes(), json!({"do_lower_case": "yes"})).contains("tokenizer_config.json"));
     assert!(refused(b"[UNK]\n\xff\n", json!({})).contains("vocab.txt"));
+}
+
+#[test]
+#[should_panic(expected = "random-deepseek-v3.json")]
+fn the_comparison_sees_another_splitting() {
+    matches("random-deepseek-v3.json", &Tokenizer::from_card(&deepseek(false)).unwrap());
 }
 
 #[test]
