@@ -170,7 +170,12 @@ pub fn read(read: &mut ReadAt<'_>, file_bytes: u64) -> Result<Vec<Tensor>, Pytor
     }
     let directory = zip::directory(read, file_bytes)?;
     let missing = |name: &str| PytorchError::new("archive directory", 0, Problem::Missing { name: name.to_owned() });
-    let root = directory.keys().find_map(|name| name.strip_suffix("/data.pkl")).ok_or_else(|| missing("…/data.pkl"))?;
+    let mut roots = directory.iter().filter_map(|(name, entry)| Some((name.strip_suffix("/data.pkl")?, entry)));
+    let (root, _) = roots.next().ok_or_else(|| missing("…/data.pkl"))?;
+    if let Some((other, entry)) = roots.next() {
+        let (expected, got) = ("one data.pkl".to_owned(), format!("{root}/data.pkl and {other}/data.pkl"));
+        return Err(PytorchError::new("archive directory", entry.listed_at, Problem::Invalid { expected, got }));
+    }
     if let Some(entry) = directory.get(&format!("{root}/constants.pkl")) {
         return Err(PytorchError::new("archive directory", entry.listed_at, Problem::Script));
     }

@@ -94,7 +94,9 @@ pub(super) struct Pickle<'a> {
 pub(super) fn read(bytes: &[u8], base: u64) -> Result<Pickle<'_>, PytorchError> {
     let pickle = Pickle { nodes: Vec::new(), storages: Vec::new(), tensors: Vec::new(), root: Value::None };
     let mut machine = Machine { bytes, at: 0, op: 0, base, stack: Vec::new(), memo: Vec::new(), pickle };
-    while machine.step()? {}
+    while machine.step()? {
+        machine.check_size()?;
+    }
     machine.pickle.root = machine.pop()?;
     Ok(machine.pickle)
 }
@@ -177,7 +179,10 @@ impl<'a> Machine<'a> {
     }
 
     fn tuple(&mut self, n: usize) -> Result_<()> {
-        let mut values = (0..n).map(|_| self.pop()).collect::<Result_<Vec<_>>>()?;
+        let mut values = Vec::with_capacity(n);
+        for _ in 0..n {
+            values.push(self.pop()?);
+        }
         values.reverse();
         self.node(Node::Tuple(values));
         Ok(())
@@ -256,6 +261,17 @@ impl<'a> Machine<'a> {
             _ => self.container(op)?,
         }
         Ok(true)
+    }
+
+    /// Refuses what makes far more of its bytes than a state dict does: six containers of a tensor, which takes over sixty.
+    fn check_size(&self) -> Result_<()> {
+        const SMALL: usize = 1024;
+        let (containers, values) = (self.pickle.nodes.len(), self.stack.len());
+        if containers > self.bytes.len() / 4 + SMALL || values > self.bytes.len() / 2 + SMALL {
+            let got = format!("{containers} containers and a stack of {values} in {} bytes", self.bytes.len());
+            return self.wrong("a state dict", got);
+        }
+        Ok(())
     }
 
     /// The opcodes of containers, remembered values, names and calls.

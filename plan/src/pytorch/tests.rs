@@ -174,10 +174,30 @@ fn other_archives_are_refused_by_name() {
         ("a", View("0", "FloatStorage", 12, 0, &[3], &[1]).pickled()),
         ("b", View("1", "FloatStorage", 4, 0, &[3], &[1]).pickled()),
     ]);
-    let mut overlapping = archive(&[("m/data.pkl", &two), ("m/data/0", &[1; 48]), ("m/data/1", &[2; 16])]);
-    let entries: Vec<usize> = overlapping.windows(4).enumerate().filter(|(_, w)| *w == b"PK\x01\x02").map(|(i, _)| i).collect();
-    overlapping.copy_within(entries[1] + 42..entries[1] + 46, entries[2] + 42);
-    assert!(load(&overlapping).is_err_and(|e| e.to_string().contains("overlaps")));
+    let point = |file: &mut Vec<u8>, entry: usize, at: usize| {
+        let place = file.windows(4).enumerate().filter(|(_, w)| *w == b"PK\x01\x02").nth(entry).unwrap().0 + 42;
+        file[place..place + 4].copy_from_slice(&(at as u32).to_le_bytes());
+    };
+    // One whose header lies in the data of another.
+    let inner = archive(&[("m/data/1", &[2; 16])]);
+    let outer = &inner[..30 + 8 + 16];
+    let mut overlapping = archive(&[("m/data.pkl", &two), ("m/data/0", outer), ("m/data/1", &[2; 16])]);
+    assert!(load(&overlapping).is_ok());
+    let place = overlapping.windows(outer.len()).position(|w| w == outer).unwrap();
+    point(&mut overlapping, 2, place);
+    assert!(said(&overlapping).contains("overlaps"));
+    // Whose header is another's.
+    point(&mut overlapping, 2, place - 38);
+    assert!(said(&overlapping).contains("expected the entry's own header"));
+    // What the header says otherwise than the directory.
+    let header = |at: usize, byte: u8| {
+        let mut other = whole.clone();
+        other[at] = byte;
+        load(&other).expect_err("a refusal").problem
+    };
+    assert_eq!(header(8, 8), Problem::Compressed { method: 8 });
+    assert_eq!(header(6, 1), Problem::Encrypted);
+    assert!(said(&archive(&[("m/data.pkl", &good), ("n/data.pkl", &good), ("m/data/0", &[1; 48])])).contains("one data.pkl"));
 }
 
 proptest! {

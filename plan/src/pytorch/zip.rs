@@ -164,13 +164,22 @@ fn large_fields(mut extra: &[u8], fields: [&mut u64; 3]) -> Option<()> {
 /// Where the bytes of `entry` lie in the file, after its local header.
 pub(super) fn data(read: &mut ReadAt<'_>, name: &str, entry: &Entry, file_bytes: u64) -> Result<Range<u64>, PytorchError> {
     let field = format!("archive entry {name}");
-    let head = read_at(read, &field, entry.header, 30)?;
     let fail = |problem| PytorchError::new(&field, entry.header, problem);
-    let (Some(signature), Some(name_len), Some(extra_len)) = (u32_at(&head, 0), u16_at(&head, 26), u16_at(&head, 28)) else {
+    // The directory may say one thing and the entry's own header another: who reads the one must not get what the other hides.
+    let own = 30 + name.len() as u64;
+    let head = read_at(read, &field, entry.header, own.min(file_bytes.saturating_sub(entry.header)))?;
+    let fields = (u32_at(&head, 0), u16_at(&head, 6), u16_at(&head, 8), u16_at(&head, 26), u16_at(&head, 28));
+    let (Some(signature), Some(flags), Some(method), Some(name_len), Some(extra_len)) = fields else {
         return Err(fail(Problem::Truncated));
     };
-    if signature != u64::from(LOCAL) || name_len != name.len() as u64 {
-        return Err(fail(Problem::Invalid { expected: "the entry's own header".into(), got: "something else".into() }));
+    if signature != u64::from(LOCAL) || name_len != name.len() as u64 || head.get(30..) != Some(name.as_bytes()) {
+        return Err(fail(Problem::Invalid { expected: "the entry's own header".into(), got: "that of something else".into() }));
+    }
+    if method != 0 {
+        return Err(fail(Problem::Compressed { method }));
+    }
+    if flags & 1 != 0 {
+        return Err(fail(Problem::Encrypted));
     }
     let begin = entry.header + 30 + name_len + extra_len;
     match begin.checked_add(entry.bytes).filter(|&end| end <= file_bytes) {
