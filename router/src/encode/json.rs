@@ -1,5 +1,6 @@
 //! Vocabularies from tokenizer.json.
 
+use base64::{Engine as _, prelude::BASE64_STANDARD};
 use plan::step::TokenId;
 use serde::Deserialize;
 use serde_json::Value;
@@ -7,7 +8,7 @@ use serde_json::Value;
 use super::card::TokenizerConfig;
 use super::error::TokenizerError;
 use super::pieces::{Pieces, byte_level, named_byte};
-use super::pipeline::Pipeline;
+use super::pipeline::{Pipeline, caught};
 use super::specials::{Special, Specials};
 use super::spm::BOUNDARY;
 use super::vocabulary::{END_TEXTS, Encoder, Pair, Vocabulary};
@@ -21,6 +22,8 @@ struct File {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
+    #[serde(default)]
+    normalizer: Value,
 }
 
 #[derive(Deserialize)]
@@ -39,6 +42,9 @@ struct Added {
     special: bool,
 }
 
+/// Where a normalizer's table stands, in base64: the length of a tree, the tree, texts.
+const TABLE: &str = "precompiled_charsmap";
+
 /// How a token's text becomes bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Form {
@@ -52,14 +58,16 @@ enum Form {
     Plain,
 }
 
+fn wrong(problem: String) -> TokenizerError {
+    TokenizerError::File { file: "tokenizer.json", problem }
+}
+
 /// Builds the vocabulary of `bytes`, a tokenizer.json.
 ///
 /// # Errors
 /// When it cannot be read or has a decoder that is not known.
 pub(super) fn vocabulary(bytes: &[u8], config: &TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
-    let wrong = |problem: String| TokenizerError::File { file: "tokenizer.json", problem };
-    let file: File = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
-    let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| wrong(e.to_string()))?;
+    let Known { mut inner, file } = Known::read(bytes)?;
     inner.with_truncation(None).map_err(|e| wrong(e.to_string()))?.with_padding(None);
     let (form, strip_space) = decoder(&file.decoder)?;
 
@@ -143,9 +151,9 @@ impl Known {
     /// # Errors
     /// When it cannot be read.
     pub(super) fn read(bytes: &[u8]) -> Result<Self, TokenizerError> {
-        let wrong = |problem: String| TokenizerError::File { file: "tokenizer.json", problem };
-        let file = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
-        Ok(Self { inner: tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| wrong(e.to_string()))?, file })
+        let file: File = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
+        tables(&file.normalizer)?;
+        Ok(Self { inner: caught(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(|e| wrong(e.to_string()))?, file })
     }
 
     /// The text of an added token, and whether it is special.
@@ -180,6 +188,23 @@ impl Known {
     }
 }
 
+/// Checks tables of normalization, wherever they stand below `value`: the `tokenizers` crate makes room for as much as one says it has.
+fn tables(value: &Value) -> Result<(), TokenizerError> {
+    let below: Vec<&Value> = match value {
+        Value::Array(list) => list.iter().collect(),
+        Value::Object(map) => map.values().collect(),
+        _ => return Ok(()),
+    };
+    if let Some(text) = value.get(TABLE).and_then(Value::as_str) {
+        let table = BASE64_STANDARD.decode(text).map_err(|e| wrong(format!("{TABLE}: {e}")))?;
+        let said = table.first_chunk().map_or(u32::MAX, |len| u32::from_le_bytes(*len)) as usize;
+        if !said.is_multiple_of(4) || said > table.len().saturating_sub(4) {
+            return Err(wrong(format!("{TABLE}: a tree of {said} bytes in a table of {}", table.len())));
+        }
+    }
+    below.into_iter().try_for_each(tables)
+}
+
 /// Ids that the post-processor of `json` puts before and after a text.
 pub(super) fn around_text(json: &Value, tokenizer: &super::Tokenizer) -> (Vec<TokenId>, Vec<TokenId>) {
     let id_of = |text: &str| (0..tokenizer.vocab() as TokenId).find(|&id| tokenizer.piece(id) == text.as_bytes());
@@ -193,7 +218,7 @@ fn normalize(inner: &tokenizers::Tokenizer, text: &str) -> String {
     use tokenizers::Normalizer;
     let Some(normalizer) = inner.get_normalizer() else { return text.to_owned() };
     let mut normal = tokenizers::NormalizedString::from(text);
-    if normalizer.normalize(&mut normal).is_ok() { normal.get().to_owned() } else { text.to_owned() }
+    if caught(|| normalizer.normalize(&mut normal)).is_ok() { normal.get().to_owned() } else { text.to_owned() }
 }
 
 fn piece(form: Form, token: &str) -> Vec<u8> {

@@ -1,5 +1,7 @@
 //! Vocabularies that run through the `tokenizers` crate: tokenizer.json of any kind, and byte-level BPE from GGUF.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use plan::step::TokenId;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -55,7 +57,7 @@ impl Pipeline {
 
     /// Appends the ids of `text`.
     pub(super) fn encode(&self, text: &str, parse: Parse<'_>, ids: &mut Vec<TokenId>) -> Result<(), EncodeError> {
-        let encoding = self.run(text, parse).map_err(|e| EncodeError(e.to_string()))?;
+        let encoding = caught(|| self.run(text, parse)).map_err(|e| EncodeError(e.to_string()))?;
         ids.extend_from_slice(encoding.get_ids());
         Ok(())
     }
@@ -106,6 +108,15 @@ impl Pipeline {
         }
         Ok(split)
     }
+}
+
+/// Does work of the `tokenizers` crate, which panics at some files that are damaged instead of refusing them.
+pub(super) fn caught<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    // What it worked on is not used again when it fails half-way: a tokenizer being made, or an encoding.
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let said = panic.downcast_ref::<String>().map(String::as_str).or_else(|| panic.downcast_ref::<&str>().copied());
+        Err(format!("the tokenizers crate gave up on it: {}", said.unwrap_or("no reason")).into())
+    })
 }
 
 fn cut(text: &NormalizedString, found: &[Found]) -> tokenizers::Result<Cut> {

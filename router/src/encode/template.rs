@@ -12,9 +12,15 @@ use serde::Serialize;
 use super::error::ChatError;
 
 /// Work a template may do in one rendering: instructions, and 64 bytes of text each.
-const FUEL: u64 = 4_000_000;
+const FUEL: u64 = 1_000_000;
 /// Bytes a template may write.
 const OUTPUT_BYTES: usize = 16 << 20;
+/// Longest template in bytes; those of models have tens of thousands.
+const SOURCE_BYTES: usize = 64 << 10;
+/// Stack for each byte of a template. Its parser calls itself for each `not`, `-` and `elif`, however many there are; what is not used costs nothing.
+const STACK_PER_BYTE: usize = 4 << 10;
+/// Stack of a rendering. All of its work can go into lists within lists, which are written and dropped level by level.
+const RENDER_STACK: usize = 512 << 20;
 
 /// A compiled chat template. A cheap clone.
 #[derive(Clone)]
@@ -47,6 +53,9 @@ impl Template {
     /// # Errors
     /// When it is not valid Jinja.
     pub(super) fn new(source: &str) -> Result<Self, ChatError> {
+        if source.len() > SOURCE_BYTES {
+            return Err(ChatError::Template(format!("it has {} bytes, expected at most {SOURCE_BYTES}", source.len())));
+        }
         let invalid = |e: Error| ChatError::Template(describe(&e));
         let mut environment = Environment::new();
         environment.set_fuel(Some(FUEL));
@@ -58,7 +67,8 @@ impl Template {
         environment
             .add_function("raise_exception", |text: String| -> Result<Value, Error> { Err(Error::new(ErrorKind::InvalidOperation, text)) });
         environment.add_function("strftime_now", |format: String| strftime(&format, SystemTime::now()));
-        environment.add_template_owned("chat", source.to_owned()).map_err(invalid)?;
+        let add = || environment.add_template_owned("chat", source.to_owned());
+        on_stack(STACK_PER_BYTE * source.len(), add)?.map_err(invalid)?;
         Ok(Self { environment: Arc::new(environment), source: source.into() })
     }
 
@@ -72,6 +82,10 @@ impl Template {
     /// # Errors
     /// When the template refuses the messages or exceeds a limit.
     pub(super) fn render(&self, context: &Context<'_>) -> Result<String, ChatError> {
+        on_stack(RENDER_STACK, || self.render_here(context))?
+    }
+
+    fn render_here(&self, context: &Context<'_>) -> Result<String, ChatError> {
         let template = self.environment.get_template("chat").map_err(|e| ChatError::Template(describe(&e)))?;
         let mut output = Limited(Vec::new());
         match template.render_captured_to(Value::from(minijinja::value::Serde(context)), &mut output) {
@@ -81,6 +95,16 @@ impl Template {
             Err(e) => Err(ChatError::Refused(describe(&e))),
         }
     }
+}
+
+/// Does `work` with `bytes` of stack, and some more.
+fn on_stack<T: Send>(bytes: usize, work: impl FnOnce() -> T + Send) -> Result<T, ChatError> {
+    let failed = |what: &str| ChatError::Template(format!("it could not be worked on: {what}"));
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("chat template".to_owned()).stack_size((2 << 20) + bytes);
+        let thread = thread.spawn_scoped(scope, work).map_err(|e| failed(&e.to_string()))?;
+        thread.join().map_err(|_| failed("its thread panicked"))
+    })
 }
 
 fn describe(e: &Error) -> String {

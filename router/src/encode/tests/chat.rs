@@ -142,6 +142,43 @@ fn hostile_templates_end_with_a_message() {
 }
 
 #[test]
+fn templates_of_any_depth_are_answered() {
+    // As long as a template may be: each of these is nested once for every few bytes.
+    let long =
+        |head: &str, piece: &str, tail: &str| head.to_owned() + &piece.repeat(((64 << 10) - head.len() - tail.len()) / piece.len()) + tail;
+    let templates = [
+        long("{{ ", "not ", "1 }}"),
+        long("{{ ", "-", "1 }}"),
+        long("{{ 1", "+1", " }}"),
+        // What is computed while a template is read takes time with the square of its length.
+        "{{ 1".to_owned() + &"~1".repeat(4000) + " }}",
+        "{{ 'a'".to_owned() + &"+'a'".repeat(4000) + " }}",
+        long("{{ 1", " or 1", " }}"),
+        long("{{ 1", "==1", " }}"),
+        long("{{ a", ".a", " }}"),
+        long("{{ a", "[0]", " }}"),
+        long("{{ a", "()", " }}"),
+        long("{{ a", "|e", " }}"),
+        long("{{ 1", " is a", " }}"),
+        long("{{ ", "1 if 0 else ", "1 }}"),
+        long("{% if 0 %}", "{%elif 0%}", "{% endif %}"),
+        long("{{ ", "[", " }}"),
+        long("", "{%if 1%}", ""),
+        long("", "{%for a in b%}", ""),
+        long("{{ '", "x", "' }}"),
+    ];
+    for template in templates {
+        // Whether it is valid is not asked here: the process is still there to say so.
+        let answer = inline(&template).chat(&[user("x")], ChatOptions::default());
+        if let Err(error) = answer {
+            assert!(error.to_string().starts_with("the chat template"), "{error}");
+        }
+    }
+    let said = refused(&inline(&long("", "x", "").repeat(2)), &[]).to_string();
+    assert!(said.contains("131072 bytes, expected at most 65536"), "{said}");
+}
+
+#[test]
 fn templates_have_what_their_makers_rely_on() {
     let t = inline(
         "{%- for m in messages %}{{ m['content'].strip().split('b')[0] }}|{{ m.content.startswith(' a') }}|{% endfor -%}\
