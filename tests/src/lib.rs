@@ -8,6 +8,7 @@ pub mod client;
 pub mod files;
 pub mod mirror;
 pub mod models;
+pub mod parsers;
 pub mod process;
 pub mod program;
 pub mod rewrite;

@@ -1,4 +1,4 @@
-//! Development chores: `cargo xtask demo`, `test`, `check` and what they need.
+//! Development chores: `cargo xtask demo`, `test`, `check`, `fuzz` and what they need.
 #![forbid(unsafe_code)]
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "chores talk to the person who runs them")]
 
@@ -9,6 +9,7 @@ mod check;
 mod cluster;
 mod codegen;
 mod demo;
+mod fuzz;
 mod minilm;
 mod model;
 #[cfg(target_os = "linux")]
@@ -49,6 +50,8 @@ enum Chore {
     Test(test::Options),
     /// Format, lints, docs, dependencies, generated files, rules of the tree.
     Check,
+    /// Fuzz the parsers of model files, templates and manifests; needs nightly.
+    Fuzz(fuzz::Options),
     /// Regenerate the code made from the .proto files, the definition of the resource, and what is made from the chart.
     Codegen {
         /// Only what is made from the chart.
@@ -84,6 +87,7 @@ fn run(args: Args) -> Result<()> {
         Chore::Demo { keep, prompt } => demo::answer(&prompt, keep),
         Chore::Test(options) => test::all(&options),
         Chore::Check => check::run_all(),
+        Chore::Fuzz(options) => fuzz::run_targets(&options),
         Chore::Codegen { chart: true } => chart::write(),
         Chore::Codegen { chart: false } => codegen::run(),
         #[cfg(target_os = "linux")]
