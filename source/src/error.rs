@@ -44,6 +44,8 @@ pub enum SourceError {
     Range { name: String, begin: u64, end: u64, bytes: u64 },
     #[error("weight file {index} was asked for, the source has {files}")]
     FileIndex { index: usize, files: usize },
+    #[error("{name} at byte {offset} of {place}: {problem}")]
+    Packed { name: String, place: String, offset: u64, problem: String },
     #[error("the model in {place} cannot be used")]
     Header { place: String, source: Box<HeaderError> },
     #[error("the adapter in {place} cannot be used")]
@@ -67,6 +69,7 @@ impl SourceError {
             | Self::NoCache { .. } => "DownloadFailed",
             Self::DiskFull { .. } => "InsufficientDisk",
             Self::DigestMismatch { .. } => "DigestMismatch",
+            Self::Packed { .. } => "feature_unsupported",
             Self::Header { source, .. } | Self::Adapter { source, .. } => source.reason(),
         }
     }

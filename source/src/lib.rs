@@ -17,6 +17,7 @@ mod listing;
 mod locate;
 mod model;
 mod open;
+mod packed;
 mod parts;
 mod place;
 mod ranges;

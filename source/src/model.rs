@@ -13,7 +13,7 @@ use plan::{
     adapter::AdapterHeader,
     card::{CardFile, GGUF_HEADER, ModelCard},
     gguf,
-    header::{HeaderError, adapter_from_gguf, adapter_from_peft, from_gguf_parts, from_safetensors},
+    header::{HeaderError, adapter_from_gguf, adapter_from_peft, from_gguf_parts, from_safetensors, take_packed},
     model::{ModelConfig, ModelFile, ModelHeader},
     safetensors,
 };
@@ -25,6 +25,7 @@ use crate::{
     beside::Beside,
     layout::Kind,
     open::{Opened, Opener},
+    packed::Unpacked,
     place::Place,
     ranges::Ranges,
     split::{self, Rearranged},
@@ -91,6 +92,15 @@ impl RawHeader {
     }
 }
 
+/// Checks that a range lies in a file, and that there is room for it.
+fn within(file: &ModelFile, bytes: u64, range: &Range<u64>, into: &[u8]) -> Result<(), SourceError> {
+    if range.start > range.end || range.end > bytes {
+        return Err(SourceError::Range { name: file.name.clone(), begin: range.start, end: range.end, bytes });
+    }
+    assert_eq!(into.len() as u64, range.end - range.start, "the buffer has the length of the range");
+    Ok(())
+}
+
 /// Small files of JSON, written down as text.
 mod text {
     use serde::{Deserialize, Deserializer, Serializer, ser::Error};
@@ -113,8 +123,9 @@ pub struct Source {
     beside: Beside,
     is_gguf: bool,
     raw: OnceLock<RawHeader>,
-    /// Files that there are not, numbered behind the weights.
+    /// Files that there are not, numbered behind the weights: of PyTorch, or of packed matrices.
     rearranged: Vec<Rearranged>,
+    unpacked: Option<Unpacked>,
     bytes_read: AtomicU64,
 }
 
@@ -146,7 +157,29 @@ impl Source {
             let config = beside.config()?.to_vec();
             (raw, rearranged) = (OnceLock::from(RawHeader::Safetensors { config, parts: listed.parts }), listed.rearranged);
         }
-        Ok(Self { uri: uri.to_owned(), weights, beside, is_gguf, raw, rearranged, bytes_read: AtomicU64::new(0) })
+        let bytes_read = AtomicU64::new(0);
+        let mut source = Self { uri: uri.to_owned(), weights, beside, is_gguf, raw, rearranged, unpacked: None, bytes_read };
+        source.unpack(kind)?;
+        Ok(source)
+    }
+
+    /// Lists packed matrices as blocks, where there are any.
+    fn unpack(&mut self, kind: Kind) -> Result<(), SourceError> {
+        // Whether files beside the weights are missing is for those to say who need them.
+        let packed = |config: &[u8]| String::from_utf8_lossy(config).contains("\"quantization_config\"");
+        let safetensors = !self.is_gguf && self.raw.get().is_none() && kind == Kind::Model;
+        if !safetensors || !self.beside.config().is_ok_and(packed) {
+            return Ok(());
+        }
+        // Read at once: numbers of files depend on what is in them.
+        let RawHeader::Safetensors { config, mut parts } = self.read_safetensors()? else { return Ok(()) };
+        let matrices =
+            take_packed(&config, &mut parts).map_err(|source| SourceError::Header { place: self.uri.clone(), source: Box::new(source) })?;
+        if let Some((file, _)) = parts.get(self.weights.len()) {
+            self.unpacked = Some(Unpacked::new(file.clone(), matrices));
+        }
+        self.raw = OnceLock::from(RawHeader::Safetensors { config, parts });
+        Ok(())
     }
 
     /// The URI it was opened by.
@@ -156,7 +189,8 @@ impl Source {
 
     /// The weight files, as [`ModelHeader::files`] numbers them.
     pub fn files(&self) -> Vec<ModelFile> {
-        self.weights.iter().map(|w| w.0.clone()).chain(self.rearranged.iter().map(|r| r.file.clone())).collect()
+        let others = self.rearranged.iter().map(|r| r.file.clone()).chain(self.unpacked.iter().map(|u| u.file.clone()));
+        self.weights.iter().map(|w| w.0.clone()).chain(others).collect()
     }
 
     /// The path of weight file `file` when it lies on this machine (for mapping it).
@@ -172,15 +206,18 @@ impl Source {
     /// # Panics
     /// If `into` has another length than `range`.
     pub fn read(&self, file: usize, range: Range<u64>, into: &mut [u8]) -> Result<(), SourceError> {
+        if let Some(unpacked) = self.unpacked.as_ref().filter(|_| file == self.weights.len()) {
+            within(&unpacked.file, unpacked.file.bytes, &range, into)?;
+            unpacked.read(&self.weights, &range, into)?;
+            self.bytes_read.fetch_add(into.len() as u64, Ordering::Relaxed);
+            return Ok(());
+        }
         let files = self.weights.len() + self.rearranged.len();
         let rearranged = file.checked_sub(self.weights.len()).and_then(|index| self.rearranged.get(index));
         let base = rearranged.map_or(file, |r| r.base);
         let (model_file, place) = self.weights.get(base).ok_or(SourceError::FileIndex { index: file, files })?;
-        let (name, bytes) = rearranged.map_or((&model_file.name, place.bytes()), |r| (&r.file.name, r.file.bytes));
-        if range.start > range.end || range.end > bytes {
-            return Err(SourceError::Range { name: name.clone(), begin: range.start, end: range.end, bytes });
-        }
-        assert_eq!(into.len() as u64, range.end - range.start, "the buffer has the length of the range");
+        let (shown, bytes) = rearranged.map_or((model_file, place.bytes()), |r| (&r.file, r.file.bytes));
+        within(shown, bytes, &range, into)?;
         match rearranged {
             Some(rearranged) => rearranged.read(place, &range, into)?,
             None => place.read(&range, into)?,
@@ -203,6 +240,10 @@ impl Source {
     ) -> Result<(), SourceError> {
         let mut wanted = vec![Ranges::default(); self.weights.len()];
         for (file, range) in ranges {
+            if let Some(unpacked) = self.unpacked.as_ref().filter(|_| file == self.weights.len()) {
+                unpacked.covering(&range).into_iter().for_each(|(file, range)| wanted[file].insert(range));
+                continue;
+            }
             match file.checked_sub(self.weights.len()).and_then(|index| self.rearranged.get(index)) {
                 Some(rearranged) => rearranged.covering(&range).for_each(|range| wanted[rearranged.base].insert(range)),
                 None if file < self.weights.len() => wanted[file].insert(range),

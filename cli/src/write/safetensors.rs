@@ -87,11 +87,18 @@ fn header(tensors: &[Typed]) -> Outcome<Vec<u8>> {
 fn small_files(writing: &Writing<'_>, metadata: Option<&Metadata>, tensors: &[Typed]) -> Outcome<Vec<CardFile>> {
     let Some(Metadata::Hf(config)) = metadata else {
         let mut files = writing.card.files.clone();
-        if let (Types::All(dtype), Some(config)) = (writing.order.types, files.iter_mut().find(|f| f.name == "config.json")) {
+        if let Some(config) = files.iter_mut().find(|f| f.name == "config.json") {
             let mut json: Map<String, Value> = serde_json::from_slice(&config.bytes).context("config.json is not JSON").bad_input()?;
-            let field = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            json.insert(field.to_owned(), json!(torch(dtype)));
-            config.bytes = pretty(&Value::Object(json))?.into_bytes();
+            let before = json.clone();
+            // What was packed is written as floats.
+            json.shift_remove("quantization_config");
+            if let Types::All(dtype) = writing.order.types {
+                let field = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+                json.insert(field.to_owned(), json!(torch(dtype)));
+            }
+            if json != before {
+                config.bytes = pretty(&Value::Object(json))?.into_bytes();
+            }
         }
         return Ok(files);
     };

@@ -6,6 +6,7 @@ use super::{
     Found, HeaderError, MAX_EXPERTS, MAX_LAYERS, assemble,
     families::{self, Family},
     fields::{FILE, Fields},
+    packed::Scheme,
     rope::{DEFAULT_BASE, hf_context, hf_rope, rope_fields},
     tensors::Biases,
 };
@@ -29,13 +30,22 @@ pub struct HfConfig {
 /// # Errors
 /// When the architecture, a setting, a tensor's name, type or shape is not what Skein supports.
 pub fn from_safetensors(config_json: &[u8], parts: &[(ModelFile, Header)]) -> Result<ModelHeader, HeaderError> {
-    let (family, HfConfig { config, biases }) = parse(config_json)?;
+    let (family, HfConfig { config, biases }, scheme) = parse(config_json)?;
+    let listed = || parts.iter().flat_map(|(_, header)| &header.tensors);
+    if scheme.is_some() && !listed().any(|t| block(&t.dtype).is_some()) {
+        return Err(HeaderError::UnsupportedFeature {
+            file: FILE.to_owned(),
+            field: "quantization_config".to_owned(),
+            expected: "packed matrices in safetensors files",
+            got: "others, or none".to_owned(),
+        });
+    }
     let found = parts.iter().enumerate().flat_map(|(file, (_, header))| {
         header.tensors.iter().map(move |t| Found {
             name: t.name.clone(),
             file,
             entry_offset: t.entry_offset,
-            dtype: dtype(&t.dtype).ok_or_else(|| t.dtype.clone()),
+            dtype: dtype(&t.dtype).or(block(&t.dtype)).ok_or_else(|| t.dtype.clone()),
             shape: t.shape.clone(),
             offset: t.offset,
             bytes: t.bytes,
@@ -54,6 +64,11 @@ pub(super) fn dtype(name: &str) -> Option<DType> {
     })
 }
 
+/// Block types that packed matrices are listed with.
+fn block(name: &str) -> Option<DType> {
+    [DType::Q4_0, DType::Q5_0, DType::Q8_0].into_iter().find(|dtype| format!("{dtype:?}") == name)
+}
+
 impl HfConfig {
     /// Parses `config.json`.
     ///
@@ -64,13 +79,11 @@ impl HfConfig {
     }
 }
 
-fn parse(json: &[u8]) -> Result<(&'static Family, HfConfig), HeaderError> {
+fn parse(json: &[u8]) -> Result<(&'static Family, HfConfig, Option<Scheme>), HeaderError> {
     let map: Map<String, Value> = serde_json::from_slice(json).map_err(|source| HeaderError::Json { file: FILE.to_owned(), source })?;
     let fields = Fields { file: FILE, map: &map, path: String::new() };
     let family = families::of_hf(&fields)?;
-    if fields.present("quantization_config").is_some() {
-        return Err(fields.unsupported("quantization_config", "unquantized weights", "quantized weights"));
-    }
+    let scheme = Scheme::read(&fields)?;
     for name in ["attn_logit_softcapping", "final_logit_softcapping"] {
         if let Some(cap) = fields.present(name) {
             return Err(fields.unsupported(name, "models without logit soft-capping", &cap.to_string()));
@@ -79,7 +92,7 @@ fn parse(json: &[u8]) -> Result<(&'static Family, HfConfig), HeaderError> {
     if fields.flag("use_bidirectional_attention")?.unwrap_or(false) {
         return Err(fields.unsupported("use_bidirectional_attention", "causal attention", "true"));
     }
-    Ok((family, (family.from_hf)(&fields)?))
+    Ok((family, (family.from_hf)(&fields)?, scheme))
 }
 
 /// A decoder with the usual fields: RMS norms before its blocks, rotated heads, a gated feed-forward block. Its layers, all of them full

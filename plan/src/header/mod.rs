@@ -6,6 +6,7 @@ mod fields;
 mod gguf;
 mod hf;
 mod metadata;
+mod packed;
 mod rope;
 mod target;
 mod tensors;
@@ -15,6 +16,7 @@ mod tests;
 pub use adapter::{adapter_from_gguf, adapter_from_peft};
 pub use gguf::{from_gguf, from_gguf_parts};
 pub use hf::{HfConfig, from_safetensors};
+pub use packed::{Packed, Packing, Part as PackedPart, Piece, take_packed};
 pub use target::{Made, Metadata, Part, Target, TargetError, Turn, target};
 pub use tensors::Biases;
 

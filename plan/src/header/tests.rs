@@ -203,7 +203,7 @@ fn refusals_of_config_json_name_field_value_and_expectation() {
             ["rope_parameters.low_freq_factor", "4", "less than high_freq_factor"],
         ),
         (l(json!({"partial_rotary_factor": 0.05})), ["head_dim", "0", "an even number"]),
-        (l(json!({"quantization_config": {"bits": 4}})), ["quantization_config", "quantized", "unquantized"]),
+        (l(json!({"quantization_config": {"bits": 4}})), ["quantization_config.quant_method", "missing", "gptq"]),
         (g(json!({"final_logit_softcapping": 30.0})), ["final_logit_softcapping", "30", "without"]),
         (g(json!({"attn_logit_softcapping": 50.0})), ["attn_logit_softcapping", "50", "without"]),
         (g(json!({"use_bidirectional_attention": true})), ["use_bidirectional_attention", "true", "causal"]),

@@ -12,6 +12,7 @@ mod fetch;
 mod formats;
 mod input;
 mod instructions;
+mod packed;
 mod pool;
 mod run;
 mod runner;
