@@ -183,13 +183,22 @@ HF_MODEL = {"model.embed_tokens.weight": [8, 8], "model.norm.weight": [8]}
 HF_MODEL |= {f"model.layers.0.{name}.weight": shape for name, shape in HF_LAYER.items()}
 
 
+GPTQ_LAYER = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+GPTQ_MODEL = {"model.embed_tokens.weight": [8, 32], "model.norm.weight": [32]}
+GPTQ_MODEL |= {f"model.layers.0.{name}.weight": [32] for name in ["input_layernorm", "post_attention_layernorm"]}
+for name in GPTQ_LAYER:
+    parts = {"qweight": [4, 32], "qzeros": [1, 4], "scales": [1, 32], "g_idx": [32]}
+    GPTQ_MODEL |= {f"model.layers.0.{name}.{part}": shape for part, shape in parts.items()}
+
+
 def model_safetensors(shapes):
     header, at = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in shapes.items():
-        size = 4
+        integers, halves = name.endswith(("qweight", "qzeros", "g_idx")), name.endswith("scales")
+        size = 2 if halves else 4
         for d in shape:
             size *= d
-        header[name] = entry(shape, at, at + size)
+        header[name] = entry(shape, at, at + size, "I32" if integers else "F16" if halves else "F32")
         at += size
     return safetensors(header, at)
 
@@ -211,6 +220,14 @@ def safetensors_files():
     put("length.safetensors", safetensors({"a": entry([8], 0, 16)}, 16))
     put("type.safetensors", safetensors({"a": entry([4], 0, 16, "PICKLE")}, 16))
     put("nested.safetensors", safetensors('{"__metadata__":' + "[" * 20000))
+    put = lambda name, content: write("packed", name, content)
+    good = model_safetensors(GPTQ_MODEL)
+    put("good-gptq.safetensors", good)
+    put("zero-extent.safetensors", model_safetensors(GPTQ_MODEL | {"model.layers.0.mlp.up_proj.qweight": [0, 1 << 61]}))
+    put("rows.safetensors", model_safetensors(GPTQ_MODEL | {"model.layers.0.mlp.up_proj.qweight": [4, 31]}))
+    put("groups.safetensors", model_safetensors(GPTQ_MODEL | {"model.layers.0.mlp.up_proj.qweight": [5, 32]}))
+    put("scales.safetensors", model_safetensors({n: s for n, s in GPTQ_MODEL.items() if n != "model.layers.0.mlp.up_proj.scales"}))
+    put("scale-type.safetensors", good.replace(b'.mlp.up_proj.scales": {"dtype": "F16"', b'.mlp.up_proj.scales": {"dtype": "I16"'))
     index = lambda file: json.dumps({"metadata": {"total_size": 32}, "weight_map": {"a": "model-1.safetensors", "b": file}})
     put = lambda name, content: write("index", name, content)
     put("good-index.json", index("model-2.safetensors"))
@@ -459,6 +476,15 @@ def settings_files():
     put = lambda name, **more: write("config_json", name, json.dumps(CONFIG | more))
     put("good-llama.json")
     put("good-yarn.json", rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16})
+    wide = {"hidden_size": 32, "intermediate_size": 32, "num_key_value_heads": 4}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+    put("good-gptq.json", **wide, quantization_config=gptq)
+    put("good-awq.json", **wide, quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128, "version": "GEMM", "zero_point": True})
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    groups = {"group_0": {"weights": weights, "input_activations": {"dynamic": True}}}
+    whole = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": groups}
+    put("good-int8.json", **wide, quantization_config=whole)
+    put("group-size.json", **wide, quantization_config=gptq | {"group_size": 0})
     put("layers.json", num_hidden_layers=1 << 40)
     put("no-heads.json", num_attention_heads=0)
     put("heads.json", num_attention_heads=3)

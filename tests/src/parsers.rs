@@ -6,7 +6,7 @@ use plan::{
     adapter::AdapterHeader,
     card::{CardFile, GGUF_HEADER, ModelCard},
     gguf::{self, Keep},
-    header::{HfConfig, adapter_from_peft, from_gguf, from_safetensors},
+    header::{HfConfig, adapter_from_peft, from_gguf, from_safetensors, take_packed},
     manifest::Manifest,
     model::{ModelFile, ModelHeader},
     planner::{Capacity, Spec, plan},
@@ -29,7 +29,7 @@ pub struct Parser {
 }
 
 /// Every parser.
-pub const PARSERS: [Parser; 11] = [
+pub const PARSERS: [Parser; 12] = [
     Parser {
         name: "gguf",
         read: gguf,
@@ -37,6 +37,7 @@ pub const PARSERS: [Parser; 11] = [
         held: (40, 64 << 20),
     },
     Parser { name: "safetensors", read: safetensors, places: &["at byte ", "model.safetensors"], held: (20, 256 << 10) },
+    Parser { name: "packed", read: packed, places: &["at byte ", "model.safetensors", "config.json"], held: (40, 512 << 10) },
     Parser { name: "index", read: index, places: &["at byte "], held: (20, 256 << 10) },
     Parser { name: "pytorch", read: pytorch, places: &["at byte "], held: (60, 256 << 10) },
     Parser { name: "tokenizer_json", read: tokenizer_json, places: &["tokenizer"], held: (200, 32 << 20) },
@@ -92,6 +93,22 @@ pub fn safetensors(bytes: &[u8]) -> Result<(), String> {
     let header = safetensors::read(&mut &*bytes, size).map_err(chain)?;
     let file = ModelFile { name: "model.safetensors".into(), bytes: size };
     planned(&from_safetensors(CONFIG.as_bytes(), &[(file, header)]).map_err(chain)?);
+    Ok(())
+}
+
+/// A safetensors file of packed matrices, of a model that a `config.json` of its corpus describes.
+pub fn packed(bytes: &[u8]) -> Result<(), String> {
+    const CONFIG: &[u8] = include_bytes!("../../fuzz/corpus/config_json/good-gptq.json");
+    let size = bytes.len() as u64;
+    let header = safetensors::read(&mut &*bytes, size).map_err(chain)?;
+    let mut parts = vec![(ModelFile { name: "model.safetensors".into(), bytes: size }, header)];
+    for matrix in take_packed(CONFIG, &mut parts).map_err(chain)? {
+        let (weights, scales, zeros) = matrix.parts(&(matrix.rows / 3..matrix.rows));
+        for (piece, rows, columns) in [Some(weights), Some(scales), zeros].into_iter().flatten() {
+            assert!(piece.ranges(rows, columns).iter().all(|range| range.end <= size), "{piece:?}");
+        }
+    }
+    planned(&from_safetensors(CONFIG, &parts).map_err(chain)?);
     Ok(())
 }
 

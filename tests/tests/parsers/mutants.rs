@@ -153,6 +153,7 @@ macro_rules! mutants {
 mutants! {
     gguf: 20_000,
     safetensors: 20_000,
+    packed: 10_000,
     index: 20_000,
     pytorch: 20_000,
     tokenizer_json: 4_000,

@@ -9,7 +9,7 @@ use crate::{
 
 /// Folder, file, and what the refusal says; nothing where the file loads, and does no harm.
 #[rustfmt::skip]
-const TABLE: [(&str, &str, &str); 141] = [
+const TABLE: [(&str, &str, &str); 147] = [
     ("gguf", "alignment-3.gguf", "a power of two"),
     ("gguf", "cve-2024-21802.gguf", "at most 4 extents, got 9"),
     ("gguf", "cve-2024-21825.gguf", "length of metadata a at byte 41: count"),
@@ -53,6 +53,11 @@ const TABLE: [(&str, &str, &str); 141] = [
     ("safetensors", "reversed.safetensors", "range 16..0"),
     ("safetensors", "shape-overflow.safetensors", "overflows 64 bits"),
     ("safetensors", "type.safetensors", "got PICKLE"),
+    ("packed", "groups.safetensors", "whole blocks of 32"),
+    ("packed", "rows.safetensors", "a multiple of 8 rows"),
+    ("packed", "scale-type.safetensors", "expected F16 or BF16"),
+    ("packed", "scales.safetensors", "up_proj.scales is missing"),
+    ("packed", "zero-extent.safetensors", "has shape [0, 2305843009213693952]"),
     ("index", "absolute.json", "expected a file name"),
     ("index", "backslash.json", "expected a file name"),
     ("index", "nul.json", "expected a file name"),
@@ -136,6 +141,7 @@ const TABLE: [(&str, &str, &str); 141] = [
     ("chat_template", "ternary.jinja", ""),
     ("config_json", "code.json", "not supported"),
     ("config_json", "factor.json", "a positive number"),
+    ("config_json", "group-size.json", "quantization_config.group_size"),
     ("config_json", "heads.json", "a divisor of the 3 heads"),
     ("config_json", "hidden.json", "from 1 to 16777216"),
     ("config_json", "layers.json", "from 1 to 16777216"),
