@@ -128,7 +128,7 @@ fn credentials_let_a_deployment_in() {
     namespace.apply(&manifest("private", &json!({"model": shown})));
     refused("a Secret that is not there", "Secret hub does not exist");
     secret("password", SECRET);
-    refused("a Secret with other keys", "expected a key token or authorization, got password");
+    refused("a Secret with other keys", "AWS_SECRET_ACCESS_KEY, got password");
     secret("token", "another");
     refused("a wrong token", "refused with status 401");
     secret("token", SECRET);

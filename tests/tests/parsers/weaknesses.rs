@@ -142,7 +142,7 @@ const TABLE: [(&str, &str, &str); 147] = [
     ("config_json", "code.json", "not supported"),
     ("config_json", "factor.json", "a positive number"),
     ("config_json", "group-size.json", "quantization_config.group_size"),
-    ("config_json", "heads.json", "a divisor of the 3 heads"),
+    ("config_json", "heads.json", "a divisor of the hidden size 8"),
     ("config_json", "hidden.json", "from 1 to 16777216"),
     ("config_json", "layers.json", "from 1 to 16777216"),
     ("config_json", "negative.json", "from 1 to 16777216"),

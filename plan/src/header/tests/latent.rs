@@ -84,7 +84,7 @@ fn what_the_families_do_not_do_is_refused_by_name() {
         (
             &v3,
             json!({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}),
-            ["quantization_config", "unquantized"],
+            ["quantization_config.quant_method", "fp8, which is not supported yet"],
         ),
         (&v3, json!({"attention_bias": true}), ["attention_bias", "false"]),
         (&v2, json!({"mlp_bias": true}), ["mlp_bias", "false"]),

@@ -1,9 +1,14 @@
 //! A worker's address, and the calls that go there.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{
+    io::{self, ErrorKind},
+    sync::OnceLock,
+    time::Duration,
+};
 
 use identity::{Dialer, Identity, Name};
 use proto::{bearer::Bearer, worker::worker_client::WorkerClient};
+use tokio::time::error::Elapsed;
 use tonic::{
     Code, Status,
     service::interceptor::InterceptedService,
@@ -22,6 +27,9 @@ const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_
 const WINDOW: u32 = 8 << 20;
 /// Largest reply: the logits of a few hundred tokens of a large vocabulary are a megabyte each.
 const REPLY: usize = 1 << 30;
+
+/// What is said of a worker at whose address the network brings nothing.
+const NOWHERE: &str = "nothing answers there";
 
 /// One worker as the router knows it.
 pub(super) struct Remote {
@@ -88,16 +96,61 @@ impl Remote {
             Code::Unauthenticated => failed("unauthenticated"),
             Code::FailedPrecondition => failed("refused"),
             Code::Aborted => failed("busy"),
-            _ => {
-                let mut detail = status.message().to_owned();
-                let mut next = std::error::Error::source(status);
-                while let Some(cause) = next {
-                    detail.push_str(": ");
-                    detail.push_str(&cause.to_string());
-                    next = cause.source();
-                }
-                self.lost(detail)
-            }
+            _ => self.lost(broken(status)),
         }
+    }
+}
+
+/// Why a call that broke did, without what is said twice.
+///
+/// Whether a network says that there is no way or says nothing differs from one attempt to the next (routers limit how often they say it), and
+/// whoever reads it would see news where there are none.
+fn broken(status: &Status) -> String {
+    let mut said = vec![status.message().to_owned()];
+    let mut next = std::error::Error::source(status);
+    while let Some(cause) = next {
+        let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
+        if cause.is::<Elapsed>() || matches!(kind, Some(ErrorKind::TimedOut | ErrorKind::HostUnreachable | ErrorKind::NetworkUnreachable)) {
+            return NOWHERE.to_owned();
+        }
+        said.push(cause.to_string());
+        next = cause.source();
+    }
+    said.retain(|text| !text.is_empty() && text != "transport error");
+    said.dedup();
+    said.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_that_cannot_be_reached_is_told_in_the_same_words() {
+        let of = |error: io::Error| broken(&Status::from_error(Box::new(error)));
+        for kind in [ErrorKind::TimedOut, ErrorKind::HostUnreachable, ErrorKind::NetworkUnreachable] {
+            assert_eq!(of(kind.into()), NOWHERE);
+        }
+        let refused = of(ErrorKind::ConnectionRefused.into());
+        assert!(refused.contains("refused") && refused.matches("refused").count() == 1, "{refused}");
+        assert_eq!(broken(&Status::unknown("it is down")), "it is down");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_is_not_answered_in_time_is_one_of_them() {
+        // A full queue of connections that nobody accepts: the next one gets no answer.
+        let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+        socket.bind("127.0.0.1:0".parse().expect("an address")).expect("a free port");
+        let listener = socket.listen(0).expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let mut held = Vec::new();
+        while let Ok(stream) = tokio::time::timeout(CONNECT / 4, tokio::net::TcpStream::connect(address)).await {
+            held.push(stream.expect("a connection"));
+        }
+        let connector = WorkersConnector::new(None);
+        let remote = Remote::new("r", (0, 0), &address.to_string(), &connector);
+        let mut client = remote.client().expect("a client");
+        let error = client.probe(proto::worker::ProbeRequest::default()).await.expect_err("nobody answers");
+        assert_eq!(broken(&error), NOWHERE);
     }
 }
