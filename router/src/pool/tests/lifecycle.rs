@@ -30,7 +30,8 @@ async fn two_routers_share_replicas_and_each_reaches_every_one() {
             assert_eq!([begun, tokens].concat(), solo(generation));
             assert_eq!(end.expect("it finished"), FinishReason::Length);
         }
-        assert!(router.replicas().iter().all(|r| r.sequences == 0));
+        // A router that drives for another counts a sequence until it knows that its end was taken.
+        until("nothing left on any replica", || router.replicas().iter().all(|r| r.sequences == 0)).await;
         assert_eq!(router.edge.load()[0].resumed_total, 0, "nothing was lost on the way");
     }
     // Control: another seed is another stream.
