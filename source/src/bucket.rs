@@ -11,7 +11,7 @@ use crate::{
     admission::Admission,
     digest::Digest,
     http::Client,
-    listing::{Listed, MAX_PAGES, Store, endless},
+    listing::{Listed, MAX_PAGES, Store, below, endless},
 };
 
 /// How long a signed URL is good for: a body that has begun to come is not cut off by its end.
@@ -119,7 +119,7 @@ impl Bucket {
 
 impl Store for Bucket {
     fn list(&self, client: &Client, folder: &str) -> Result<Vec<Listed>, SourceError> {
-        let prefix = if folder.is_empty() { String::new() } else { format!("{folder}/") };
+        let prefix = below(folder);
         let (mut files, mut page) = (Vec::new(), None::<String>);
         for _ in 0..MAX_PAGES {
             let mut ask = ListObjectsV2::new(&self.names, None);
@@ -154,8 +154,7 @@ impl Store for Bucket {
     }
 
     fn place(&self, folder: &str) -> String {
-        let folder = if folder.is_empty() { String::new() } else { format!("{folder}/") };
-        format!("{}{folder}", self.names.base_url())
+        format!("{}{}", self.names.base_url(), below(folder))
     }
 
     fn admission(&self) -> &Admission {

@@ -64,7 +64,7 @@ impl Cache {
         if let Some(path) = digest.and_then(|d| self.blob(d)) {
             return Ok(path);
         }
-        let key = digest.map_or_else(|| Digest::of_text(&remote.identity()).hex().to_owned(), |d| d.hex().to_owned());
+        let key = digest.map_or_else(|| Digest::of_bytes(remote.identity()).hex().to_owned(), |d| d.hex().to_owned());
         let _lock = self.lock(&key)?;
         if let Some(path) = digest.and_then(|d| self.blob(d)).or_else(|| self.alias(&key)) {
             debug!(file = remote.name(), "another process fetched it");
@@ -102,7 +102,7 @@ impl Cache {
 
     /// A file of which only what is read is fetched; `digest` is what its source says it has.
     pub(crate) fn parts(&self, remote: &Remote, bytes: u64, digest: Option<&Digest>) -> Result<Parts, SourceError> {
-        let identity = || Digest::of_text(&remote.identity()).hex().to_owned();
+        let identity = || Digest::of_bytes(remote.identity()).hex().to_owned();
         let folder = self.folder("parts")?;
         if digest.is_none() && !remote.is_marked() {
             // What such a server sends tomorrow may be of another file: nothing is to be found again.
@@ -168,7 +168,7 @@ impl Cache {
     }
 
     fn beside_path(&self, digest: &Digest, uri: &str) -> PathBuf {
-        self.root.join("beside").join(Digest::of_text(&format!("beside {digest} {uri}")).hex())
+        self.root.join("beside").join(Digest::of_bytes(format!("beside {digest} {uri}")).hex())
     }
 
     fn folder(&self, name: &str) -> Result<PathBuf, SourceError> {
@@ -224,7 +224,7 @@ fn file_key(path: &Path) -> Result<String, SourceError> {
     let stat = || fs::canonicalize(path).and_then(|full| fs::metadata(&full).map(|m| (full, m)));
     let (full, meta) = stat().map_err(|e| SourceError::file("stat", path, e))?;
     let modified = meta.modified().ok().and_then(|t| t.duration_since(std::time::UNIX_EPOCH).ok());
-    Ok(Digest::of_text(&format!("file {} {} {modified:?}", full.display(), meta.len())).hex().to_owned())
+    Ok(Digest::of_bytes(format!("file {} {} {modified:?}", full.display(), meta.len())).hex().to_owned())
 }
 
 /// Downloads `remote` to `partial`, resuming what is there, and returns the digest of the whole.

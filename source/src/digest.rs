@@ -23,9 +23,9 @@ impl Digest {
         Self { hex: hash.finalize().iter().map(|b| format!("{b:02x}")).collect() }
     }
 
-    /// The digest of a text, used for names of cache entries.
-    pub(crate) fn of_text(text: &str) -> Self {
-        Self::of(Sha256::new().chain_update(text))
+    /// The digest of bytes that are here, such as the text that names an entry of the cache.
+    pub(crate) fn of_bytes(bytes: impl AsRef<[u8]>) -> Self {
+        Self::of(Sha256::new().chain_update(bytes))
     }
 
     /// The digest of a file's bytes.

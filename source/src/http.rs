@@ -114,9 +114,7 @@ impl Client {
     /// The token that a service of a registry hands out at `url`, as JSON.
     pub(crate) fn token(&self, url: &str, basic: &Admission) -> Result<Vec<u8>, Failure> {
         let response = self.get(url, basic, None)?;
-        let mut bytes = Vec::new();
-        response.into_body().into_reader().take(MAX_TOKEN).read_to_end(&mut bytes).map_err(Failure::Passing)?;
-        Ok(bytes)
+        whole(url, response, MAX_TOKEN)
     }
 
     /// The whole of a small file, and the next page's URL when the server pages its answer.
@@ -124,13 +122,7 @@ impl Client {
         self.retry(url, || {
             let response = self.get(url, admission, None)?;
             let next = text(&response, header::LINK).and_then(next_link);
-            let mut bytes = Vec::new();
-            response.into_body().into_reader().take(MAX_SMALL + 1).read_to_end(&mut bytes).map_err(Failure::Passing)?;
-            if bytes.len() as u64 > MAX_SMALL {
-                let (expected, got) = (format!("at most {MAX_SMALL} bytes"), "more".to_owned());
-                return Err(Failure::Final(SourceError::Protocol { place: url.to_owned(), expected, got }));
-            }
-            Ok((bytes, next))
+            Ok((whole(url, response, MAX_SMALL)?, next))
         })
     }
 
@@ -336,6 +328,17 @@ pub(crate) enum Failure {
     Passing(io::Error),
     /// None will.
     Final(SourceError),
+}
+
+/// The whole of an answer, of at most `most` bytes.
+fn whole(url: &str, response: Response<Body>, most: u64) -> Result<Vec<u8>, Failure> {
+    let mut bytes = Vec::new();
+    response.into_body().into_reader().take(most + 1).read_to_end(&mut bytes).map_err(Failure::Passing)?;
+    if bytes.len() as u64 > most {
+        let (expected, got) = (format!("at most {most} bytes"), "more".to_owned());
+        return Err(Failure::Final(SourceError::Protocol { place: url.to_owned(), expected, got }));
+    }
+    Ok(bytes)
 }
 
 fn answered(status: StatusCode) -> io::Error {

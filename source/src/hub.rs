@@ -7,7 +7,7 @@ use crate::{
     admission::Admission,
     digest::Digest,
     http::Client,
-    listing::{Listed, MAX_PAGES, Store, encode, endless},
+    listing::{Listed, MAX_PAGES, Store, below, encode, endless},
 };
 
 /// A repository at a revision.
@@ -75,8 +75,7 @@ impl Store for Repository {
     }
 
     fn place(&self, folder: &str) -> String {
-        let base = self.resolve(folder);
-        if base.ends_with('/') { base } else { base + "/" }
+        self.resolve(&below(folder))
     }
 
     fn admission(&self) -> &Admission {

@@ -31,6 +31,11 @@ pub(crate) trait Store: fmt::Debug {
     fn admission(&self) -> &Admission;
 }
 
+/// What paths of the files of `folder` begin with.
+pub(crate) fn below(folder: &str) -> String {
+    if folder.is_empty() { String::new() } else { format!("{folder}/") }
+}
+
 /// The error of a listing that does not end.
 pub(crate) fn endless(place: String) -> SourceError {
     SourceError::Protocol { place, expected: format!("at most {MAX_PAGES} pages of files"), got: "more".to_owned() }

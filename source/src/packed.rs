@@ -153,22 +153,22 @@ fn fetch(weights: &Weights, (piece, rows, columns): PackedPart<'_>) -> Result<Ve
     let (_, place) = weights.get(piece.file).ok_or(SourceError::FileIndex { index: piece.file, files: weights.len() })?;
     let ranges = piece.ranges(rows, columns);
     let mut bytes = vec![0; ranges.iter().map(|range| range.end - range.start).sum::<u64>() as usize];
-    if let (Place::Remote { .. }, [first, .., last]) = (place, &ranges[..]) {
-        // One request instead of one for each row; only what is kept on disk is counted.
-        let mut hull = vec![0; (last.end - first.start) as usize];
-        place.read(&(first.start..last.end), &mut hull)?;
-        let mut left = &mut bytes[..];
-        for range in &ranges {
-            let (into, more) = left.split_at_mut((range.end - range.start) as usize);
-            into.copy_from_slice(&hull[(range.start - first.start) as usize..(range.end - first.start) as usize]);
-            left = more;
+    // One request instead of one for each row; only what is kept on disk is counted.
+    let hull = match (place, &ranges[..]) {
+        (Place::Remote { .. }, [first, .., last]) => {
+            let mut hull = vec![0; (last.end - first.start) as usize];
+            place.read(&(first.start..last.end), &mut hull)?;
+            Some((first.start, hull))
         }
-        return Ok(bytes);
-    }
+        _ => None,
+    };
     let mut left = &mut bytes[..];
     for range in &ranges {
         let (into, more) = left.split_at_mut((range.end - range.start) as usize);
-        place.read(range, into)?;
+        match &hull {
+            Some((start, hull)) => into.copy_from_slice(&hull[(range.start - start) as usize..(range.end - start) as usize]),
+            None => place.read(range, into)?,
+        }
         left = more;
     }
     Ok(bytes)

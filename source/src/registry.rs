@@ -10,7 +10,6 @@ use std::{
 };
 
 use serde::Deserialize;
-use sha2::{Digest as _, Sha256};
 use ureq::{
     Body,
     http::{HeaderName, Response, header},
@@ -21,7 +20,7 @@ use crate::{
     admission::Admission,
     digest::Digest,
     http::{Client, Failure},
-    listing::{Listed, Store},
+    listing::{Listed, Store, below},
 };
 
 /// Kinds of manifest that are understood, then anything, for layers.
@@ -170,7 +169,7 @@ impl Artifact {
         let url = format!("{}/manifests/{reference}", self.base);
         let (bytes, _) = client.small(&url, &self.admission)?;
         if reference.starts_with("sha256:") {
-            let (expected, got): (Digest, _) = (reference.parse()?, Digest::of(Sha256::new().chain_update(&bytes)));
+            let (expected, got): (Digest, _) = (reference.parse()?, Digest::of_bytes(&bytes));
             if expected != got {
                 let (expected, got) = (expected.hex().to_owned(), got.hex().to_owned());
                 return Err(SourceError::DigestMismatch { place: url, expected, got });
@@ -230,7 +229,7 @@ impl Store for Artifact {
     }
 
     fn place(&self, folder: &str) -> String {
-        if folder.is_empty() { format!("{}/", self.uri) } else { format!("{}/{folder}/", self.uri) }
+        format!("{}/{}", self.uri, below(folder))
     }
 
     fn admission(&self) -> &Admission {

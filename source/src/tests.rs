@@ -24,7 +24,6 @@ use plan::{
     dtype::DType,
     gguf::{Kind, Value, Writer},
 };
-use sha2::{Digest as _, Sha256};
 
 /// How the server answers.
 #[derive(Clone, Default)]
@@ -213,7 +212,7 @@ fn gguf() -> Vec<u8> {
 }
 
 fn digest(bytes: &[u8]) -> String {
-    Digest::of(Sha256::new().chain_update(bytes)).to_string()
+    Digest::of_bytes(bytes).to_string()
 }
 
 fn options(cache: &Path) -> SourceOptions {
