@@ -358,7 +358,7 @@ async fn advance(object: &mut ModelDeployment, context: &Context, served: &Serve
         Ok(step) => step,
         Err(error) => return context.reject(object, served, fetched, &too_large(&error)).await,
     };
-    let applied = step.take(object, served, context).await;
+    let applied = step.take(object, context).await;
     if let Err(ReconcileError::Apply(error)) = &applied {
         let reason = (error.reason() == "Conflict" && error.kind == "Service").then_some("PortConflict");
         let planned = status::planned(object, &valid, &revision, collisions);

@@ -11,7 +11,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{Api, Client};
-use plan::model::ModelHeader;
+use plan::{manifest::ModelSpec, model::ModelHeader};
 use source::Credentials;
 
 use crate::{
@@ -88,7 +88,8 @@ pub async fn dereference(
     object: &ModelDeployment,
 ) -> Result<Fetched, kube::Error> {
     let (namespace, name) = (object.namespace(), object.name());
-    let uri = object.spec["model"]["uri"].as_str().filter(|uri| is_remote(uri));
+    // Paths are those of a node, and never opened here.
+    let uri = object.spec["model"]["uri"].as_str().filter(|uri| ModelSpec::is_remote(uri));
     let header = async {
         let Some(uri) = uri else { return Ok::<_, kube::Error>((None, Vec::new())) };
         let header = match credentials(client, object).await? {
@@ -173,7 +174,7 @@ pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (
         Some((text("name")?, text("uri")?, text("digest")))
     });
     let open = |(name, uri, digest): (String, String, Option<String>)| async move {
-        let header = if is_remote(&uri) {
+        let header = if ModelSpec::is_remote(&uri) {
             models.adapter(&uri, model).await
         } else {
             let message = format!(
@@ -184,11 +185,6 @@ pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (
         Opened { name, uri, digest, header }
     };
     join_all(named.map(open)).await
-}
-
-/// Whether the operator may read a source itself. Paths are those of a node, and never opened here.
-fn is_remote(uri: &str) -> bool {
-    ["hf://", "s3://", "gs://", "oci://", "http://", "https://"].iter().any(|scheme| uri.starts_with(scheme))
 }
 
 /// The first name of `object` that an older deployment of its namespace has.
@@ -229,7 +225,7 @@ mod tests {
 
     #[test]
     fn paths_are_not_for_the_operator_to_open() {
-        assert!(is_remote("hf://a/b") && is_remote("https://a/b"));
-        assert!(!is_remote("file:/etc/passwd") && !is_remote("/etc/passwd"));
+        assert!(ModelSpec::is_remote("hf://a/b") && ModelSpec::is_remote("https://a/b"));
+        assert!(!ModelSpec::is_remote("file:/etc/passwd") && !ModelSpec::is_remote("/etc/passwd"));
     }
 }

@@ -7,7 +7,10 @@
 use std::{sync::Arc, time::Duration};
 
 use k8s_openapi::jiff::Timestamp;
-use plan::fleet::FleetDeployment;
+use plan::{
+    fleet::FleetDeployment,
+    manifest::{RecoverySpec, RouterSpec},
+};
 
 use crate::{
     autoscale::Report,
@@ -17,15 +20,11 @@ use crate::{
     resource::{ModelDeployment, RoutersStatus},
 };
 
-/// `recovery.drainSeconds` where the spec says nothing.
-const DRAIN: i64 = 120;
 /// How long those before are told of a deployment at least: longer than a router keeps a client's connection that is idle, or a gRPC channel, so
 /// that the next request comes to where the service leads.
 const LINGER: i64 = 60;
 /// How long a process that has just begun may take to look at every pool.
 const BEGIN: Duration = Duration::from_secs(15);
-/// Routers of a deployment's own where the spec does not say how many.
-const OWN_ROUTERS: u32 = 2;
 
 /// Who serves a deployment, and who is told of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,7 +48,7 @@ pub fn wants_own(object: &ModelDeployment) -> bool {
 
 /// How many routers of its own the spec wants.
 pub fn own_count(object: &ModelDeployment) -> u32 {
-    object.spec["router"]["replicas"].as_u64().and_then(|count| u32::try_from(count).ok()).unwrap_or(OWN_ROUTERS)
+    object.spec["router"]["replicas"].as_u64().and_then(|count| u32::try_from(count).ok()).unwrap_or_else(|| RouterSpec::default().count())
 }
 
 /// Whether anything of routers of its own stands.
@@ -70,7 +69,7 @@ pub fn standing(object: &ModelDeployment, now: i64) -> Routing {
 }
 
 fn routing(object: &ModelDeployment, (own, since): (bool, Option<i64>), now: i64) -> Routing {
-    let drain = object.spec["recovery"]["drainSeconds"].as_i64().unwrap_or(DRAIN);
+    let drain = object.spec["recovery"]["drainSeconds"].as_i64().unwrap_or_else(|| RecoverySpec::default().drain_seconds.into());
     let until = since.map(|since| since + drain.max(LINGER)).filter(|until| *until > now);
     let wants = wants_own(object);
     Routing { own, since, namespace_told: !wants || !own || until.is_some(), own_told: wants || own || until.is_some(), until }

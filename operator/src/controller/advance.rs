@@ -78,7 +78,7 @@ impl<'a> Step<'a> {
     }
 
     /// Takes it.
-    pub(super) async fn take(&self, object: &ModelDeployment, served: &Served, context: &Context) -> Result<(), ReconcileError> {
+    pub(super) async fn take(&self, object: &ModelDeployment, context: &Context) -> Result<(), ReconcileError> {
         let (namespace, stops) = (object.namespace(), &context.stops);
         let (owner, writer) = (Owner::new(namespace, object.name()), context.writer());
         let (name, plan) = (object.name(), &self.plan);
@@ -100,7 +100,7 @@ impl<'a> Step<'a> {
         if !plan.drained.is_empty() {
             stops.pass(Place::DrainDecided).await;
         }
-        let last = served.told(name);
+        let (served, last) = (self.served, self.served.told(name));
         let about = (&self.valid.manifest, self.valid.adapters.as_slice());
         let entry = entry(object, about, &self.revision.record, (&self.revisions, &plan.exist), (self.standing, served, last.as_ref()));
         served.settle(name, Some(entry), &expected(&context.deployments, namespace));

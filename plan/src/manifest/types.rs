@@ -132,7 +132,15 @@ impl ModelSpec {
     pub fn volume(uri: &str) -> Option<(&str, &str)> {
         uri.strip_prefix(VOLUME)?.split_once('/')
     }
+
+    /// Whether a source is where every machine finds it: neither a path of one, nor on a claim.
+    pub fn is_remote(uri: &str) -> bool {
+        REMOTE.iter().any(|scheme| uri.starts_with(scheme))
+    }
 }
+
+/// What sources begin with that every machine finds.
+pub(super) const REMOTE: [&str; 6] = ["hf://", "s3://", "gs://", "oci://", "http://", "https://"];
 
 /// What sources on a claim begin with.
 pub(super) const VOLUME: &str = "pvc://";

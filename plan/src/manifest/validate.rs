@@ -3,7 +3,7 @@
 use super::{
     placement,
     rollout::RolloutStrategy,
-    types::{CachePolicy, ModelDeployment, ModelSpec, VOLUME},
+    types::{CachePolicy, ModelDeployment, ModelSpec, REMOTE, VOLUME},
 };
 use crate::shard::BLOCK_TOKENS;
 
@@ -20,8 +20,6 @@ impl Problem {
     }
 }
 
-/// Schemes of models and adapters; models alone may be on a claim.
-const SCHEMES: [&str; 7] = ["hf://", "s3://", "gs://", "oci://", "http://", "https://", "file:"];
 /// Longest URI, and longest name of a resource and of a model.
 const MAX_URI: usize = 2048;
 const MAX_NAME: usize = 45;
@@ -155,7 +153,8 @@ fn check_uri(path: &str, uri: &str, volumes: bool) -> Result<(), Problem> {
         return if volumes { Ok(()) } else { Err(Problem::new(path, message)) };
     }
     let volume = if volumes { ", pvc://" } else { "" };
-    if !SCHEMES.iter().any(|s| uri.starts_with(s) && uri.len() > s.len()) {
+    // Models alone may be on a claim.
+    if !REMOTE.iter().chain(&["file:"]).any(|s| uri.starts_with(s) && uri.len() > s.len()) {
         return Err(Problem::new(path, format!("expected hf://, s3://, gs://, oci://, http://, https://{volume} or file:, got {uri:?}")));
     }
     Ok(())
