@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::{
     chart, paths,
-    process::{cargo, command, output, run, say},
+    process::{cargo, cargo_tool, command, output, run, say},
 };
 
 const CARGO_DENY: &str = "0.20.2";
@@ -34,12 +34,7 @@ pub(crate) fn run_all() -> Result<()> {
 
 /// Licences, sources and bans of `deny.toml`. Advisories need a database from the network and are left to the schedule of whoever releases.
 fn dependencies() -> Result<()> {
-    let tools = paths::cache()?.join("tools").join(format!("cargo-deny-{CARGO_DENY}"));
-    let deny = tools.join("bin").join("cargo-deny");
-    if !deny.exists() {
-        say(&format!("installing cargo-deny {CARGO_DENY} (once; minutes)"));
-        run(cargo().args(["install", "cargo-deny", "--locked", "--version", CARGO_DENY, "--root"]).arg(&tools))?;
-    }
+    let deny = cargo_tool("cargo-deny", CARGO_DENY)?;
     // Packages of other systems too: a build for this one fetched only its own.
     run(cargo().args(["fetch", "--locked", "--quiet"]))?;
     run(command(deny).args(["--offline", "check", "bans", "licenses", "sources"]))

@@ -7,7 +7,7 @@ use clap::Args;
 
 use crate::{
     paths,
-    process::{command, output, run, say},
+    process::{cargo_tool, command, output, run, say},
 };
 
 const CARGO_FUZZ: &str = "0.13.2";
@@ -40,7 +40,9 @@ pub(crate) fn run_targets(options: &Options) -> Result<()> {
             "fuzzing needs the nightly compiler (sanitizers and coverage are not on stable): `rustup toolchain install nightly --profile minimal`"
         );
     }
-    let tool = tool()?;
+    let tool = cargo_tool("cargo-fuzz", CARGO_FUZZ)?;
+    // An old or broken one says so here, not after minutes of building.
+    output(command(&tool).arg("--version"))?;
     let found = paths::cache()?.join("fuzz");
     for target in chosen {
         say(&format!("fuzzing {target} for {} s", options.seconds));
@@ -70,19 +72,6 @@ fn targets(corpora: &Path) -> Result<Vec<String>> {
     let mut names = listed.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
     names.sort();
     Ok(names)
-}
-
-/// The program cargo-fuzz, installed once into Skein's cache.
-fn tool() -> Result<std::path::PathBuf> {
-    let folder = paths::cache()?.join("tools").join(format!("cargo-fuzz-{CARGO_FUZZ}"));
-    let program = folder.join("bin").join("cargo-fuzz");
-    if !program.exists() {
-        say(&format!("installing cargo-fuzz {CARGO_FUZZ} (once; minutes)"));
-        run(crate::process::cargo().args(["install", "cargo-fuzz", "--locked", "--version", CARGO_FUZZ, "--root"]).arg(&folder))?;
-    }
-    // An old or broken one says so here, not after minutes of building.
-    output(command(&program).arg("--version"))?;
-    Ok(program)
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     io,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
@@ -33,6 +33,20 @@ pub(crate) fn cargo() -> Command {
 /// Where that cargo is.
 pub(crate) fn cargo_path() -> OsString {
     std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into())
+}
+
+/// A program of cargo's, installed once into Skein's cache.
+///
+/// # Errors
+/// If it cannot be installed.
+pub(crate) fn cargo_tool(name: &str, version: &str) -> Result<PathBuf> {
+    let folder = paths::cache()?.join("tools").join(format!("{name}-{version}"));
+    let program = folder.join("bin").join(name);
+    if !program.exists() {
+        say(&format!("installing {name} {version} (once; minutes)"));
+        run(cargo().args(["install", name, "--locked", "--version", version, "--root"]).arg(&folder))?;
+    }
+    Ok(program)
 }
 
 /// Takes from `command` what `cargo run` set for this program: build scripts that watch it would see changes, and whole trees would be built again.
