@@ -34,6 +34,12 @@ fn main() {
         ("large", WeightType::Q2_K, 8192, 2048, &[1, 4, 8, 32]),
         ("large", WeightType::Q3_K, 8192, 2048, &[1, 4, 8, 32]),
         ("large", WeightType::Q5_K, 8192, 2048, &[1, 4, 8, 32]),
+        ("memory", WeightType::Q8_0, 65_536, 2048, &[1, 4, 8, 12, 32]),
+        ("memory", WeightType::Q5_0, 65_536, 2048, &[1, 4, 8, 12, 32]),
+        ("memory", WeightType::Q4_0, 65_536, 2048, &[1, 4, 8, 12, 32]),
+        ("memory", WeightType::Q4_K, 65_536, 2048, &[1, 4, 8, 12, 32]),
+        ("memory", WeightType::Q6_K, 65_536, 2048, &[1, 4, 8, 12, 32]),
+        ("memory", WeightType::F16, 65_536, 2048, &[1]),
         ("half", WeightType::F16, 2048, 640, &[1, 8, 64]),
     ];
     for (name, dtype, rows, k, tokens) in cases {

@@ -147,8 +147,8 @@ pub(crate) type Results = [[f32; ROWS]; PANEL];
 pub(crate) trait Tiles {
     /// Bytes `expand` writes for a tile; 0: tiles of this type are never expanded.
     fn expanded_bytes(&self, layout: &Layout) -> usize;
-    /// Whether `multiply` needs the tile expanded for panels of `columns` columns, if it can be.
-    fn wants_expanded(&self, columns: usize) -> bool;
+    /// Whether tiles that can be expanded are, for `panels` panels of `columns` columns.
+    fn wants_expanded(&self, panels: usize, columns: usize) -> bool;
     /// Expands the weights of a tile to bytes.
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]);
     /// Multiplies a tile with the columns of a panel. `expanded`: what `expand` made of the tile, if it did.
@@ -172,7 +172,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
     let (first, last) = (job.rows.start + part.start, job.rows.start + part.end);
     let whole = first / ROWS..last.div_ceil(ROWS);
     let columns = x.panel(0).1.n;
-    let expanded_bytes = if kernels.wants_expanded(columns) { kernels.expanded_bytes(layout) } else { 0 };
+    let expanded_bytes = if kernels.wants_expanded(x.panels(), columns) { kernels.expanded_bytes(layout) } else { 0 };
     let block = if x.panels() == 1 { 1 } else { (BLOCK_BYTES / expanded_bytes.max(layout.tile()).max(1)).max(1) };
     EXPANDED.with_borrow_mut(|scratch| {
         if scratch.len() < block * expanded_bytes {

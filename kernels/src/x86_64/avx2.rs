@@ -190,12 +190,14 @@ trait Weights32: Weights {
     const SIGNED: bool = false;
     /// Whether a number is added to all values of a block, so that they have no bias.
     const MINS: bool = false;
+    /// Bytes of the numbers in front for each block.
+    const FRONT: usize = if Self::MINS { 64 } else { 32 };
 
     /// Scales of the 8 rows of `half` in block `b`.
     #[inline(always)]
     unsafe fn scales(front: *const u8, b: usize, half: usize) -> __m256 {
         // SAFETY: the caller's tile has this block.
-        unsafe { halves(front.add(if Self::MINS { 64 } else { 32 } * b + 16 * half)) }
+        unsafe { halves(front.add(Self::FRONT * b + 16 * half)) }
     }
 }
 
@@ -349,13 +351,15 @@ impl Weights for Mx4 {
 }
 
 impl Weights32 for Mx4 {
+    const FRONT: usize = 16;
+
     const SIGNED: bool = true;
 
     #[inline(always)]
     unsafe fn scales(front: *const u8, b: usize, half: usize) -> __m256 {
         // SAFETY: the caller's tile has this block, with a byte for each of 16 rows.
         unsafe {
-            let e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(front.add(16 * b + 8 * half).cast()));
+            let e = _mm256_cvtepu8_epi32(_mm_loadl_epi64(front.add(Self::FRONT * b + 8 * half).cast()));
             let one = _mm256_set1_epi32(1);
             let small = _mm256_sllv_epi32(_mm256_set1_epi32(0x0020_0000), _mm256_min_epi32(e, one));
             _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32::<23>(_mm256_sub_epi32(e, one)), small))
@@ -569,12 +573,15 @@ unsafe fn tile32<W: Weights32, const EXPANDED: bool, const H: usize, const N: us
         let offsets = tile.panel.sums.as_ptr().add(tile.column);
         let ones = _mm256_set1_epi16(1);
         let mut acc = [[_mm256_setzero_ps(); N]; H];
+        // A share of what is ahead with every block, the scales before the blocks of the next tile among it.
+        let mut next = tile.front.wrapping_add(AHEAD);
+        let first = !EXPANDED && (H == 2 || (tile.half, tile.column) == (0, 0));
         for b in 0..tile.blocks {
-            if H == 2 {
-                let body = tile.body.wrapping_add(b * W::BODY + AHEAD);
-                for at in (0..W::BODY).step_by(LINE) {
-                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(at).cast());
+            if first {
+                for at in (0..W::BODY + W::FRONT).step_by(LINE) {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
                 }
+                next = next.wrapping_add(W::BODY + W::FRONT);
             }
             let q = tile.panel.q.as_ptr().add(b * 32 * n + 4 * tile.column);
             let mut sums = [[_mm256_setzero_si256(); N]; H];
@@ -646,16 +653,18 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: 
         let mut acc = [[_mm256_setzero_ps(); N]; H];
         for b in 0..tile.blocks {
             let body = tile.body.add(b * W::BODY);
-            if H == 2 {
-                for at in (0..W::BODY).step_by(LINE) {
-                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(W::BODY + at).cast());
-                }
-            }
             let q = tile.panel.q.as_ptr().add(b * 256 * n + 4 * tile.column);
             let offsets = tile.panel.offsets.as_ptr().add(b * 16 * n + tile.column);
             let chunks = W::RUN / 4;
             let mut total = [[_mm256_setzero_si256(); N]; H];
             for j in 0..256 / W::RUN {
+                if H == 2 {
+                    // A share of the lines ahead with every run.
+                    let lines = W::BODY / LINE * W::RUN / 256 + 1;
+                    for i in 0..lines {
+                        _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (j * lines + i) * LINE).cast());
+                    }
+                }
                 for h in 0..H {
                     let half = tile.half + h;
                     let scales = W::scales(body, half, j);
@@ -710,6 +719,9 @@ unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
     unsafe {
         for b in 0..blocks {
             for c in 0..W::CHUNKS {
+                if c < W::BODY / LINE {
+                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(b * W::BODY + AHEAD + c * LINE).cast());
+                }
                 for half in 0..2 {
                     let bytes = W::chunk(body.add(b * W::BODY), half, c);
                     _mm256_storeu_si256(out.add((b * W::CHUNKS + c) * LINE + half * 32).cast(), bytes);

@@ -38,20 +38,6 @@ macro_rules! columns {
         }
     };
 }
-/// As `columns`, 1..=4.
-macro_rules! few_columns {
-    ($n:expr, $kernel:ident::<$($generic:tt),+>($($argument:expr),+)) => {
-        match $n {
-            1 => $kernel::<$($generic),+, 1>($($argument),+),
-            2 => $kernel::<$($generic),+, 2>($($argument),+),
-            3 => $kernel::<$($generic),+, 3>($($argument),+),
-            4 => $kernel::<$($generic),+, 4>($($argument),+),
-            _ => unreachable!("more columns are multiplied expanded"),
-        }
-    };
-}
-/// Up to this many columns, packed weights are multiplied as they are unpacked; above, they are first expanded to bytes.
-pub(super) const FUSED: usize = 4;
 /// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
 /// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
 const AHEAD: usize = 8192;
@@ -94,28 +80,28 @@ pub(crate) fn multiply(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option
         match (layout.dtype, bytes) {
             (WeightType::Q8_0, _) => columns!(n, tile32::<Bytes, Plain>(front, body, blocks, panel, by_128, out)),
             (WeightType::Q4_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_8, out)),
-            (WeightType::Q4_0, None) => few_columns!(n, tile32::<Q4, Plain>(front, body, blocks, panel, by_8, out)),
+            (WeightType::Q4_0, None) => columns!(n, tile32::<Q4, Plain>(front, body, blocks, panel, by_8, out)),
             (WeightType::Q4_1 | WeightType::Q5_1, Some(bytes)) => {
                 columns!(n, tile32::<Bytes, WithMin>(front, bytes, blocks, panel, by_16, out));
             }
-            (WeightType::Q4_1, None) => few_columns!(n, tile32::<Q4, WithMin>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q4_1, None) => columns!(n, tile32::<Q4, WithMin>(front, body, blocks, panel, by_16, out)),
             (WeightType::Q5_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_16, out)),
-            (WeightType::Q5_0, None) => few_columns!(n, tile32::<Q5, Plain>(front, body, blocks, panel, by_16, out)),
-            (WeightType::Q5_1, None) => few_columns!(n, tile32::<Q5, WithMin>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_0, None) => columns!(n, tile32::<Q5, Plain>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_1, None) => columns!(n, tile32::<Q5, WithMin>(front, body, blocks, panel, by_16, out)),
             (WeightType::IQ4_NL, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_128, out)),
-            (WeightType::IQ4_NL, None) => few_columns!(n, tile32::<Iq4, Plain>(front, body, blocks, panel, by_128, out)),
+            (WeightType::IQ4_NL, None) => columns!(n, tile32::<Iq4, Plain>(front, body, blocks, panel, by_128, out)),
             (WeightType::MXFP4, Some(bytes)) => columns!(n, tile32::<Bytes, Exponent>(front, bytes, blocks, panel, by_128, out)),
-            (WeightType::MXFP4, None) => few_columns!(n, tile32::<Mx4, Exponent>(front, body, blocks, panel, by_128, out)),
+            (WeightType::MXFP4, None) => columns!(n, tile32::<Mx4, Exponent>(front, body, blocks, panel, by_128, out)),
             (WeightType::Q2_K, Some(bytes)) => columns!(n, tile256::<Q2K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q2_K, None) => few_columns!(n, tile256::<Q2K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q2_K, None) => columns!(n, tile256::<Q2K, false>(front, body, body, blocks, panel, out)),
             (WeightType::Q3_K, Some(bytes)) => columns!(n, tile256::<Q3K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q3_K, None) => few_columns!(n, tile256::<Q3K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q3_K, None) => columns!(n, tile256::<Q3K, false>(front, body, body, blocks, panel, out)),
             (WeightType::Q4_K, Some(bytes)) => columns!(n, tile256::<Q4K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q4_K, None) => few_columns!(n, tile256::<Q4K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q4_K, None) => columns!(n, tile256::<Q4K, false>(front, body, body, blocks, panel, out)),
             (WeightType::Q5_K, Some(bytes)) => columns!(n, tile256::<Q5K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q5_K, None) => few_columns!(n, tile256::<Q5K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q5_K, None) => columns!(n, tile256::<Q5K, false>(front, body, body, blocks, panel, out)),
             (WeightType::Q6_K, Some(bytes)) => columns!(n, tile256::<Q6K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q6_K, None) => few_columns!(n, tile256::<Q6K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q6_K, None) => columns!(n, tile256::<Q6K, false>(front, body, body, blocks, panel, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -315,6 +301,7 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
     unsafe {
         let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), bias.offsets.as_ptr());
         let mut acc = [_mm512_setzero_ps(); N];
+        let shift = _mm512_set1_epi32(bias.shift as i32);
         // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
         let mut next = front.wrapping_add(AHEAD);
         for _ in 0..blocks {
@@ -325,7 +312,7 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
             let mut sums = [_mm512_setzero_si512(); N];
             if !F::MINS {
                 for c in 0..N {
-                    sums[c] = _mm512_set1_epi32(*offsets.add(c) >> bias.shift);
+                    sums[c] = _mm512_srav_epi32(_mm512_set1_epi32(*offsets.add(c)), shift);
                 }
             }
             // A single column gets a second chain of sums, so that it does not wait for itself.
@@ -345,14 +332,15 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
                     }
                 }
             }
-            let d = F::scales(front);
+            let (d, m) = (F::scales(front), if F::MINS { halves(front.add(32)) } else { _mm512_setzero_ps() });
             for c in 0..N {
                 let sum = if N <= 2 { _mm512_add_epi32(sums[c], more[c]) } else { sums[c] };
                 let d_a = _mm512_set1_ps(*scales.add(c));
                 acc[c] = _mm512_fmadd_ps(_mm512_mul_ps(d, d_a), _mm512_cvtepi32_ps(sum), acc[c]);
                 if F::MINS {
-                    let total = _mm512_set1_ps(-(*offsets.add(c) >> 4) as f32);
-                    acc[c] = _mm512_fmadd_ps(_mm512_mul_ps(halves(front.add(32)), d_a), total, acc[c]);
+                    // The offset is −16 times the sum.
+                    let less = _mm512_srai_epi32::<4>(_mm512_set1_epi32(*offsets.add(c)));
+                    acc[c] = _mm512_fnmadd_ps(_mm512_mul_ps(m, d_a), _mm512_cvtepi32_ps(less), acc[c]);
                 }
             }
             (front, body) = (front.add(F::BYTES), body.add(W::BODY));
@@ -390,8 +378,8 @@ trait Weights256 {
             mins
         }
     }
-    /// Chunk `c` (four k) of the block, c in 0..64.
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i;
+    /// Chunk `i` (four k) of group `G` of the block, eight chunks a group, eight groups a block.
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i;
 }
 
 struct Q2K;
@@ -412,28 +400,28 @@ impl Weights256 for Q5K {
     }
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i {
         // SAFETY: the caller's block has 32 lines of nibbles and 8 of fifth bits.
         unsafe {
-            let bits = line(body.add(Q5_K_BITS + c % 8 * LINE));
-            // Bit c / 8 of every byte moves to bit 4.
-            let bits = if c < 32 {
-                _mm512_sllv_epi32(bits, _mm512_set1_epi32(4 - (c / 8) as i32))
+            let bits = line(body.add(Q5_K_BITS + i * LINE));
+            // Bit G of every byte moves to bit 4.
+            let bits = if G < 4 {
+                _mm512_sllv_epi32(bits, _mm512_set1_epi32(4 - G as i32))
             } else {
-                _mm512_srlv_epi32(bits, _mm512_set1_epi32((c / 8) as i32 - 4))
+                _mm512_srlv_epi32(bits, _mm512_set1_epi32(G as i32 - 4))
             };
-            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(16), Q4K::chunk(body, c))
+            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(16), Q4K::chunk::<G>(body, i))
         }
     }
 }
 
-/// Two bits of every byte of a line of `qs`, for chunk `c`: lines of a half follow each other, fields are shifts.
+/// Two bits of every byte of a line of `qs`, for chunk `i` of group `G`: lines of a half follow each other, fields are shifts.
 #[inline(always)]
-unsafe fn two_bits(lines: *const u8, c: usize) -> __m512i {
+unsafe fn two_bits<const G: usize>(lines: *const u8, i: usize) -> __m512i {
     // SAFETY: the caller's block has 16 lines.
     unsafe {
-        let line = line(lines.add((c / 32 * 8 + c % 8) * LINE));
-        _mm512_and_si512(_mm512_srlv_epi32(line, _mm512_set1_epi32((c / 8 % 4 * 2) as i32)), _mm512_set1_epi8(3))
+        let line = line(lines.add((G / 4 * 8 + i) * LINE));
+        _mm512_and_si512(_mm512_srlv_epi32(line, _mm512_set1_epi32((G % 4 * 2) as i32)), _mm512_set1_epi8(3))
     }
 }
 
@@ -466,9 +454,9 @@ impl Weights256 for Q2K {
     }
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i {
         // SAFETY: the caller's.
-        unsafe { two_bits(body.add(Q2_K_LINES), c) }
+        unsafe { two_bits::<G>(body.add(Q2_K_LINES), i) }
     }
 }
 
@@ -486,17 +474,17 @@ impl Weights256 for Q3K {
     }
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i {
         // SAFETY: the caller's block has 8 lines of bits and 16 of `qs`.
         unsafe {
-            let bits = line(body.add(Q3_K_BITS + c % 8 * LINE));
-            // Bit c / 8 of every byte moves to bit 2.
-            let bits = if c < 24 {
-                _mm512_sllv_epi32(bits, _mm512_set1_epi32(2 - (c / 8) as i32))
+            let bits = line(body.add(Q3_K_BITS + i * LINE));
+            // Bit G of every byte moves to bit 2.
+            let bits = if G < 3 {
+                _mm512_sllv_epi32(bits, _mm512_set1_epi32(2 - G as i32))
             } else {
-                _mm512_srlv_epi32(bits, _mm512_set1_epi32((c / 8) as i32 - 2))
+                _mm512_srlv_epi32(bits, _mm512_set1_epi32(G as i32 - 2))
             };
-            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(4), two_bits(body.add(Q3_K_LINES), c))
+            _mm512_ternarylogic_epi32::<0xEA>(bits, _mm512_set1_epi8(4), two_bits::<G>(body.add(Q3_K_LINES), i))
         }
     }
 }
@@ -513,11 +501,11 @@ impl Weights256 for Q4K {
     }
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i {
         // SAFETY: the caller's block has 32 lines of nibbles.
         unsafe {
-            let nibbles = line(body.add(Q4_K_LINES + (c / 16 * 8 + c % 8) * LINE));
-            let shifted = if (c / 8).is_multiple_of(2) { nibbles } else { _mm512_srli_epi16::<4>(nibbles) };
+            let nibbles = line(body.add(Q4_K_LINES + (G / 2 * 8 + i) * LINE));
+            let shifted = if G.is_multiple_of(2) { nibbles } else { _mm512_srli_epi16::<4>(nibbles) };
             _mm512_and_si512(shifted, _mm512_set1_epi8(15))
         }
     }
@@ -535,14 +523,13 @@ impl Weights256 for Q6K {
     }
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, c: usize) -> __m512i {
+    unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i {
         // SAFETY: the caller's block has 2 · 8 · 3 lines.
         unsafe {
-            let (half, field, i) = (c / 32, c / 8 % 4, c % 8);
-            let lines = body.add(Q6_K_LINES + (half * 24 + i * 3) * LINE);
-            let (low, high) = (line(lines.add(field % 2 * LINE)), line(lines.add(2 * LINE)));
-            let low = if field < 2 { low } else { _mm512_srli_epi16::<4>(low) };
-            let high = match field {
+            let lines = body.add(Q6_K_LINES + (G / 4 * 24 + i * 3) * LINE);
+            let (low, high) = (line(lines.add(G % 2 * LINE)), line(lines.add(2 * LINE)));
+            let low = if G % 4 < 2 { low } else { _mm512_srli_epi16::<4>(low) };
+            let high = match G % 4 {
                 0 => _mm512_slli_epi16::<4>(high),
                 1 => _mm512_slli_epi16::<2>(high),
                 2 => high,
@@ -551,6 +538,22 @@ impl Weights256 for Q6K {
             _mm512_ternarylogic_epi32::<0xEA>(high, _mm512_set1_epi8(0x30), _mm512_and_si512(low, _mm512_set1_epi8(15)))
         }
     }
+}
+
+/// Calls a function for group `$group`, its last generic argument made a constant.
+macro_rules! group {
+    ($group:expr, $function:ident::<$($generic:tt),+>$arguments:tt) => {
+        match $group {
+            0 => $function::<$($generic),+, 0>$arguments,
+            1 => $function::<$($generic),+, 1>$arguments,
+            2 => $function::<$($generic),+, 2>$arguments,
+            3 => $function::<$($generic),+, 3>$arguments,
+            4 => $function::<$($generic),+, 4>$arguments,
+            5 => $function::<$($generic),+, 5>$arguments,
+            6 => $function::<$($generic),+, 6>$arguments,
+            _ => $function::<$($generic),+, 7>$arguments,
+        }
+    };
 }
 
 /// `EXPANDED`: the weights are lines of bytes at `bytes`, else they are unpacked from `body`.
@@ -572,32 +575,15 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
         for b in 0..blocks {
             let (body, bytes) = (body.add(b * W::BODY), bytes.add(b * 64 * LINE));
             let (q, offsets) = (panel.q.as_ptr().add(b * 256 * N), panel.offsets.as_ptr().add(b * 16 * N));
-            let chunks = W::RUN / 4;
             let mut total = [_mm512_setzero_si512(); N];
-            for j in 0..256 / W::RUN {
-                if !EXPANDED {
-                    // A share of the lines ahead with every run.
-                    let lines = W::BODY / LINE * W::RUN / 256 + 1;
-                    for i in 0..lines {
-                        _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (j * lines + i) * LINE).cast());
-                    }
+            if EXPANDED {
+                for j in 0..256 / W::RUN {
+                    let lines = bytes.add(j * W::RUN / 4 * LINE);
+                    run::<W, N>(&mut total, body, q, offsets, j, |i| line(lines.add(i * LINE)));
                 }
-                let mut sums = [_mm512_setzero_si512(); N];
-                if !W::MINS {
-                    for c in 0..N {
-                        sums[c] = _mm512_set1_epi32(*offsets.add(j * N + c) >> W::SHIFT);
-                    }
-                }
-                for i in 0..chunks {
-                    let chunk = j * chunks + i;
-                    let w = if EXPANDED { line(bytes.add(chunk * LINE)) } else { W::chunk(body, chunk) };
-                    for c in 0..N {
-                        sums[c] = _mm512_dpbusd_epi32(sums[c], w, four(q.add(4 * (chunk * N + c))));
-                    }
-                }
-                let scales = W::scales(body, j);
-                for c in 0..N {
-                    total[c] = _mm512_add_epi32(total[c], _mm512_mullo_epi32(sums[c], scales));
+            } else {
+                for g in 0..8 {
+                    group!(g, runs::<W, N>(&mut total, body, q, offsets));
                 }
             }
             let d = halves(if W::MINS { body } else { front.add(32 * b) });
@@ -615,12 +601,68 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
     }
 }
 
+/// Adds to `total` the runs of group `G` of a block, unpacked.
+#[inline(always)]
+unsafe fn runs<W: Weights256, const N: usize, const G: usize>(
+    total: &mut [__m512i; N],
+    body: *const u8,
+    q: *const i8,
+    offsets: *const i32,
+) {
+    // A share of the lines ahead.
+    let lines = W::BODY / LINE / 8 + 1;
+    for i in 0..lines {
+        // SAFETY: prefetching may ask for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (G * lines + i) * LINE).cast()) };
+    }
+    for j in G * 32 / W::RUN..(G + 1) * 32 / W::RUN {
+        let first = j * W::RUN / 4 - 8 * G;
+        // SAFETY: the caller's block.
+        unsafe { run::<W, N>(total, body, q, offsets, j, |i| W::chunk::<G>(body, first + i)) };
+    }
+}
+
+/// Adds run `j` of a block to `total`, times its scales; `weights`: its chunks, counted from its first.
+#[inline(always)]
+unsafe fn run<W: Weights256, const N: usize>(
+    total: &mut [__m512i; N],
+    body: *const u8,
+    q: *const i8,
+    offsets: *const i32,
+    j: usize,
+    weights: impl Fn(usize) -> __m512i,
+) {
+    // SAFETY: the caller's block.
+    unsafe {
+        let mut sums = [_mm512_setzero_si512(); N];
+        if !W::MINS {
+            for c in 0..N {
+                let offset = _mm512_set1_epi32(*offsets.add(j * N + c));
+                sums[c] = _mm512_srav_epi32(offset, _mm512_set1_epi32(W::SHIFT as i32));
+            }
+        }
+        for i in 0..W::RUN / 4 {
+            let w = weights(i);
+            for c in 0..N {
+                sums[c] = _mm512_dpbusd_epi32(sums[c], w, four(q.add(4 * ((j * W::RUN / 4 + i) * N + c))));
+            }
+        }
+        let scales = W::scales(body, j);
+        for c in 0..N {
+            total[c] = _mm512_add_epi32(total[c], _mm512_mullo_epi32(sums[c], scales));
+        }
+    }
+}
+
 /// For packed types, whose chunks are `APART`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn expand32<W: Weights32>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
     unsafe {
         for b in 0..blocks {
+            for at in (0..W::BODY).step_by(LINE) {
+                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(b * W::BODY + AHEAD + at).cast());
+            }
             for i in 0..4 {
                 let [low, high] = W::pair(body.add(b * W::BODY), i);
                 _mm512_storeu_si512(out.add((8 * b + i) * LINE).cast(), low);
@@ -635,9 +677,23 @@ unsafe fn expand256<W: Weights256>(body: *const u8, layout: &Layout, out: *mut u
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 64 lines at `out` for each block.
     unsafe {
         for b in 0..layout.blocks {
-            for c in 0..64 {
-                _mm512_storeu_si512(out.add((64 * b + c) * LINE).cast(), W::chunk(body.add(b * W::BODY), c));
+            for g in 0..8 {
+                group!(g, expand_group::<W>(body.add(b * W::BODY), out.add(64 * b * LINE)));
             }
+        }
+    }
+}
+
+/// Expands group `G` of a block to `out`, where the block begins.
+#[inline(always)]
+unsafe fn expand_group<W: Weights256, const G: usize>(body: *const u8, out: *mut u8) {
+    // SAFETY: the caller's block.
+    unsafe {
+        for i in 0..8 {
+            if 8 * G + i < W::BODY / LINE {
+                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (8 * G + i) * LINE).cast());
+            }
+            _mm512_storeu_si512(out.add((8 * G + i) * LINE).cast(), W::chunk::<G>(body, i));
         }
     }
 }

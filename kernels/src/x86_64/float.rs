@@ -33,6 +33,8 @@ struct Tile {
     columns: [*const f32; C],
     /// Runs of 16 values.
     runs: usize,
+    /// Bytes from a row to where the rows after these are.
+    next: usize,
     /// Whether only the first column counts.
     single: bool,
 }
@@ -60,6 +62,7 @@ fn tiles(
             rows: std::array::from_fn(|r| rows[if r < rows.len() { r } else { 0 }].as_ptr()),
             columns: std::array::from_fn(|c| column(if c < n { c } else { 0 }).as_ptr()),
             runs: k / 16,
+            next: R * row_bytes,
             single: n == 1,
         };
         let mut lanes = [[[0.0; 16]; C]; R];
@@ -108,6 +111,11 @@ unsafe fn lanes256(lanes: &mut Lanes<R, C>, tile: &Tile) {
                     let at = 16 * run + 8 * half;
                     let w = [eight(tile.dtype, tile.rows[2 * pair], at), eight(tile.dtype, tile.rows[2 * pair + 1], at)];
                     if tile.single {
+                        if half == 0 {
+                            for row in &tile.rows[2 * pair..2 * pair + 2] {
+                                _mm_prefetch::<_MM_HINT_T1>(row.wrapping_add(tile.next + tile.dtype.block_bytes() * at).cast());
+                            }
+                        }
                         let x = _mm256_loadu_ps(tile.columns[0].add(at));
                         acc[0][0] = _mm256_fmadd_ps(w[0], x, acc[0][0]);
                         acc[1][0] = _mm256_fmadd_ps(w[1], x, acc[1][0]);
@@ -155,6 +163,7 @@ unsafe fn lanes512(lanes: &mut Lanes<R, C>, tile: &Tile) {
             if tile.single {
                 let x = _mm512_loadu_ps(tile.columns[0].add(at));
                 for r in 0..R {
+                    _mm_prefetch::<_MM_HINT_T1>(tile.rows[r].wrapping_add(tile.next + tile.dtype.block_bytes() * at).cast());
                     acc[r][0] = _mm512_fmadd_ps(sixteen(tile.dtype, tile.rows[r], at), x, acc[r][0]);
                 }
             } else {

@@ -26,8 +26,8 @@ impl Tiles for Avx512Tiles {
         expanded_bytes(layout)
     }
 
-    fn wants_expanded(&self, columns: usize) -> bool {
-        columns > avx512::FUSED
+    fn wants_expanded(&self, panels: usize, _columns: usize) -> bool {
+        panels > 3
     }
 
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
@@ -49,7 +49,7 @@ impl Tiles for Avx2Tiles {
         expanded_bytes(layout)
     }
 
-    fn wants_expanded(&self, columns: usize) -> bool {
+    fn wants_expanded(&self, _panels: usize, columns: usize) -> bool {
         columns > avx2::FUSED
     }
 
