@@ -1,16 +1,19 @@
 //! `cargo xtask bench`: the engine and llama-cpp-python in turns, in one run, on the same file and threads.
+//!
+//! The last column says how much of the machine's limit a decode reaches: reading every byte of the weights once for each token.
 
-use std::{collections::BTreeMap, process::Command, thread};
+use std::{collections::BTreeMap, path::PathBuf, process::Command, thread};
 
 use anyhow::{Context, Result};
-use clap::Args;
 #[cfg(target_os = "linux")]
 use clap::Subcommand;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::{
     demo, model, paths, peers,
     process::{command, output, say},
+    random_model,
 };
 
 /// Options of `bench`.
@@ -25,8 +28,14 @@ pub(crate) struct Options {
     #[arg(long, default_value_t = 3)]
     rounds: usize,
     /// What to time.
-    #[arg(long, default_value = "pp512,pp128,tg128,batch8,batch16,batch32")]
+    #[arg(long, default_value = "pp512,pp128,tg128,tg64@d1024,batch8,batch16,batch32")]
     tests: String,
+    /// What is run.
+    #[arg(long, value_enum, default_value_t = Subject::Reference)]
+    model: Subject,
+    /// Instructions of the engine's kernels, one column each.
+    #[arg(long, value_delimiter = ',', default_value = "auto")]
+    isa: Vec<String>,
     /// Compute threads of both; all the machine offers when absent.
     #[arg(long)]
     threads: Option<usize>,
@@ -40,8 +49,32 @@ enum Other {
     Operator(crate::operator::Options),
 }
 
-/// Tokens per second of one test, one per round.
-type Samples = BTreeMap<String, Vec<f64>>;
+/// A model to run.
+#[derive(Clone, Copy, ValueEnum)]
+enum Subject {
+    /// Gemma 3 270M Q4_K_M.
+    Reference,
+    /// A Llama of 1.1 billion random parameters in Q4_K and Q6_K.
+    Llama,
+}
+
+impl Subject {
+    fn file(self) -> Result<PathBuf> {
+        match self {
+            Self::Reference => model::ensure(),
+            Self::Llama => random_model::ensure(),
+        }
+    }
+}
+
+/// What a program printed, round after round, by test.
+#[derive(Default)]
+struct Samples {
+    /// Tokens per second.
+    rates: BTreeMap<String, Vec<f64>>,
+    /// Tokens per second at which every weight is read once a token, where the program says how fast memory was.
+    limits: BTreeMap<String, Vec<f64>>,
+}
 
 /// Times both programs in alternating rounds and prints a table of medians, spreads and ratios.
 ///
@@ -52,7 +85,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if let Some(Other::Operator(options)) = &options.other {
         return crate::operator::bench(options);
     }
-    let model = model::ensure()?;
+    let model = options.model.file()?;
     demo::build()?;
     let threads = match options.threads {
         Some(n) => n,
@@ -60,38 +93,51 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     .to_string();
     let model = model.to_string_lossy();
-    let (mut ours, mut theirs) = (Samples::new(), Samples::new());
+    let mut ours: Vec<Samples> = options.isa.iter().map(|_| Samples::default()).collect();
+    let mut theirs = Samples::default();
     for round in 1..=options.rounds {
-        say(&format!("round {round} of {}: skein", options.rounds));
-        let mut skein = command(paths::skein()?);
-        skein.args(["bench", "engine", &model, "--threads", &threads, "--tests", &options.tests, "--json"]);
-        collect(&mut skein, &mut ours)?;
+        for (isa, samples) in options.isa.iter().zip(&mut ours) {
+            say(&format!("round {round} of {}: skein, {isa}", options.rounds));
+            let mut skein = command(paths::skein()?);
+            skein.args(["bench", "engine", &model, "--threads", &threads, "--tests", &options.tests, "--isa", isa, "--json"]);
+            collect(&mut skein, samples)?;
+        }
         say(&format!("round {round} of {}: llama-cpp-python", options.rounds));
         collect(&mut peers::script(&["bench", &model, "--threads", &threads, "--tests", &options.tests])?, &mut theirs)?;
     }
     println!("threads {threads}, rounds {}; tokens/s, median (lowest to highest)\n", options.rounds);
-    println!("| test | skein | llama-cpp-python | ratio of medians |");
-    println!("|---|---|---|---|");
+    println!("| test | isa | skein | llama-cpp-python | ratio of medians | of the limit |");
+    println!("|---|---|---|---|---|---|");
     for test in options.tests.split(',') {
-        let (a, b) = (row(&ours, test)?, row(&theirs, test)?);
-        println!("| {test} | {} | {} | {:.2} |", shown(&a), shown(&b), median(&a) / median(&b));
+        let peer = row(&theirs.rates, test)?;
+        for (isa, samples) in options.isa.iter().zip(&ours) {
+            let rates = row(&samples.rates, test)?;
+            let share = match row(&samples.limits, test) {
+                Ok(limits) if test.starts_with("tg") => format!("{:.2}", median(&rates) / median(&limits)),
+                _ => String::new(),
+            };
+            println!("| {test} | {isa} | {} | {} | {:.2} | {share} |", shown(&rates), shown(&peer), median(&rates) / median(&peer));
+        }
     }
     Ok(())
 }
 
-/// Runs `program` and adds the `tok_s` of every line it prints to `samples`.
+/// Runs `program` and adds the figures of every line it prints to `samples`.
 fn collect(program: &mut Command, samples: &mut Samples) -> Result<()> {
     for line in output(program)?.lines().filter(|l| !l.trim().is_empty()) {
         let result: Value = serde_json::from_str(line).with_context(|| format!("expected a JSON object a line, got {line}"))?;
         let test = result["test"].as_str().with_context(|| format!("no test in {line}"))?;
         let rate = result["tok_s"].as_f64().with_context(|| format!("no tok_s in {line}"))?;
         eprintln!("    {test}: {rate:.1} tokens/s");
-        samples.entry(test.to_owned()).or_default().push(rate);
+        samples.rates.entry(test.to_owned()).or_default().push(rate);
+        if let (Some(gb_s), Some(bytes)) = (result["read_gb_s"].as_f64(), result["weight_bytes"].as_f64()) {
+            samples.limits.entry(test.to_owned()).or_default().push(gb_s * 1e9 / bytes);
+        }
     }
     Ok(())
 }
 
-fn row(samples: &Samples, test: &str) -> Result<Vec<f64>> {
+fn row(samples: &BTreeMap<String, Vec<f64>>, test: &str) -> Result<Vec<f64>> {
     let mut rates = samples.get(test).filter(|r| !r.is_empty()).with_context(|| format!("no result for {test}"))?.clone();
     rates.sort_by(f64::total_cmp);
     Ok(rates)

@@ -18,6 +18,7 @@ mod paths;
 mod peers;
 mod process;
 mod python;
+mod random_model;
 mod test;
 
 use std::process::ExitCode;
