@@ -51,13 +51,16 @@ pub fn int8_peak(pool: &Pool, isa: Isa, passes: usize) -> f64 {
     }
     let products = match isa {
         Isa::Scalar => 1,
-        Isa::Avx2(_) => 10 * 32,
+        Isa::Avx2(_) => MADDUBS * 32,
         Isa::Avx512(_) => 12 * 64,
     };
     (rounds * products * pool.threads()) as f64 / best
 }
 
-/// Dependent only through 10 or 12 accumulators, like the kernels.
+/// Accumulators of the AVX2 probe, which with as many operands fill the registers.
+const MADDUBS: usize = 6;
+
+/// Dependent only through accumulators, like the kernels.
 fn multiply(isa: Isa, rounds: usize, seed: i32) -> i32 {
     match isa {
         #[cfg(target_arch = "x86_64")]
@@ -90,15 +93,17 @@ unsafe fn vnni(rounds: usize, seed: i32) -> i32 {
 unsafe fn maddubs(rounds: usize, seed: i32) -> i32 {
     use std::arch::x86_64::*;
 
-    let b = _mm256_set1_epi32(seed + 1);
-    let mut acc = [_mm256_setzero_si256(); 10];
+    // Different operands for each accumulator, one of them new in each round, so that no product is computed once for several.
+    let b: [__m256i; MADDUBS] = std::array::from_fn(|i| _mm256_set1_epi32(seed + 1 + i as i32));
+    let (mut a, one) = (_mm256_set1_epi32(seed), _mm256_set1_epi8(1));
+    let mut acc = [_mm256_setzero_si256(); MADDUBS];
     for _ in 0..rounds {
-        for acc in &mut acc {
-            // The accumulator is an operand, so that the products cannot be computed once for all rounds.
-            *acc = _mm256_add_epi16(*acc, _mm256_maddubs_epi16(*acc, b));
+        a = _mm256_add_epi8(a, one);
+        for (acc, b) in acc.iter_mut().zip(b) {
+            *acc = _mm256_add_epi16(*acc, _mm256_maddubs_epi16(a, b));
         }
     }
-    let sum = acc.into_iter().fold(b, |a, b| _mm256_add_epi32(a, b));
+    let sum = acc.into_iter().fold(a, |a, b| _mm256_add_epi32(a, b));
     _mm256_extract_epi32::<0>(sum)
 }
 
