@@ -75,6 +75,33 @@ impl Kernel for Sum<'_> {
     }
 }
 
+/// Whether no logit is NaN or infinity, so that every [`TileSum`] is a number. Minus infinity is a token that cannot come.
+pub fn bounded(pool: &Pool, isa: Isa, logits: &[f32]) -> bool {
+    let mut parts: Vec<(&[f32], bool)> =
+        (0..pool.threads()).map(|part| (&logits[crate::split(logits.len(), pool.threads(), part, VOCAB_TILE)], false)).collect();
+    pool.for_each(&mut parts, |(logits, bounded)| *bounded = vectorize(isa, Bounded(logits)));
+    parts.iter().all(|(_, bounded)| *bounded)
+}
+
+struct Bounded<'a>(&'a [f32]);
+
+impl Kernel for Bounded<'_> {
+    type Output = bool;
+
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> bool {
+        let (chunks, tail) = self.0.as_chunks::<LANES>();
+        let (least, zero) = (s.splat(f32::MIN), s.splat(0.0));
+        // The least number stands for minus infinity, NaN stays; zero times NaN or infinity is NaN, and a NaN stays in its sum.
+        let mut sum = zero;
+        for chunk in chunks {
+            sum = s.fma(s.max(least, s.load(chunk)), zero, sum);
+        }
+        sum = s.fma(s.max(least, s.load_part(tail)), zero, sum);
+        !s.fold_add(sum).is_nan()
+    }
+}
+
 /// The softmax sum of a whole vocabulary: `sum · e^(factor · max)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Total {

@@ -3,7 +3,7 @@
 use crate::{inputs::Random, vector_isas};
 use kernels::{
     Isa, Pool,
-    vocab::{Candidate, TileSum, Total, VOCAB_TILE, argmax, merge_top_k, row_at, tile_sums, top_k},
+    vocab::{Candidate, TileSum, Total, VOCAB_TILE, argmax, bounded, merge_top_k, row_at, tile_sums, top_k},
 };
 
 const SIZES: [usize; 10] = [0, 1, 15, 16, 17, 1023, 1024, 1025, 5000, 40_000];
@@ -50,6 +50,29 @@ fn tile_sums_are_the_same_bits_everywhere() {
         if n > 1 {
             let other = bits(&sums(&pools[0], Isa::best(), &x, 0.9));
             assert_ne!(other, bits(&sums(&pools[0], Isa::best(), &x, 1.0)), "another temperature must show");
+        }
+    }
+}
+
+#[test]
+fn logits_are_bounded_where_every_sum_is_a_number() {
+    let pools = [Pool::new(1), Pool::new(3)];
+    let isas = || vector_isas().into_iter().chain([Isa::Scalar]);
+    for n in SIZES {
+        let mut x = logits(n);
+        for isa in isas() {
+            assert!(pools.iter().all(|pool| bounded(pool, isa, &x)), "{n} logits on {isa}");
+        }
+        for at in [0, n / 2, n.saturating_sub(1)].into_iter().filter(|&at| at < n) {
+            for value in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN] {
+                let before = std::mem::replace(&mut x[at], value);
+                let want = !sums(&pools[0], Isa::Scalar, &x, 1.0).iter().any(|tile| tile.sum.is_nan());
+                assert_eq!(want, !value.is_nan() && value != f32::INFINITY);
+                for isa in isas() {
+                    assert!(pools.iter().all(|pool| bounded(pool, isa, &x) == want), "{value} at {at} of {n} on {isa}");
+                }
+                x[at] = before;
+            }
         }
     }
 }

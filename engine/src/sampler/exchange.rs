@@ -20,6 +20,8 @@ use crate::{batch::Wanted, collective::CollectiveError, compute::Compute, ranks:
 pub(super) struct Need {
     /// All logits.
     pub(super) whole: bool,
+    /// The softmax sum.
+    pub(super) total: bool,
     /// So many of the likeliest.
     pub(super) top: usize,
     /// Tokens whose logits are needed.
@@ -35,12 +37,14 @@ impl Need {
             match want.kind {
                 WantKind::Score { target, top } => {
                     need.targets.push(target);
+                    need.total = true;
                     need.top = need.top.max(top as usize);
                 }
                 WantKind::Logits => need.whole = true,
                 WantKind::Sample => {
                     let Some(history) = session.histories.get(&part.sequence) else { continue };
                     let s = &history.sampling;
+                    need.total |= s.logprobs.is_some();
                     need.top = need.top.max(s.logprobs.unwrap_or(0) as usize);
                     match direct(s, vocab) {
                         Some(k) if !history.changes_logits((part.first_position + want.offset) as usize) => need.top = need.top.max(k),
@@ -56,7 +60,11 @@ impl Need {
 
     /// Bytes that a rank with `rows` rows of the vocabulary sends.
     fn bytes(&self, rows: usize) -> usize {
-        if self.whole { 4 * rows } else { 8 * (rows.div_ceil(VOCAB_TILE) + self.top.min(rows)) + 4 * self.targets.len() }
+        if self.whole {
+            return 4 * rows;
+        }
+        let sums = if self.total { 8 * rows.div_ceil(VOCAB_TILE) } else { 4 };
+        sums + 8 * self.top.min(rows) + 4 * self.targets.len()
     }
 }
 
@@ -122,6 +130,9 @@ impl Writer<'_> {
             self.put(&tile.max.to_le_bytes());
             self.put(&tile.sum.to_le_bytes());
         }
+        if !need.total {
+            self.put(&u32::from(row.broken).to_le_bytes());
+        }
         for candidate in &row.likeliest {
             self.put(&(candidate.id + first as u32).to_le_bytes());
             self.put(&candidate.logit.to_le_bytes());
@@ -170,8 +181,12 @@ impl Reader<'_> {
         let mut row = Row { targets: vec![0.0; need.targets.len()], ..Row::default() };
         let mut lists = Vec::with_capacity(self.vocab.len());
         for (rank, rows) in self.vocab.iter().enumerate().filter(|(_, rows)| !rows.is_empty()) {
-            for _ in 0..rows.len().div_ceil(VOCAB_TILE) {
-                row.tiles.push(TileSum { max: self.float(rank), sum: self.float(rank) });
+            if need.total {
+                for _ in 0..rows.len().div_ceil(VOCAB_TILE) {
+                    row.tiles.push(TileSum { max: self.float(rank), sum: self.float(rank) });
+                }
+            } else {
+                row.broken |= u32::from_le_bytes(self.number(rank)) != 0;
             }
             let candidate = |_| Candidate { id: u32::from_le_bytes(self.number(rank)), logit: self.float(rank) };
             lists.push((0..need.top.min(rows.len())).map(candidate).collect());
@@ -182,6 +197,7 @@ impl Reader<'_> {
                 }
             }
         }
+        row.broken |= row.tiles.iter().any(|tile| tile.sum.is_nan());
         row.likeliest = vocab::merge_top_k(lists, need.top);
         row
     }

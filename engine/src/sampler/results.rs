@@ -14,7 +14,10 @@ const FEW: usize = 1024;
 pub(super) struct Row<'a> {
     /// `[vocab]`; empty where the rest is enough.
     pub(super) logits: &'a [f32],
+    /// Parts of the softmax sum; none where it is not needed.
     pub(super) tiles: Vec<TileSum>,
+    /// Whether a logit is NaN or infinity: the softmax sum is not a number then.
+    pub(super) broken: bool,
     /// The likeliest, in order.
     pub(super) likeliest: Vec<Candidate>,
     /// Logit of each token to be scored, in the order of the wants.
@@ -50,10 +53,9 @@ impl Results {
         values: &mut Vec<OutputValue>,
     ) -> Result<(), StepError> {
         let total = Total::of(&row.tiles, 1.0);
-        let broken = row.tiles.iter().any(|tile| tile.sum.is_nan());
         let mut targets = row.targets.iter();
         for want in wants(session.step, wanted).iter().filter(|w| !w.kind.is_vector()) {
-            if broken {
+            if row.broken {
                 values.push(OutputValue::Failed("the logits are not finite".to_owned()));
                 continue;
             }
@@ -112,11 +114,18 @@ impl Results {
 impl<'a> Row<'a> {
     /// A whole row of logits.
     pub(super) fn of(compute: &Compute, logits: &'a [f32], need: &Need) -> Self {
-        let mut tiles = vec![TileSum { max: 0.0, sum: 0.0 }; logits.len().div_ceil(vocab::VOCAB_TILE)];
-        vocab::tile_sums(&compute.pool, compute.isa, logits, 1.0, &mut tiles);
-        let likeliest = if need.top > 0 { vocab::top_k(&compute.pool, compute.isa, logits, 0, need.top) } else { Vec::new() };
+        let Compute { pool, isa } = compute;
+        let mut tiles = Vec::new();
+        let broken = if need.total {
+            tiles.resize(logits.len().div_ceil(vocab::VOCAB_TILE), TileSum { max: 0.0, sum: 0.0 });
+            vocab::tile_sums(pool, *isa, logits, 1.0, &mut tiles);
+            tiles.iter().any(|tile| tile.sum.is_nan())
+        } else {
+            !vocab::bounded(pool, *isa, logits)
+        };
+        let likeliest = if need.top > 0 { vocab::top_k(pool, *isa, logits, 0, need.top) } else { Vec::new() };
         let targets = need.targets.iter().map(|&id| logits[id as usize]).collect();
-        Self { logits, tiles, likeliest, targets }
+        Self { logits, tiles, broken, likeliest, targets }
     }
 }
 

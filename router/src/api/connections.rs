@@ -121,33 +121,23 @@ async fn connection(
     // Dropped when it has ended, and with it what a client that is gone had asked for.
     let ended = {
         let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-        let moved = async {
+        let mut moved = pin!(async {
             edge.moving().await;
             drop(edge);
             tokio::time::sleep(patience / STAY).await;
-        };
-        let early = tokio::select! {
-            ended = served.as_mut() => Some(ended),
-            () = stopped(stopping.clone()) => None,
-            () = moved => {
-                // What runs on it goes on.
-                served.as_mut().graceful_shutdown();
-                tokio::select! {
-                    ended = served.as_mut() => Some(ended),
-                    () = stopped(stopping) => None,
-                }
+        });
+        let mut stop = pin!(stopped(stopping));
+        let (mut moves, mut stops) = (false, false);
+        loop {
+            tokio::select! {
+                ended = served.as_mut() => break ended,
+                () = moved.as_mut(), if !moves => moves = true,
+                () = stop.as_mut(), if !stops => stops = true,
+                // Half a head, or a client that does not answer a farewell: nothing that anybody waits for.
+                () = running.over(), if stops => return,
             }
-        };
-        match early {
-            Some(ended) => ended,
-            None => {
-                served.as_mut().graceful_shutdown();
-                tokio::select! {
-                    ended = served.as_mut() => ended,
-                    // Half a head, or a client that does not answer a farewell: nothing that anybody waits for.
-                    () = running.over() => return,
-                }
-            }
+            // What runs on it goes on.
+            served.as_mut().graceful_shutdown();
         }
     };
     if let Err(error) = ended {
