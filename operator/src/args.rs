@@ -33,6 +33,12 @@ pub struct Args {
     /// Base URL of hf:// sources, for this operator and for workers [default: the public hub].
     #[arg(long, env = "HF_ENDPOINT", value_name = "URL")]
     pub hf_endpoint: Option<String>,
+    /// Folder of nodes that file: sources may be read from, in namespaces that enforce Pod Security `privileged`; may be given several times [default: none].
+    #[arg(long = "host-path", value_name = "FOLDER")]
+    pub host_paths: Vec<String>,
+    /// Folder of nodes for caches of policy NodeLocal, in namespaces that enforce Pod Security `privileged` [default: none].
+    #[arg(long, env = "SKEIN_NODE_CACHE", value_name = "FOLDER")]
+    pub node_cache: Option<String>,
     /// The one namespace to look after [default: all].
     #[arg(long, env = "SKEIN_WATCH_NAMESPACE", value_name = "NAMESPACE")]
     pub watch_namespace: Option<String>,

@@ -1,5 +1,6 @@
 //! Third step: the objects of a deployment, as they are applied. Pure.
 
+pub mod place;
 pub mod pod;
 pub mod pool;
 #[cfg(test)]
@@ -8,11 +9,7 @@ pub(crate) mod tests;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::{
-    manifest::{DeploymentSpec, ModelSpec},
-    shard::Stage,
-    worker::WorkerSpec,
-};
+use plan::{manifest::CacheSpec, shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -20,6 +17,7 @@ use self::{
     pool::Routers,
 };
 use crate::{
+    host::Folders,
     names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
     revision::{self, Record, Revision, StageRecord},
@@ -38,6 +36,8 @@ pub struct Settings {
     pub fleet_address: String,
     /// Base URL of `hf://` sources.
     pub hf_endpoint: Option<String>,
+    /// Folders of nodes that deployments may have, where their namespaces allow it.
+    pub folders: Folders,
     /// CPU that a worker asks for.
     pub worker_cpu: String,
     /// Routers of a namespace.
@@ -149,7 +149,7 @@ pub fn stages(valid: &ValidatedDeployment, revision: &str, settings: &Settings) 
     let stage = |(index, stage): (usize, &Stage)| {
         let config_maps: Vec<String> = specifications(valid, &specs, revision, index)?.into_iter().map(|(name, _)| name).collect();
         let need = stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
-        let pod = worker(settings, need, valid.manifest.spec(), &config_maps);
+        let pod = worker(settings, need, valid, &config_maps);
         Ok(StageRecord { ranks: stage.shards.len(), config_maps, pod })
     };
     valid.plan.stages.iter().enumerate().map(stage).collect()
@@ -188,7 +188,8 @@ fn pack<'a>(specs: impl Iterator<Item = &'a WorkerSpec>) -> Result<Vec<Data>, To
 }
 
 /// The pod of a worker. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
-fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[String]) -> Value {
+fn worker(settings: &Settings, need: u64, valid: &ValidatedDeployment, config_maps: &[String]) -> Value {
+    let spec = valid.manifest.spec();
     let limit = spec.workers.resources.limits.memory.map(|m| m.0);
     let mut resources = json!({ "requests": { "cpu": settings.worker_cpu, "memory": need.to_string() } });
     if let Some(limit) = limit {
@@ -216,7 +217,7 @@ fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[
             "--replica", "$(REPLICA)",
             "--threads", "auto",
             "--listen", format!("$(POD_IP):{WORKER_PORT}"),
-            "--cache", CACHE,
+            "--cache", cache_folder(valid),
         ],
         "env": env,
         "ports": [{ "name": "worker", "containerPort": WORKER_PORT, "protocol": "TCP" }],
@@ -228,21 +229,32 @@ fn worker(settings: &Settings, need: u64, spec: &DeploymentSpec, config_maps: &[
         "volumeMounts": [volume_mount("spec", SPEC, true), volume_mount("cache", CACHE, false)],
     });
     let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
-    pod::place(&mut pod, &spec.workers);
-    let mut cache = json!({ "name": "cache", "emptyDir": {} });
-    match (&spec.cache.pvc_name, spec.cache.size_limit) {
-        (Some(claim), _) => cache = json!({ "name": "cache", "persistentVolumeClaim": { "claimName": claim } }),
-        (None, Some(limit)) => cache["emptyDir"] = json!({ "sizeLimit": limit.0.to_string() }),
-        (None, None) => {}
-    }
-    pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, cache]);
-    if let Some((claim, _)) = ModelSpec::volume(&spec.model.uri) {
-        pod::with_claim(&mut pod, claim);
+    pod::schedule(&mut pod, &spec.workers);
+    pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, cache(&spec.cache, valid.node_cache.as_deref())]);
+    if let Some(place) = &valid.place {
+        place.mount(&mut pod);
     }
     if let Some(secret) = &spec.model.credentials_secret_ref {
         pod::with_secret(&mut pod, ("credentials", CREDENTIALS), &secret.name);
     }
     pod
+}
+
+/// The volume of fetched weights; `node`: a folder of the node that it is.
+fn cache(spec: &CacheSpec, node: Option<&str>) -> Value {
+    match (node, &spec.pvc_name, spec.size_limit) {
+        // One that is not there is not made: it would belong to root, and no worker could write to it.
+        (Some(folder), ..) => json!({ "name": "cache", "hostPath": { "path": folder, "type": "Directory" } }),
+        (None, Some(claim), _) => json!({ "name": "cache", "persistentVolumeClaim": { "claimName": claim } }),
+        (None, None, Some(limit)) => json!({ "name": "cache", "emptyDir": { "sizeLimit": limit.0.to_string() } }),
+        (None, None, None) => json!({ "name": "cache", "emptyDir": {} }),
+    }
+}
+
+/// Where a worker keeps what it fetches. On a node each namespace has a folder of its own: what is found in a cache is not asked for again, so
+/// whoever may fetch into one decides what others load from it, and has what they were let in for.
+fn cache_folder(valid: &ValidatedDeployment) -> String {
+    if valid.node_cache.is_some() { format!("{CACHE}/{}", valid.namespace) } else { CACHE.to_owned() }
 }
 
 struct Build<'a> {

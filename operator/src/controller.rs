@@ -328,7 +328,8 @@ async fn steps(object: &Arc<ModelDeployment>, context: &Context) -> Result<Done,
     if object.condition(MODEL_RESOLVED).is_none() && !object.spec["model"]["uri"].as_str().is_some_and(|uri| context.models.knows(uri)) {
         context.say(object, status::resolving(object)).await?;
     }
-    let mut fetched = dereference((&context.client, &context.cache), &context.models, &served, &others, object).await?;
+    let mut fetched =
+        dereference((&context.client, &context.cache), (&context.models, &context.settings.folders), &served, &others, object).await?;
     context.inspector().inspect(object, &mut fetched).await?;
     let renew = context.renew(object, &fetched.standing).await;
     let done = advance(object, context, &served, &fetched).await?;
@@ -382,6 +383,8 @@ async fn advance(object: &mut ModelDeployment, context: &Context, served: &Serve
         true if valid.adapters.iter().any(|(_, source)| source.is_err()) => STARTING,
         true => IDLE,
     };
+    // Nobody tells of a namespace that takes its permission back.
+    let idle = if valid.node_folders().is_empty() { idle } else { idle.min(ELSEWHERE) };
     let looks = decision.and_then(|d| d.again).map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0)));
     let routers = served.routing.until.map(|at| Duration::from_secs(u64::try_from(at - now).unwrap_or(0).max(1)));
     Ok(Done { result: "Applied", again: Some(again.into_iter().chain(looks).chain(routers).fold(idle, Duration::min)) })

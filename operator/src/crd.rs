@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::resource::{GROUP, PLURAL, Status, VERSION};
 
 /// Rules between fields, in CEL: path below the object (`[]` for the entries of a list), rule, message.
-const RULES: [(&str, &str, &str); 28] = [
+const RULES: [(&str, &str, &str); 29] = [
     ("", "self.metadata.name.size() <= 45", "metadata.name must have at most 45 characters"),
     ("", "!self.metadata.name.contains('.')", "metadata.name must be a DNS label"),
     (
@@ -29,8 +29,13 @@ const RULES: [(&str, &str, &str); 28] = [
     ),
     (
         "spec.model",
-        "!has(self.credentialsSecretRef) || !self.uri.startsWith('pvc://')",
-        "credentialsSecretRef must be absent where uri is pvc://, which is no server's",
+        "!has(self.credentialsSecretRef) || !self.uri.matches('^(pvc://|file:)')",
+        "credentialsSecretRef must be absent where uri is pvc:// or file:, which are no server's",
+    ),
+    (
+        "spec.model.uri",
+        "!self.startsWith('file:') || (self.matches('^file:/(//)?[^/]') && !self.matches('/[.][.](/|$)'))",
+        "uri must be file:/PATH on a cluster, absolute and without ..",
     ),
     (
         "spec.adapters",
@@ -89,7 +94,7 @@ const RULES: [(&str, &str, &str); 28] = [
     ),
     ("spec.cache", "self.policy != 'PVC' || has(self.pvcName)", "pvcName must be set with policy PVC"),
     ("spec.cache", "self.policy == 'PVC' || !has(self.pvcName)", "pvcName needs policy PVC"),
-    ("spec.cache", "self.policy != 'PVC' || !has(self.sizeLimit)", "sizeLimit is of policy EmptyDir: a claim has a size"),
+    ("spec.cache", "self.policy == 'EmptyDir' || !has(self.sizeLimit)", "sizeLimit is of policy EmptyDir: other caches are shared"),
     (
         "spec.router",
         "self.dedicated || !has(self.replicas)",

@@ -17,6 +17,7 @@ use source::Credentials;
 use crate::{
     cache::{Cache, Owner},
     fleet::Load,
+    host::{Access, Folders},
     inspect,
     lost::{self, Named},
     models::{Models, Opened, Unresolved},
@@ -32,6 +33,8 @@ const ADAPTERS: usize = 64;
 /// Everything a reconcile knows beside the resource itself.
 #[derive(Debug)]
 pub struct Fetched {
+    /// What it may have of nodes.
+    pub access: Access,
     /// The header of the model; `None` where the spec names a source that this process cannot read.
     pub header: Option<Result<Arc<ModelHeader>, Unresolved>>,
     /// The adapters that the spec names, where the header of the model is known.
@@ -82,7 +85,7 @@ impl Standing {
 /// When the API server does not answer. That a model or a ConfigMap is not there is no error here.
 pub async fn dereference(
     (client, cache): (&Client, &Cache),
-    models: &Models,
+    (models, folders): (&Models, &Folders),
     served: &Served,
     others: &[Arc<ModelDeployment>],
     object: &ModelDeployment,
@@ -123,9 +126,11 @@ pub async fn dereference(
             load,
         })
     };
-    let (model, template, standing) = tokio::join!(header, template, standing);
+    let access = Access::of(client, folders, namespace, &object.spec);
+    let (model, template, standing, access) = tokio::join!(header, template, standing, access);
     let (header, adapters) = model?;
     Ok(Fetched {
+        access: access?,
         header,
         adapters,
         template: template?.and_then(|map| Some((map.metadata.name?, map.data.unwrap_or_default()))),
@@ -178,7 +183,7 @@ pub(crate) async fn adapters(models: &Models, object: &ModelDeployment, model: (
             models.adapter(&uri, model).await
         } else {
             let message = format!(
-                "{uri} is a path of a node, and this operator gives workers no host paths; name it by hf://, s3://, gs://, oci://, http:// or https://"
+                "{uri} is a path of a node, and adapters are not read from nodes, whatever the namespace allows; name it by hf://, s3://, gs://, oci://, http:// or https://"
             );
             Err(Unresolved { reason: "HostPathForbidden", message })
         };
@@ -221,6 +226,18 @@ mod tests {
         let all = [old.clone(), young.clone(), object("other", "2026-01-01T00:00:00Z", json!({}))];
         assert_eq!(taken(&young, &all), Some(("m".into(), "old".into())));
         assert_eq!(taken(&old, &all), None);
+    }
+
+    #[tokio::test]
+    async fn adapters_are_not_read_from_nodes() {
+        let adapters = json!([{ "name": "a", "uri": "file:/srv/models/a" }]);
+        let object: ModelDeployment =
+            serde_json::from_value(json!({ "metadata": {}, "spec": { "adapters": adapters } })).expect("an object");
+        let header = crate::validate::tests::header();
+        let opened = super::adapters(&Models::new(None), &object, ("file:/srv/models/llama", &header)).await;
+        let [Opened { header: Err(why), .. }] = &opened[..] else { panic!("one that is refused: {opened:?}") };
+        assert_eq!(why.reason, "HostPathForbidden");
+        assert!(why.message.contains("file:/srv/models/a is a path of a node, and adapters are not read from nodes"), "{}", why.message);
     }
 
     #[test]

@@ -1,4 +1,5 @@
-//! Headers of models on claims, which nodes alone can read: a short-lived pod mounts the claim, reads the headers and says them in its log.
+//! Headers of models on claims and on nodes, which nodes alone can read: a short-lived pod mounts the volume, reads the headers and says them
+//! in its log.
 //!
 //! What the pod says is trusted as little as a file. It is kept in a `ConfigMap`, so that another process of the operator needs no pod.
 
@@ -30,7 +31,10 @@ pub use self::pod::is_inspector;
 use self::pod::{State, state};
 use crate::{
     apply::Writer,
-    build::{Object, Settings, pod::MODEL},
+    build::{
+        Object, Settings,
+        place::{Place, Volume},
+    },
     cache::Cache,
     dereference::{self, Fetched},
     models::{Models, Unresolved, chain},
@@ -46,7 +50,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_secs(10), Duration::from_s
 /// Bytes of a log that are read: the line, and what may stand before it.
 const LOG: i64 = Inspection::MOST_BYTES as i64 + (64 << 10);
 
-/// What this process knows of models on claims.
+/// What this process knows of models that it cannot read itself.
 #[derive(Debug, Default)]
 pub struct Inspections(Mutex<Inner>);
 
@@ -120,17 +124,17 @@ impl Inspections {
     }
 }
 
-/// Name of the object that keeps the header of a deployment's model, where that is on a claim.
+/// Name of the object that keeps the header of a deployment's model, where nodes alone can read it.
 pub fn kept_in(object: &ModelDeployment) -> Option<String> {
-    let uri = object.spec["model"]["uri"].as_str().filter(|uri| ModelSpec::volume(uri).is_some())?;
+    let uri = object.spec["model"]["uri"].as_str().filter(|uri| !ModelSpec::is_remote(uri))?;
     Some(names::header(object.name(), object.uid(), uri))
 }
 
-/// A model on a claim.
+/// A model that nodes alone can read.
 struct Wanted<'a> {
     object: &'a ModelDeployment,
     uri: String,
-    claim: String,
+    place: Place,
     /// Name of the object that keeps its header.
     name: String,
     pod: Object,
@@ -151,15 +155,15 @@ pub struct Inspector<'a> {
     pub cache: &'a Cache,
     /// What pods depend on.
     pub settings: &'a Settings,
-    /// For adapters beside a model on a claim.
+    /// For adapters beside the model.
     pub models: &'a Models,
     /// What is known.
     pub inspections: &'a Inspections,
 }
 
 impl Inspector<'_> {
-    /// Fills in the header of a model on a claim, or why there is none yet, and then its adapters. Other models, and specs that are refused
-    /// whatever their model is, stay as they are.
+    /// Fills in the header of a model that nodes alone can read, or why there is none yet, and then its adapters. Other models, and specs that
+    /// are refused whatever their model is, stay as they are.
     ///
     /// # Errors
     /// When the API server does not answer.
@@ -187,9 +191,10 @@ impl Inspector<'_> {
         let name = kept_in(object).filter(|_| fetched.taken.is_none())?;
         let manifest = validate::read(object, &object.spec, fetched).ok()?;
         let uri = manifest.spec().model.uri.clone();
-        let (claim, path) = ModelSpec::volume(&uri)?;
-        let pod = pod::build(self.settings, object, &manifest.spec().workers, (claim, path));
-        Some(Wanted { object, claim: claim.to_owned(), uri, name, pod })
+        fetched.access.cache(manifest.spec().cache.policy).ok()?;
+        let place = fetched.access.place(&uri).ok()??;
+        let pod = pod::build(self.settings, object, &manifest.spec().workers, &place);
+        Some(Wanted { object, place, uri, name, pod })
     }
 
     async fn header(&self, wanted: &Wanted<'_>, kept: &[String]) -> Result<Result<Arc<ModelHeader>, Unresolved>, kube::Error> {
@@ -228,8 +233,10 @@ impl Inspector<'_> {
 
     /// Makes the pod; what is said of that.
     async fn begin(&self, wanted: &Wanted<'_>) -> Result<Unresolved, kube::Error> {
-        let (namespace, claim, name) = (wanted.object.namespace(), &wanted.claim, &wanted.pod.name);
-        if Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), namespace).get_opt(claim).await?.is_none() {
+        let (namespace, name) = (wanted.object.namespace(), &wanted.pod.name);
+        if let Volume::Claim(claim) = &wanted.place.volume
+            && Api::<PersistentVolumeClaim>::namespaced(self.client.clone(), namespace).get_opt(claim).await?.is_none()
+        {
             let message = format!("there is no PersistentVolumeClaim {claim} in the namespace {namespace}");
             return Ok(self.fail(wanted, "NotFound", message));
         }
@@ -300,17 +307,20 @@ impl Inspector<'_> {
 }
 
 fn resolving(wanted: &Wanted<'_>, how: &str) -> Unresolved {
-    Unresolved { reason: "Resolving", message: format!("the pod {} reads the headers of {}: {how}", wanted.pod.name, wanted.uri) }
+    let place = match &wanted.place.volume {
+        Volume::Claim(_) => String::new(),
+        Volume::Folder(folder) => format!(" on a node, which must have the folder {folder}"),
+    };
+    Unresolved { reason: "Resolving", message: format!("the pod {} reads the headers of {}{place}: {how}", wanted.pod.name, wanted.uri) }
 }
 
-/// What is wrong with what a pod said: from the closed list of `source`, and for people, who know the model by its claim.
+/// What is wrong with what a pod said: from the closed list of `source`, and for people, who know the model by its claim or the node's folder.
 fn refusal(wanted: &Wanted<'_>, error: &InspectionError) -> (&'static str, String) {
     const KNOWN: [&str; 4] = ["InvalidSpec", "NotFound", "DownloadFailed", "DigestMismatch"];
     match error {
         InspectionError::Refused { reason, message } => {
-            let message = message.replace(&format!("{MODEL}/"), &format!("pvc://{}/", wanted.claim));
             // What is left are the reasons of headers.
-            (KNOWN.into_iter().find(|known| known == reason).unwrap_or("header_invalid"), message)
+            (KNOWN.into_iter().find(|known| known == reason).unwrap_or("header_invalid"), wanted.place.explain(message))
         }
         InspectionError::Header { source } => (source.reason(), format!("{}: {}", wanted.uri, chain(error))),
         InspectionError::Unknown { .. } | InspectionError::Outside => {

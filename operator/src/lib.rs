@@ -1,6 +1,6 @@
 //! The operator: reconciles `ModelDeployment` resources into routers and workers, and pushes the fleet to routers.
 //!
-//! A reconcile is five steps, one file each: [`dereference`] reads (and [`inspect`], where nodes alone can), [`validate`] and [`build`] compute, [`apply`] writes, [`status`] says what
+//! A reconcile is five steps, one file each: [`dereference`] reads (and [`inspect`], where nodes alone can; which may, [`host`] says), [`validate`] and [`build`] compute, [`apply`] writes, [`status`] says what
 //! came of it. Which replicas are built is planned by [`rollout`] from what [`observe`] sees of them, each of a [`revision`]. The routers of a namespace are reconciled apart, in [`pool`], because all its deployments share them.
 
 pub mod apply;
@@ -13,6 +13,7 @@ pub mod controller;
 pub mod crd;
 pub mod dereference;
 pub mod fleet;
+pub mod host;
 pub mod inspect;
 pub mod issuer;
 pub mod lease;

@@ -17,6 +17,9 @@ pub(crate) type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
 /// No object: the part of a path whose writes are refused.
 pub(crate) const REFUSED: &str = "refused";
 
+/// No object either: the end of a path that may not be read.
+pub(crate) const HIDDEN: &str = "hidden";
+
 /// Kinds that are made, and asked for by name.
 const NAMED: [&str; 4] = ["secrets", "leases", "pods", "persistentvolumeclaims"];
 
@@ -41,7 +44,9 @@ async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Bod
     let merges = parts.headers.get("content-type").is_some_and(|t| t == "application/merge-patch+json");
     let mut objects = objects.lock().expect("nobody panics with it");
     let refused = objects.get(REFUSED).and_then(Value::as_str).is_some_and(|part| path.contains(part));
+    let hidden = objects.get(HIDDEN).and_then(Value::as_str).is_some_and(|end| path.ends_with(end));
     let (status, answer) = match parts.method {
+        Method::GET if hidden => failure(403, "Forbidden"),
         Method::GET => get(&objects, &path),
         _ if refused => failure(403, "Forbidden"),
         Method::DELETE => match objects.remove(&path) {
@@ -64,9 +69,10 @@ async fn answer(objects: Objects, request: Request<Body>) -> Result<Response<Bod
     Ok(response.expect("a response"))
 }
 
-/// An object that is asked for by name, as what keeps a header is too, or what is below a path.
+/// An object that is asked for by name, as namespaces and what keeps a header are too, or what is below a path.
 fn get(objects: &BTreeMap<String, Value>, path: &str) -> Answer {
-    if NAMED.iter().any(|kind| path.contains(&format!("/{kind}/"))) || path.ends_with("-header") {
+    let namespace = path.strip_prefix("/api/v1/namespaces/").is_some_and(|rest| !rest.contains('/'));
+    if namespace || NAMED.iter().any(|kind| path.contains(&format!("/{kind}/"))) || path.ends_with("-header") {
         return objects.get(path).map_or_else(|| failure(404, "NotFound"), |object| (200, object.clone()));
     }
     let inside = |p: &&String| p.strip_prefix(path).is_some_and(|rest| rest.starts_with('/'));

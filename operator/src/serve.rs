@@ -28,6 +28,7 @@ use crate::{
     certificates::Lifetimes,
     controller::{self, Options},
     fleet::{FleetService, Hub},
+    host::Folders,
     issuer::Issuer,
     lease::{Election, Notes},
     metrics::Metrics,
@@ -65,6 +66,7 @@ struct Health {
 /// # Errors
 /// When an address cannot be listened on, the API server cannot be found, or the lease is lost.
 pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
+    let settings = settings(&args)?;
     // Bound before anything else, so that a probe finds a process that starts.
     let http = TcpListener::bind(args.http_listen).await.with_context(|| format!("failed to listen on {}", args.http_listen))?;
     let fleet = TcpListener::bind(args.fleet_listen).await.with_context(|| format!("failed to listen on {}", args.fleet_listen))?;
@@ -80,7 +82,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
     info!(version = version.git_version, "API server reached");
     reached.store(true, Ordering::Relaxed);
     let client = requests::counted(client, metrics.clone());
-    let outcome = lead(&args, client, (&leader, leading, &metrics), &stop).await;
+    let outcome = lead((&args, settings), client, (&leader, leading, &metrics), &stop).await;
     stop.cancel();
     tasks.close();
     tasks.wait().await;
@@ -91,7 +93,7 @@ pub async fn run(args: Args, stop: CancellationToken) -> anyhow::Result<()> {
 
 /// Waits for the lease, and reconciles for as long as it is held.
 async fn lead(
-    args: &Args,
+    (args, settings): (&Args, Settings),
     client: Client,
     (leader, leading, metrics): (&Leader, oneshot::Sender<Led>, &Arc<Metrics>),
     stop: &CancellationToken,
@@ -116,7 +118,7 @@ async fn lead(
     let options = Options {
         stops,
         client,
-        settings: settings(args),
+        settings,
         namespace: args.watch_namespace.clone(),
         identity,
         hub: hub.clone(),
@@ -209,18 +211,19 @@ fn lifetimes(args: &Args) -> anyhow::Result<Lifetimes> {
     Ok(Lifetimes { certificate, renew, authority, settle })
 }
 
-fn settings(args: &Args) -> Settings {
-    Settings {
+fn settings(args: &Args) -> anyhow::Result<Settings> {
+    Ok(Settings {
         image: args.image.clone(),
         image_pull_policy: args.image_pull_policy.clone(),
         fleet_address: args.fleet_address.clone(),
         hf_endpoint: args.hf_endpoint.clone(),
+        folders: Folders::new(&args.host_paths, args.node_cache.as_deref())?,
         worker_cpu: args.worker_cpu.clone(),
         pool_size: args.pool_size,
         router_cpu: args.router_cpu.clone(),
         router_memory: args.router_memory.clone(),
         proven: args.tls == Tls::Auto,
-    }
+    })
 }
 
 fn routes(health: Health) -> Router {

@@ -17,7 +17,7 @@ pub use self::news::news;
 use self::replicas::{degraded, progressing, replicas_ready, scheduled, weights_ready};
 use crate::{
     autoscale::Decision,
-    build::urls,
+    build::{place::explain_cache, urls},
     cache,
     dereference::Standing,
     names::{self, MANAGER},
@@ -180,8 +180,8 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     status.cache = replicas::cache(object, view, status.cache);
     set(&mut status, object, SCHEDULED, scheduled(view, &missing));
     let weights = weights_ready(&missing, status.cache.as_ref());
-    set(&mut status, object, WEIGHTS_READY, weights);
-    set(&mut status, object, REPLICAS_READY, replicas_ready((ready, goal.replicas), &missing));
+    set(&mut status, object, WEIGHTS_READY, explained(valid, weights));
+    set(&mut status, object, REPLICAS_READY, explained(valid, replicas_ready((ready, goal.replicas), &missing)));
     status.routers.clone_from(&view.routers);
     let whose = if view.routers.as_ref().is_some_and(|r| r.dedicated) { "its own" } else { "the namespace's" };
     let routers = match (standing.load.routers, standing.load.open) {
@@ -211,6 +211,16 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     status.replica_states = replicas.into_iter().take(LISTED).collect();
     summarize(&mut status, object);
     status
+}
+
+/// What pods say of the folders that they are given, in words for those who see claims and nodes.
+fn explained(valid: &ValidatedDeployment, (truth, reason, said): Value) -> Value {
+    let said = valid.place.as_ref().map_or_else(|| said.clone(), |place| place.explain(&said));
+    let said = valid.node_cache.as_ref().map_or_else(|| said.clone(), |folder| explain_cache(folder, &said));
+    // A pod whose node lacks a folder waits, and says so in its events alone.
+    let folders = valid.node_folders();
+    let waits = reason == "Starting" && !folders.is_empty();
+    (truth, reason, if waits { format!("{said}; their nodes must have {}", folders.join(" and ")) } else { said })
 }
 
 /// The latest revisions that are written down, and how many replicas each has.

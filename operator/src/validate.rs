@@ -1,6 +1,6 @@
 //! Second step: a deployment and what was read for it become a plan, or a refusal with a reason. Pure.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use plan::{
     adapter::AdapterSource,
@@ -14,7 +14,7 @@ use plan::{
 use serde_json::{Value, json};
 
 use crate::{
-    build::pod,
+    build::place::{Place, Volume},
     dereference::Fetched,
     models::{Opened, Unresolved},
     names,
@@ -35,6 +35,10 @@ pub struct ValidatedDeployment {
     pub manifest: Manifest,
     /// Its model.
     pub header: Arc<ModelHeader>,
+    /// Where its pods find the model, unless that is on a server.
+    pub place: Option<Place>,
+    /// The folder of nodes that its workers keep in what they fetch, where it is one.
+    pub node_cache: Option<String>,
     /// How a replica is laid out.
     pub plan: ExecutionPlan,
     /// What decides the bits of its replicas.
@@ -80,9 +84,18 @@ impl ValidatedDeployment {
     /// What each worker is told, stage by stage and rank by rank; replicas share it.
     pub fn worker_specs(&self) -> Vec<WorkerSpec> {
         let model = &self.manifest.spec().model;
-        let uri = pod::model_uri(&model.uri);
+        let uri = self.place.as_ref().map_or(Cow::Borrowed(model.uri.as_str()), |place| Cow::Owned(format!("file:{}", place.inside())));
         let origin = Origin { replica: &self.name, uri: &uri, digest: model.digest.as_deref() };
         planner::worker_specs(&self.plan, &origin, 1, CollectiveKind::Tcp)
+    }
+
+    /// Folders of nodes that its pods have.
+    pub fn node_folders(&self) -> Vec<&str> {
+        let model = self.place.as_ref().and_then(|place| match &place.volume {
+            Volume::Claim(_) => None,
+            Volume::Folder(folder) => Some(folder.as_str()),
+        });
+        model.into_iter().chain(self.node_cache.as_deref()).collect()
     }
 
     /// What a replica holds.
@@ -103,15 +116,13 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
             format!("model name {name} is that of the older deployment {whose}; choose another in spec.model.name or spec.model.aliases");
         return Err(refuse(ACCEPTED, "NameTaken", message, Until::Elsewhere));
     }
+    let (place, node_cache) = (fetched.access.place(&model.uri)?, fetched.access.cache(manifest.spec().cache.policy)?);
     let header = match &fetched.header {
         Some(Ok(header)) => Arc::new(manifest.loaded(header)),
         Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
         None => {
-            let message = format!(
-                "{} is a path of a node, and this operator gives workers no host paths; name the model by hf://, s3://, gs://, oci://, http://, https:// or pvc://",
-                model.uri
-            );
-            return Err(refuse(ACCEPTED, "HostPathForbidden", message, Until::Changed));
+            let message = format!("nobody has read the header of {} yet", model.uri);
+            return Err(unresolvable(&Unresolved { reason: "Resolving", message }));
         }
     };
     // A worker may take what its limit says; where there is none, the scheduler finds a node for what the plan needs.
@@ -132,6 +143,8 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         adapters: adapters(&manifest, fetched),
         manifest,
         header,
+        place,
+        node_cache,
         plan,
         numerics,
     })

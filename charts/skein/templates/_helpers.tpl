@@ -48,8 +48,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [apps]
   resources: [statefulsets, deployments, controllerrevisions]
   verbs: [get, list, watch, create, patch, delete]
-# Pods of nodes that cannot be reached are deleted by force, so that others take their place. For a model on a claim a pod is made that reads
-# its headers, its log is read, and it is deleted.
+# Pods of nodes that cannot be reached are deleted by force, so that others take their place. For a model on a claim or a node a pod is
+# made that reads its headers, its log is read, and it is deleted.
 - apiGroups: [""]
   resources: [pods]
   verbs: [get, list, watch, create, delete]
@@ -59,6 +59,12 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 - apiGroups: [""]
   resources: [nodes]
   verbs: [get]
+{{- if or .Values.sources.hostPaths .Values.sources.nodeCache }}
+# Whether a namespace lets host paths through is what its label says.
+- apiGroups: [""]
+  resources: [namespaces]
+  verbs: [get]
+{{- end }}
 - apiGroups: [""]
   resources: [configmaps, services, serviceaccounts]
   verbs: [get, list, watch, create, patch, delete]

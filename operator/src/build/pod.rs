@@ -1,20 +1,18 @@
 //! What all pods have in common: Pod Security `restricted`, no credentials.
 
-use std::borrow::Cow;
-
-use plan::manifest::{ModelSpec, WorkersSpec};
+use plan::manifest::WorkersSpec;
 use serde_json::{Value, json};
 
 use crate::names;
 
 /// User and group that everything runs as; the image's too.
-const USER: u32 = 65532;
+pub(crate) const USER: u32 = 65532;
 /// Folder of the worker's specification.
 pub(super) const SPEC: &str = "/etc/skein/spec";
 /// Folder of fetched weights.
 pub(super) const CACHE: &str = "/var/cache/skein";
 
-/// Folder of the claim that a model is on.
+/// Folder of the volume that a model is on.
 pub(crate) const MODEL: &str = "/var/lib/skein/model";
 /// Folder of what a source is shown.
 pub(super) const CREDENTIALS: &str = "/etc/skein/credentials";
@@ -43,27 +41,12 @@ pub(crate) fn template(account: &str, grace_seconds: u32, container: Value) -> V
 }
 
 /// Has it run where a deployment's workers may.
-pub(crate) fn place(pod: &mut Value, workers: &WorkersSpec) {
+pub(crate) fn schedule(pod: &mut Value, workers: &WorkersSpec) {
     if !workers.node_selector.is_empty() {
         pod["nodeSelector"] = json!(workers.node_selector);
     }
     if !workers.tolerations.is_empty() {
         pod["tolerations"] = json!(workers.tolerations);
-    }
-}
-
-/// Where a worker finds the model at `uri`: what is on a claim, in a folder.
-pub(crate) fn model_uri(uri: &str) -> Cow<'_, str> {
-    ModelSpec::volume(uri).map_or(Cow::Borrowed(uri), |(_, path)| Cow::Owned(format!("file:{MODEL}/{path}")))
-}
-
-/// Gives the pod's program the claim that a model is on, to read alone.
-pub(crate) fn with_claim(pod: &mut Value, claim: &str) {
-    if let Some(mounts) = pod["containers"][0]["volumeMounts"].as_array_mut() {
-        mounts.push(volume_mount("model", MODEL, true));
-    }
-    if let Some(volumes) = pod["volumes"].as_array_mut() {
-        volumes.push(json!({ "name": "model", "persistentVolumeClaim": { "claimName": claim, "readOnly": true } }));
     }
 }
 

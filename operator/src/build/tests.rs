@@ -12,11 +12,18 @@ use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::{
-    pod::MODEL,
+    pod::{CACHE, MODEL},
     pool::{PoolResources, Routers, account, build_pool},
     *,
 };
-use crate::validate::tests::{object, spec, valid};
+use crate::{
+    dereference::Fetched,
+    host::tests::{access, folders, privileged},
+    validate::{
+        tests::{fetched, object, spec, valid},
+        validate,
+    },
+};
 
 /// What the operator was started with.
 /// Where workers and new routers find a router.
@@ -32,6 +39,7 @@ pub(crate) fn settings() -> Settings {
         image_pull_policy: "Never".into(),
         fleet_address: "http://10.0.0.1:7070".into(),
         hf_endpoint: Some("http://mirror:8000".into()),
+        folders: folders(),
         worker_cpu: "250m".into(),
         pool_size: 2,
         router_cpu: "100m".into(),
@@ -252,6 +260,39 @@ fn caches_and_credentials_are_mounted_as_the_spec_says() {
     let args: Vec<_> = shown["containers"][0]["args"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
     assert!(args.windows(2).any(|pair| pair == ["--credentials", CREDENTIALS]), "{args:?}");
     assert_eq!(volume(&pod(&|_| ()), "credentials"), Value::Null);
+}
+
+/// What pods get of nodes: a folder that the operator was told of, and no right beyond it.
+#[test]
+fn folders_of_nodes_are_mounted_as_the_operator_names_them() {
+    let allowed = Fetched { access: access(folders(), privileged()), ..fetched() };
+    let mut of_node = spec();
+    of_node["model"]["uri"] = json!("file:///srv/models/tiny//a.gguf");
+    of_node["cache"] = json!({ "policy": "NodeLocal" });
+    let valid_one = validate(&object(of_node.clone()), &allowed).expect("a valid deployment");
+    let record = Revision::of(&valid_one, &object(of_node), &settings(), &[], 0).expect("it can be kept").0.record;
+    let (pod, bare) = (&record.stages[0].pod, &revision(&spec()).record.stages[0].pod);
+    let typed: k8s_openapi::api::core::v1::PodSpec = serde_json::from_value(pod.clone()).expect("the fields have their types");
+    let volumes = typed.volumes.unwrap_or_default();
+    let host = |name: &str| {
+        let path = volumes.iter().find(|v| v.name == name).and_then(|v| v.host_path.clone()).expect("a folder of the node");
+        (path.path, path.type_)
+    };
+    assert_eq!(host("model"), ("/srv/models".to_owned(), Some("Directory".to_owned())), "not the path that the spec names");
+    assert_eq!(host("cache"), ("/srv/cache".to_owned(), Some("Directory".to_owned())));
+    let container = &typed.containers[0];
+    let mount = |name: &str| container.volume_mounts.iter().flatten().find(|m| m.name == name).expect("it is mounted");
+    assert_eq!((mount("model").mount_path.as_str(), mount("model").read_only), (MODEL, Some(true)));
+    assert_eq!((mount("cache").mount_path.as_str(), mount("cache").read_only), (CACHE, None));
+    assert_eq!(valid_one.worker_specs()[0].uri, format!("file:{MODEL}/tiny/a.gguf"));
+    // Namespaces share no cache.
+    let args = container.args.clone().unwrap_or_default();
+    assert!(args.windows(2).any(|pair| pair == ["--cache", &format!("{CACHE}/models")]), "{args:?}");
+    // All else is as it is without folders of nodes.
+    for field in ["securityContext", "serviceAccountName", "automountServiceAccountToken"] {
+        assert_eq!(pod[field], bare[field], "{field}");
+    }
+    assert_eq!(pod["containers"][0]["securityContext"], restricted());
 }
 
 #[test]

@@ -400,6 +400,53 @@ async fn a_model_on_a_claim_is_rolled_out_once_a_pod_has_read_it() {
     assert_eq!((world.count("/pods/"), having(&world, "-header").len()), (0, 0));
 }
 
+/// A namespace that allows host paths lets a model on nodes in, one that does no more takes nothing away, and neither needs another process.
+#[tokio::test(start_paused = true)]
+async fn a_model_on_nodes_goes_by_what_its_namespace_says() {
+    let world = World::new().await;
+    let label = |level: &str| {
+        let labels = json!({ "pod-security.kubernetes.io/enforce": level });
+        let namespace = json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": "models", "labels": labels } });
+        world.objects.lock().expect("nobody panics with it").insert("/api/v1/namespaces/models".to_owned(), namespace);
+    };
+    label("restricted");
+    world.change(|spec| spec["model"]["uri"] = json!("file:/srv/models/llama"));
+    for _ in 0..3 {
+        assert!(world.reconcile().await);
+    }
+    assert_eq!((world.reason(status::ACCEPTED), world.reason(status::READY)), ("HostPathForbidden".into(), "HostPathForbidden".into()));
+    assert_eq!((world.count("/pods/"), world.count("/statefulsets/")), (0, 0));
+
+    label("privileged");
+    assert!(world.reconcile().await);
+    let pod = having(&world, "/pods/").into_keys().next().expect("a pod");
+    {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
+        let said = source::Inspection::of(&path.display().to_string(), source::SourceOptions::default()).line();
+        let mut objects = world.objects.lock().expect("nobody panics with it");
+        objects.get_mut(&pod).expect("it stands")["status"] = json!({ "phase": "Succeeded" });
+        objects.insert(format!("{pod}/log"), json!(said));
+    }
+    world.settle().await;
+    world.objects.lock().expect("nobody panics with it").remove(&format!("{pod}/log"));
+    assert_eq!((world.reason(status::PROGRESSING), world.reason(status::READY)), ("RolloutComplete".into(), "Ready".into()));
+    let (told, stands) = (world.told(), having(&world, "/statefulsets/"));
+    assert_eq!((stands.len(), told.replicas.len(), world.count("/pods/")), (2, 1, 0));
+
+    label("baseline");
+    world.settle().await;
+    assert_eq!((world.reason(status::ACCEPTED), world.reason(status::READY)), ("HostPathForbidden".into(), "HostPathForbidden".into()));
+    assert_eq!((world.told(), having(&world, "/statefulsets/")), (told.clone(), stands.clone()), "what runs goes on");
+    world.change(|spec| spec["replicas"] = json!(2));
+    world.settle().await;
+    assert_eq!(having(&world, "/statefulsets/"), stands, "and nothing is added to it");
+
+    label("privileged");
+    world.settle().await;
+    assert_eq!((world.reason(status::READY), world.told().replicas.len()), ("Ready".into(), 2));
+    assert!(world.told().replicas.contains(&told.replicas[0]), "it is as it was");
+}
+
 /// Requests to the API server so far.
 fn requests(world: &World) -> u64 {
     let text = world.context.metrics.text(0).expect("text");

@@ -10,7 +10,8 @@ use serde_json::json;
 use crate::{
     build::{
         Object, Settings, owned,
-        pod::{MODEL, place, restricted, template, with_claim},
+        place::Place,
+        pod::{restricted, schedule, template},
     },
     names::{self, DEPLOYMENT},
     resource::ModelDeployment,
@@ -27,10 +28,10 @@ const LATE: i64 = DEADLINE + 60;
 /// Memory that it may use; headers are 100 MB at most.
 const MEMORY: &str = "1Gi";
 
-/// The pod for a path on a claim. Its name says all that it is: what reads another path, or runs elsewhere, is another pod.
-pub(super) fn build(settings: &Settings, object: &ModelDeployment, workers: &WorkersSpec, (claim, path): (&str, &str)) -> Object {
+/// The pod for a place. Its name says all that it is: what reads another path, or runs elsewhere, is another pod.
+pub(super) fn build(settings: &Settings, object: &ModelDeployment, workers: &WorkersSpec, place: &Place) -> Object {
     // Kubernetes replaces variables in arguments.
-    let model = format!("{MODEL}/{path}").replace('$', "$$");
+    let model = place.inside().replace('$', "$$");
     let container = json!({
         "name": COMPONENT,
         "image": settings.image,
@@ -45,8 +46,8 @@ pub(super) fn build(settings: &Settings, object: &ModelDeployment, workers: &Wor
     pod["restartPolicy"] = "Never".into();
     pod["activeDeadlineSeconds"] = DEADLINE.into();
     pod["volumes"] = json!([]);
-    with_claim(&mut pod, claim);
-    place(&mut pod, workers);
+    place.mount(&mut pod);
+    schedule(&mut pod, workers);
     let name = names::inspector(object.name(), object.uid(), &pod.to_string());
     owned(("v1", "Pod"), name, labels(object), &[object.owner(true)], json!({ "spec": pod }))
 }

@@ -1,4 +1,4 @@
-//! Models on claims, on an API server that is a map of objects whose pods a test plays.
+//! Models on claims and nodes, on an API server that is a map of objects whose pods a test plays.
 
 use std::collections::BTreeSet;
 
@@ -7,8 +7,12 @@ use source::SourceOptions;
 
 use super::*;
 use crate::{
-    build::tests::settings,
+    build::{pod::MODEL, tests::settings},
     dereference::Standing,
+    host::{
+        Access, Enforced,
+        tests::{access, folders, privileged},
+    },
     mock::{self, Objects, REFUSED},
     validate::tests::{self, object},
 };
@@ -52,9 +56,14 @@ impl World {
 
     /// Looks once; watches have told of everything.
     async fn look(&self, spec: Value) -> Option<Result<Arc<ModelHeader>, Unresolved>> {
+        self.look_with(spec, Access::default()).await
+    }
+
+    /// Looks once on behalf of a deployment that may have this of nodes.
+    async fn look_with(&self, spec: Value, access: Access) -> Option<Result<Arc<ModelHeader>, Unresolved>> {
         let names = |part: &str| self.paths(part).iter().filter_map(|path| path.rsplit('/').next()).map(str::to_owned).collect::<Vec<_>>();
         let standing = Standing { config_maps: names("/configmaps/"), inspectors: names("-inspect"), ..Standing::default() };
-        let mut fetched = Fetched { header: None, standing, ..tests::fetched() };
+        let mut fetched = Fetched { access, header: None, standing, ..tests::fetched() };
         let Self { client, cache, settings, models, inspections, .. } = self;
         let inspector = Inspector { client, cache, settings, models, inspections };
         inspector.inspect(&object(spec), &mut fetched).await.expect("an API server");
@@ -89,8 +98,8 @@ impl World {
 fn the_pod_may_read_one_claim_and_nothing_else() {
     let manifest = |spec: Value| validate::read(&object(spec.clone()), &spec, &tests::fetched()).expect("a manifest");
     let build = |uri: &str, spec: Value| {
-        let volume = ModelSpec::volume(uri).expect("a claim");
-        pod::build(&settings(), &object(spec.clone()), &manifest(spec).spec().workers, volume)
+        let place = access(folders(), privileged()).place(uri).expect("it may be read").expect("a volume");
+        pod::build(&settings(), &object(spec.clone()), &manifest(spec).spec().workers, &place)
     };
     let Object { name, body } = build(URI, spec(URI));
     let typed: Pod = serde_json::from_value(body.clone()).expect("the fields have their types");
@@ -107,6 +116,13 @@ fn the_pod_may_read_one_claim_and_nothing_else() {
     assert_eq!(container["args"][3], format!("{MODEL}/folder/$$(HOME)/m.gguf"));
     assert_eq!((&pod["nodeSelector"], &pod["tolerations"][0]["key"]), (&json!({ "pool": "big" }), &json!("a")));
     assert_eq!(body["metadata"]["ownerReferences"][0]["uid"], "0b0c");
+    let on_node = build("file:///srv/models//a/$(HOME).gguf", spec(URI));
+    let read = &on_node.body["spec"];
+    assert_eq!(read["volumes"], json!([{ "name": "model", "hostPath": { "path": "/srv/models", "type": "Directory" } }]));
+    assert_eq!(read["containers"][0]["volumeMounts"], container["volumeMounts"], "read alone, in the same place");
+    assert_eq!(read["containers"][0]["securityContext"], container["securityContext"]);
+    assert_eq!(read["containers"][0]["args"][3], format!("{MODEL}/a/$$(HOME).gguf"));
+    assert_ne!(on_node.name, build("file:/srv/models/a/b", spec(URI)).name);
     for other in
         [build("pvc://claim/other", spec(URI)), build("pvc://other/folder/m", spec(URI)), build(URI, json!({ "model": { "uri": URI } }))]
     {
@@ -233,4 +249,46 @@ async fn no_pod_is_made_in_vain() {
     let why = world.refused(spec(URI)).await;
     assert!(why.message.contains("is not this deployment's"), "{}", why.message);
     assert_eq!(world.pod(), Some(path));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_model_on_nodes_is_read_once_the_namespace_allows_it() {
+    let (world, uri) = (World::new(), "file:/srv/models/folder/m.gguf");
+    let named = |level: &str| Enforced::Level(Some(level.to_owned()));
+    for access in [
+        Access::default(),
+        access(folders(), Enforced::Unknown),
+        access(folders(), named("restricted")),
+        access(folders(), Enforced::Level(None)),
+        access(folders(), Enforced::Hidden),
+    ] {
+        assert_eq!(world.look_with(spec(uri), access).await, None, "its validation says what is wrong");
+    }
+    // The cache must be allowed too.
+    let mut cached = spec(uri);
+    cached["cache"] = json!({ "policy": "NodeLocal" });
+    let no_cache = crate::host::Folders::new(&["/srv/models".to_owned()], None).expect("folders");
+    assert_eq!(world.look_with(cached, access(no_cache, privileged())).await, None);
+    assert_eq!(world.pod(), None, "nothing of a node was mounted");
+
+    let allowed = || access(folders(), privileged());
+    let look = || async { world.look_with(spec(uri), allowed()).await.expect("it is looked for") };
+    let first = look().await.expect_err("no header yet");
+    assert_eq!(first.reason, "Resolving");
+    assert!(first.message.contains("on a node, which must have the folder /srv/models: "), "{}", first.message);
+    let denied = r#"{"refused":{"reason":"DownloadFailed","message":"failed to open /var/lib/skein/model/folder/m.gguf: Permission denied (os error 13)"}}"#;
+    world.play(json!({ "phase": "Failed" }), Some(denied));
+    let why = look().await.expect_err("it may not be read");
+    let says = "failed to open /srv/models/folder/m.gguf: Permission denied (os error 13); user 65532 must be able to read it on the node";
+    assert_eq!((why.reason, why.message.as_str()), ("DownloadFailed", says));
+    tokio::time::advance(BACKOFF.1).await;
+    assert_eq!(look().await.expect_err("another pod").reason, "Resolving");
+    world.play(json!({ "phase": "Succeeded" }), Some(&said()));
+    assert_eq!(look().await.expect("a header"), tests::header());
+    assert_eq!(world.pod(), None);
+    // A permission that is taken back leaves no pod behind.
+    let other = "file:/srv/models/other";
+    assert!(world.look_with(spec(other), allowed()).await.is_some() && world.pod().is_some());
+    assert_eq!(world.look_with(spec(other), access(folders(), named("baseline"))).await, None);
+    assert_eq!(world.pod(), None);
 }

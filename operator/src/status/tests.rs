@@ -9,7 +9,10 @@ use serde_json::{Value, json};
 use super::*;
 use crate::{
     autoscale::Report,
-    build::tests::{revision, slots},
+    build::{
+        place::{Place, Volume},
+        tests::{revision, slots},
+    },
     fleet::{Load, Presence, Said},
     resource::AdapterPhase,
     rollout::{Id, Slot, Strategy},
@@ -361,6 +364,39 @@ fn what_is_missing_is_said() {
 }
 
 /// A replica of another revision, of which routers say that it is ready.
+/// Pods know the folders of their nodes by other names, and who they run as is nobody's guess.
+#[test]
+fn what_pods_say_of_folders_of_nodes_is_said_of_the_nodes() {
+    let status = |mut case: Case| {
+        case.valid.node_cache = Some("/srv/cache".into());
+        case.valid.place = Some(Place { volume: Volume::Folder("/srv/models".into()), path: "a".into() });
+        case.status()
+    };
+    let closed = |path: &str, why: &str| {
+        let said = format!("{{\"fields\":{{\"reason\":\"DownloadFailed\"}}}}\nerror: failed to open {path}\n  caused by: {why}\n");
+        one().pods(true, &waiting("CrashLoopBackOff", &said))
+    };
+    let denied = "Permission denied (os error 13)";
+    for (path, shown, next) in [
+        ("/var/cache/skein/models/parts", "/srv/cache/models/parts", "user 65532 must be able to write to /srv/cache of the node"),
+        ("/var/lib/skein/model/a/b", "/srv/models/a/b", "user 65532 must be able to read it on the node"),
+    ] {
+        let failed = status(closed(path, denied));
+        for kind in [WEIGHTS_READY, REPLICAS_READY] {
+            let said = message(&failed, kind);
+            assert!(said.contains(shown) && said.ends_with(next) && !said.contains(path), "{kind}: {said}");
+        }
+        let other = status(closed(path, "Input/output error (os error 5)"));
+        assert!(!message(&other, WEIGHTS_READY).contains("65532"), "{}", message(&other, WEIGHTS_READY));
+        // Where it is no folder of a node, its paths are the pod's own.
+        let own = closed(path, denied).status();
+        assert!(message(&own, WEIGHTS_READY).contains(path) && !message(&own, WEIGHTS_READY).contains("65532"));
+    }
+    let waits = status(one().pods(true, &json!({})));
+    is(&waits, REPLICAS_READY, "False", "Starting");
+    assert!(message(&waits, REPLICAS_READY).ends_with("; their nodes must have /srv/models and /srv/cache"));
+}
+
 fn beside(mut case: Case, number: u32) -> Case {
     let slot = Slot { id: Id { revision: "before".into(), number }, draining: None };
     case.standing.load.replicas.insert(case.name(&slot), Said { ready: true, sequences: Some(1), ..Said::default() });

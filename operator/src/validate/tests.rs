@@ -7,7 +7,13 @@ use serde_json::{Value, json};
 use source::{Source, SourceOptions};
 
 use super::*;
-use crate::dereference::Standing;
+use crate::{
+    dereference::Standing,
+    host::{
+        Access, Enforced, Folders,
+        tests::{access, folders, privileged},
+    },
+};
 
 /// A deployment with this spec.
 pub(crate) fn object(spec: Value) -> ModelDeployment {
@@ -29,7 +35,8 @@ pub(crate) fn header() -> Arc<ModelHeader> {
 
 /// Everything read, and nothing standing.
 pub(crate) fn fetched() -> Fetched {
-    Fetched { header: Some(Ok(header())), adapters: Vec::new(), template: None, taken: None, standing: Standing::default() }
+    let access = Access { namespace: "models".into(), ..Access::default() };
+    Fetched { access, header: Some(Ok(header())), adapters: Vec::new(), template: None, taken: None, standing: Standing::default() }
 }
 
 pub(crate) fn valid(spec: Value) -> ValidatedDeployment {
@@ -52,7 +59,7 @@ pub(crate) fn refusals() -> Vec<Rejection> {
         ["Resolving", "InspectionWaits", "NotFound", "Unauthorized", "DigestMismatch", "SourceUnreachable", "architecture_unsupported"];
     let unresolved = reasons.map(|reason| Unresolved { reason, message: "what happened".into() });
     let sources = unresolved.map(|unresolved| refusal(spec(), &Fetched { header: Some(Err(unresolved)), ..fetched() }));
-    [refusal(wrong, &fetched()), refusal(deep, &fetched()), refusal(local, &Fetched { header: None, ..fetched() }), refusal(spec(), &taken)]
+    [refusal(wrong, &fetched()), refusal(deep, &fetched()), refusal(local, &fetched()), refusal(spec(), &taken)]
         .into_iter()
         .chain(sources)
         .collect()
@@ -90,9 +97,6 @@ fn refusals_name_the_field_and_the_next_step() {
     small["workers"] = json!({ "resources": { "limits": { "memory": "1Ki" } } });
     assert_eq!(refusal(small, &fetched()).reason, "PlanInfeasible");
 
-    let local = json!({ "model": { "uri": "file:/models/a" } });
-    assert_eq!(refusal(local, &Fetched { header: None, ..fetched() }).reason, "HostPathForbidden");
-
     let taken = Fetched { taken: Some(("llama".into(), "older".into())), ..fetched() };
     let r = refusal(spec(), &taken);
     assert_eq!((r.reason, r.until), ("NameTaken", Until::Elsewhere));
@@ -129,6 +133,47 @@ fn a_template_comes_from_its_config_map() {
     let there = Fetched { template: Some(("chat".into(), [("t".to_owned(), text.to_owned())].into())), ..fetched() };
     let valid = validate(&object(spec), &there).expect("a template");
     assert_eq!(valid.manifest.serving().chat_template, Some(plan::fleet::ChatTemplate::Inline(text.into())));
+}
+
+/// Models and caches on nodes need both keys; which one is missing is said, whatever is known of the model.
+#[test]
+fn folders_of_nodes_are_for_those_who_have_both_keys() {
+    let on_node = json!({ "model": { "uri": "file:///srv/models/./a//b.gguf" }, "parallelism": { "pipeline": 2 } });
+    let mut cached = spec();
+    cached["cache"] = json!({ "policy": "NodeLocal" });
+    for (spec, path, setting) in [(&on_node, "/srv/models/a/b.gguf", "sources.hostPaths"), (&cached, "/srv/cache", "sources.nodeCache")] {
+        let with = |access: Access| Fetched { access, ..fetched() };
+        let r = refusal(spec.clone(), &with(access(Folders::default(), Enforced::Unknown)));
+        assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "HostPathForbidden", Until::Changed));
+        assert!(r.message.contains("was told of none") && r.message.contains(setting), "{}", r.message);
+        for (enforced, says) in [
+            (Enforced::Level(Some("restricted".into())), "is labelled pod-security.kubernetes.io/enforce=restricted, which forbids"),
+            (Enforced::Level(Some("baseline".into())), "is labelled pod-security.kubernetes.io/enforce=baseline, which forbids"),
+            (Enforced::Level(Some("Privileged".into())), "is labelled pod-security.kubernetes.io/enforce=Privileged, which forbids"),
+            (Enforced::Level(None), "is not labelled pod-security.kubernetes.io/enforce,"),
+            (Enforced::Hidden, "let its service account get namespaces"),
+            (Enforced::Unknown, "let its service account get namespaces"),
+        ] {
+            let r = refusal(spec.clone(), &with(access(folders(), enforced)));
+            assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "HostPathForbidden", Until::Elsewhere));
+            let whole = [path, "namespace models", "pod-security.kubernetes.io/enforce=privileged", says];
+            assert!(whole.iter().all(|words| r.message.contains(words)), "{whole:?} in {}", r.message);
+        }
+        let valid = validate(&object(spec.clone()), &with(access(folders(), privileged()))).expect("both keys are there");
+        assert_eq!(valid.node_folders(), [if path == "/srv/cache" { path } else { "/srv/models" }]);
+    }
+    // What is on no node needs neither, and has nothing of nodes.
+    assert_eq!(valid(spec()).node_folders(), Vec::<&str>::new());
+}
+
+#[test]
+fn a_model_on_nodes_is_planned_when_its_header_is_known() {
+    let on_node = json!({ "model": { "uri": "file:/srv/models/a" } });
+    let allowed = Fetched { access: access(folders(), privileged()), ..fetched() };
+    let valid = validate(&object(on_node.clone()), &allowed).expect("a valid deployment");
+    assert_eq!(valid.worker_specs()[0].uri, "file:/var/lib/skein/model/a");
+    let r = refusal(on_node, &Fetched { header: None, ..allowed });
+    assert_eq!((r.condition, r.reason, r.until), (MODEL_RESOLVED, "Resolving", Until::Elsewhere));
 }
 
 /// The adapter that the committed llama has, as if it were at `uri`.

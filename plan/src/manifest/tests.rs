@@ -229,7 +229,8 @@ fn two_config_maps_of_one_name_are_refused() {
 
 #[test]
 fn a_secret_of_the_file_gives_the_credentials() {
-    let manifest = format!("{LEAST}    credentialsSecretRef: {{name: hub}}\n");
+    let least = LEAST.replace("file:/models/tiny", "hf://org/tiny");
+    let manifest = format!("{least}    credentialsSecretRef: {{name: hub}}\n");
     let secret = |data: &str| format!("---\napiVersion: v1\nkind: Secret\ntype: Opaque\nmetadata: {{name: hub}}\n{data}\n");
     let other = "---\napiVersion: v1\nkind: Secret\nmetadata: {name: other}\nstringData: {token: no}\n";
     let read = |data: &str| Manifest::parse("m.yaml", &format!("{manifest}{other}{}", secret(data))).expect("valid").credentials;
@@ -242,7 +243,7 @@ fn a_secret_of_the_file_gives_the_credentials() {
     assert_eq!(Manifest::parse("m.yaml", &format!("{LEAST}{other}")).expect("valid").credentials, None);
     let got = error(&format!("{manifest}{}", secret("data: {token: '%secret%'}")));
     assert!(got.contains("token is not base64") && !got.contains("%secret%"), "{got}");
-    let got = error(&format!("{LEAST}    credentialsSecretRef: {{name: A_b}}\n"));
+    let got = error(&format!("{least}    credentialsSecretRef: {{name: A_b}}\n"));
     assert!(got.contains("spec.model.credentialsSecretRef.name: expected lower-case letters"), "{got}");
 }
 
@@ -264,6 +265,16 @@ fn a_model_may_be_on_a_claim() {
     }
     let got = read("pvc://m/a", "\n    credentialsSecretRef: {name: a}").expect_err("refused").to_string();
     assert!(got.contains("spec.model.credentialsSecretRef: expected none beside a pvc:// uri"), "{got}");
+    let got = error(&format!("{LEAST}    credentialsSecretRef: {{name: a}}\n"));
+    assert!(got.contains("spec.model.credentialsSecretRef: expected none beside a file: uri"), "{got}");
+}
+
+#[test]
+fn paths_of_a_machine_are_known() {
+    for (uri, path) in [("file:/a/b", "/a/b"), ("file:///a", "/a"), ("file:a", "a"), ("file://a", "a"), ("file:////a", "//a")] {
+        assert_eq!(ModelSpec::path(uri), Some(path), "{uri}");
+    }
+    assert_eq!((ModelSpec::path("/a"), ModelSpec::path("pvc://a/b")), (None, None));
 }
 
 #[test]
@@ -271,12 +282,15 @@ fn a_cache_is_a_folder_or_a_claim() {
     let cache = |text: &str| Manifest::parse("m.yaml", &format!("{LEAST}  cache: {text}\n")).map(|m| m.spec().cache.clone());
     let claim = cache("{policy: PVC, pvcName: weights}").expect("valid");
     assert_eq!((claim.policy, claim.pvc_name.as_deref()), (CachePolicy::PVC, Some("weights")));
+    assert_eq!(cache("{policy: NodeLocal}").expect("valid").policy, CachePolicy::NodeLocal);
     assert_eq!(cache("{sizeLimit: 10Gi}").expect("valid").size_limit.map(|b| b.0), Some(10 << 30));
     for (text, said) in [
         ("{policy: PVC}", "spec.cache: expected pvcName beside policy PVC"),
         ("{pvcName: weights}", "spec.cache.pvcName: expected policy PVC beside it"),
         ("{policy: PVC, pvcName: a, sizeLimit: 1Gi}", "spec.cache.sizeLimit: expected policy EmptyDir beside it"),
         ("{policy: PVC, pvcName: A/b}", "spec.cache.pvcName: expected lower-case letters"),
+        ("{policy: NodeLocal, pvcName: a}", "spec.cache.pvcName: expected policy PVC beside it, got NodeLocal"),
+        ("{policy: NodeLocal, sizeLimit: 1Gi}", "spec.cache.sizeLimit: expected policy EmptyDir beside it, got NodeLocal"),
     ] {
         let got = cache(text).expect_err("refused").to_string();
         assert!(got.contains(said), "{got}");
@@ -329,12 +343,8 @@ fn fields_that_are_not_there_yet_say_so() {
         let got = error(&format!("{LEAST}{lines}"));
         assert!(got.contains(&format!("spec.{field}: is not supported yet")), "{got}");
     }
-    for (field, value) in [
-        ("engine: {dtype: BF16}", "BF16"),
-        ("engine: {device: CUDA}", "CUDA"),
-        ("engine: {kvCache: {dtype: Q8}}", "Q8"),
-        ("cache: {policy: NodeLocal}", "NodeLocal"),
-    ] {
+    for (field, value) in [("engine: {dtype: BF16}", "BF16"), ("engine: {device: CUDA}", "CUDA"), ("engine: {kvCache: {dtype: Q8}}", "Q8")]
+    {
         let got = error(&format!("{LEAST}  {field}\n"));
         assert!(got.contains(&format!("{value} is not supported yet")), "{got}");
     }

@@ -60,12 +60,11 @@ const LATER: [&str; 35] = [
     "metadata.finalizers",
 ];
 /// Values that some enumerations will have.
-const LATER_VALUES: [(&str, &[&str]); 5] = [
+const LATER_VALUES: [(&str, &[&str]); 4] = [
     ("spec.model.format", &["PyTorch"]),
     ("spec.engine.dtype", &["F32", "F16", "BF16"]),
     ("spec.engine.device", &["CUDA"]),
     ("spec.engine.kvCache.dtype", &["Q8"]),
-    ("spec.cache.policy", &["NodeLocal"]),
 ];
 
 /// A value and where it stands.

@@ -104,7 +104,7 @@ pub struct DeploymentSpec {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", deny_unknown_fields)]
 pub struct ModelSpec {
-    /// `hf://`, `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `oci://REGISTRY/REPOSITORY:TAG`, `http(s)://`, `pvc://CLAIM/PATH` (a claim of the same namespace; on a cluster) or `file:`, at most 2048 characters.
+    /// `hf://`, `s3://BUCKET/KEY`, `gs://BUCKET/KEY`, `oci://REGISTRY/REPOSITORY:TAG`, `http(s)://`, `pvc://CLAIM/PATH` (a claim of the same namespace; on a cluster) or `file:/PATH`, at most 2048 characters. On a cluster the path is one of the nodes that workers run on: it must lie in a folder that the operator was told of (chart value `sources.hostPaths`), and the namespace must enforce Pod Security `privileged`; user 65532 must be able to read it.
     #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
     pub uri: String,
     /// The `model` of requests; default: the resource's name.
@@ -133,6 +133,12 @@ impl ModelSpec {
         uri.strip_prefix(VOLUME)?.split_once('/')
     }
 
+    /// Path that a source `file:PATH` or `file://PATH` names; `None` for sources of other kinds.
+    pub fn path(uri: &str) -> Option<&str> {
+        let path = uri.strip_prefix(PATH)?;
+        Some(path.strip_prefix("//").unwrap_or(path))
+    }
+
     /// Whether a source is where every machine finds it: neither a path of one, nor on a claim.
     pub fn is_remote(uri: &str) -> bool {
         REMOTE.iter().any(|scheme| uri.starts_with(scheme))
@@ -144,6 +150,9 @@ pub(super) const REMOTE: [&str; 6] = ["hf://", "s3://", "gs://", "oci://", "http
 
 /// What sources on a claim begin with.
 pub(super) const VOLUME: &str = "pvc://";
+
+/// What paths of a machine begin with.
+pub(super) const PATH: &str = "file:";
 
 /// An object of the same namespace, by name.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -160,7 +169,7 @@ pub struct NameRef {
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(rename_all = "camelCase", default, deny_unknown_fields)]
 pub struct CacheSpec {
-    /// `EmptyDir`: each worker for itself, for as long as its pod lives. `PVC`: all of them on the claim `pvcName`, which stays.
+    /// `EmptyDir`: each worker for itself, for as long as its pod lives. `PVC`: all of them on the claim `pvcName`, which stays. `NodeLocal`: those of a node and a namespace in a folder of the node, which stays; the operator names it (chart value `sources.nodeCache`), the namespace must enforce Pod Security `privileged`, and user 65532 must be able to write there.
     pub policy: CachePolicy,
     /// Name of the claim; it must let every node write that workers run on.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -179,6 +188,7 @@ pub enum CachePolicy {
     #[default]
     EmptyDir,
     PVC,
+    NodeLocal,
 }
 
 /// A low-rank adapter.

@@ -3,7 +3,7 @@
 use super::{
     placement,
     rollout::RolloutStrategy,
-    types::{CachePolicy, ModelDeployment, ModelSpec, REMOTE, VOLUME},
+    types::{CachePolicy, ModelDeployment, ModelSpec, PATH, REMOTE, VOLUME},
 };
 use crate::shard::BLOCK_TOKENS;
 
@@ -104,10 +104,12 @@ fn model(deployment: &ModelDeployment) -> Result<(), Problem> {
     check_uri("spec.model.uri", &model.uri, true)?;
     if model.uri.starts_with(VOLUME) {
         volume(&model.uri)?;
-        if model.credentials_secret_ref.is_some() {
-            let message = "expected none beside a pvc:// uri, which is no server's".to_owned();
-            return Err(Problem::new("spec.model.credentialsSecretRef", message));
-        }
+    }
+    if model.credentials_secret_ref.is_some()
+        && let Some(scheme) = [VOLUME, PATH].into_iter().find(|scheme| model.uri.starts_with(scheme))
+    {
+        let message = format!("expected none beside a {scheme} uri, which is no server's");
+        return Err(Problem::new("spec.model.credentialsSecretRef", message));
     }
     let is_name = |n: &str| !n.is_empty() && n.len() <= MAX_MODEL_NAME && !n.chars().any(char::is_control);
     let expected = |n: &str| format!("expected 1 to {MAX_MODEL_NAME} characters, got {n:?}");
@@ -154,7 +156,7 @@ fn check_uri(path: &str, uri: &str, volumes: bool) -> Result<(), Problem> {
     }
     let volume = if volumes { ", pvc://" } else { "" };
     // Models alone may be on a claim.
-    if !REMOTE.iter().chain(&["file:"]).any(|s| uri.starts_with(s) && uri.len() > s.len()) {
+    if !REMOTE.iter().chain(&[PATH]).any(|s| uri.starts_with(s) && uri.len() > s.len()) {
         return Err(Problem::new(path, format!("expected hf://, s3://, gs://, oci://, http://, https://{volume} or file:, got {uri:?}")));
     }
     Ok(())
@@ -194,16 +196,20 @@ fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
     Ok(())
 }
 
-/// A claim has a name, and a limit of its own.
+/// A claim has a name, and a limit of its own; so has a folder of a node.
 fn cache(deployment: &ModelDeployment) -> Result<(), Problem> {
     let cache = &deployment.spec.cache;
     match (cache.policy, &cache.pvc_name) {
         (CachePolicy::PVC, None) => Err(Problem::new("spec.cache", "expected pvcName beside policy PVC, got none".to_owned())),
-        (CachePolicy::EmptyDir, Some(_)) => {
-            Err(Problem::new("spec.cache.pvcName", "expected policy PVC beside it, got EmptyDir".to_owned()))
+        (CachePolicy::EmptyDir | CachePolicy::NodeLocal, Some(_)) => {
+            Err(Problem::new("spec.cache.pvcName", format!("expected policy PVC beside it, got {:?}", cache.policy)))
         }
         (CachePolicy::PVC, Some(_)) if cache.size_limit.is_some() => {
             Err(Problem::new("spec.cache.sizeLimit", "expected policy EmptyDir beside it, got PVC, whose claim has a size".to_owned()))
+        }
+        (CachePolicy::NodeLocal, None) if cache.size_limit.is_some() => {
+            let message = "expected policy EmptyDir beside it, got NodeLocal, which all deployments of a namespace share".to_owned();
+            Err(Problem::new("spec.cache.sizeLimit", message))
         }
         (_, Some(name)) if !is_name(name) => {
             Err(Problem::new("spec.cache.pvcName", format!("expected lower-case letters, digits, '-' and '.', at most 253, got {name:?}")))

@@ -72,11 +72,15 @@ fn a_release_is_installed_tested_upgraded_and_uninstalled() {
     // The definition and the roles of the cluster are the other release's.
     let (mirror, model) = (format!("sources.hf.endpoint={}", endpoint()), format!("tests.model.uri={LLAMA},tests.model.digest="));
     let settings = ["--set", &watched, "--set", "crds.install=false,rbac.aggregate=false", "--set", &mirror, "--set", &model];
+    let nodes = ["--set", "sources.hostPaths={/srv/models}"];
     let place = ["mine", "--namespace", name];
     let old = older.to_string_lossy().into_owned();
     let notes = succeeds(&[&["install"], &place[..], &[&old, "--wait", "--timeout=120s"], &settings].concat());
     assert!(notes.contains("helm test mine") && notes.contains("kubectl apply"), "{notes}");
 
+    let user = format!("--as=system:serviceaccount:{name}:mine-operator");
+    let looks = |at: &str| kubectl(&["get", "namespace", at, &user]).status.success();
+    assert!(!looks(name), "nothing depends on it");
     succeeds(&[&["test"], &place[..], &["--timeout=240s"]].concat());
     // The test leaves nothing.
     assert_eq!(namespace.get(&["modeldeployments"])["items"].as_array().map(Vec::len), Some(0));
@@ -87,9 +91,11 @@ fn a_release_is_installed_tested_upgraded_and_uninstalled() {
     namespace.ready("tiny", 1);
     let workers = || namespace.pods(WORKERS).iter().map(identity).collect::<Vec<_>>();
     let before = workers();
-    succeeds(&[&["upgrade"], &place[..], &[CHART, "--wait", "--timeout=120s", "--set", "operator.replicas=2"], &settings].concat());
+    succeeds(&[&["upgrade"], &place[..], &[CHART, "--wait", "--timeout=120s", "--set", "operator.replicas=2"], &settings, &nodes].concat());
     let budget = namespace.get(&["poddisruptionbudget", "mine-operator"]);
     assert_eq!(budget["spec"]["maxUnavailable"], 1);
+    // It may look at its own namespace now, to see what that allows, and at no other.
+    assert_eq!((looks(name), looks(SYSTEM)), (true, false));
     // Another operator leads now, and no worker was touched.
     namespace.ready("tiny", 1);
     assert_eq!(workers(), before);
@@ -133,6 +139,10 @@ fn wrong_values_are_refused() {
         ("operator.replicas=0", "replicas"),
         ("images.pullPolicy=Sometimes", "pullPolicy"),
         ("sources.hf.endpoint=mirror", "endpoint"),
+        ("sources.hostPaths={models}", "hostPaths"),
+        ("sources.hostPaths={/srv/models,/srv/../etc}", "hostPaths"),
+        ("sources.hostPaths={/}", "hostPaths"),
+        ("sources.nodeCache=cache", "nodeCache"),
         ("security.tls=Secret", "tls"),
         ("security.certificateSeconds=60", "certificateSeconds"),
     ] {

@@ -17,6 +17,7 @@ mod kubernetes;
 mod load;
 mod many;
 mod models;
+mod nodes;
 mod plugin;
 mod pool;
 mod refusals;

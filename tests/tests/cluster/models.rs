@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use e2e::files;
+use e2e::{files, program};
 use serde_json::{Value, json};
 
 use crate::kubernetes::hub;
@@ -34,4 +34,11 @@ pub(crate) fn put(fixture: &str) {
 /// A request to the tiny llama deployed as `model`, as ids would be given to `skein eval`.
 pub(crate) fn llama_body(model: &str) -> Value {
     json!({"model": model, "prompt": "abc", "max_tokens": 16, "temperature": 0})
+}
+
+/// What `skein run` answers to the same on this machine.
+pub(crate) fn llama_here() -> String {
+    let local = files::fixture("llama");
+    let args = ["run", &local.to_string_lossy(), "abc", "--raw", "--quiet", "--json", "--max-tokens", "16", "--temperature", "0"];
+    program::json(&args)["text"].as_str().expect("a text").to_owned()
 }

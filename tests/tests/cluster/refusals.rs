@@ -38,6 +38,16 @@ fn the_api_server_names_the_field_and_the_rule() {
             "spec.model: ",
             "credentialsSecretRef must be absent where uri is pvc://",
         ),
+        (manifest("x", "file:models/a", &json!({})), "spec.model.uri: ", "uri must be file:/PATH on a cluster, absolute"),
+        (manifest("x", "file://models/a", &json!({})), "spec.model.uri: ", "uri must be file:/PATH on a cluster, absolute"),
+        (manifest("x", "file:/models/../etc/a", &json!({})), "spec.model.uri: ", "absolute and without .."),
+        (manifest("x", "file:/models/..", &json!({})), "spec.model.uri: ", "absolute and without .."),
+        (
+            manifest("x", good, &json!({"cache": {"policy": "NodeLocal", "sizeLimit": "1Gi"}})),
+            "spec.cache: ",
+            "sizeLimit is of policy EmptyDir",
+        ),
+        (manifest("x", good, &json!({"cache": {"policy": "NodeLocal", "pvcName": "a"}})), "spec.cache: ", "pvcName needs policy PVC"),
         (
             manifest("x", good, &json!({"adapters": [{"name": "a", "uri": "pvc://claim/a"}]})),
             "spec.adapters: ",
@@ -65,6 +75,7 @@ fn the_api_server_names_the_field_and_the_rule() {
     // The same fields with good values are taken.
     namespace.apply(&manifest("y", "pvc://claim.of-a-team/a/b c/", &json!({"replicas": 0})));
     namespace.apply(&manifest("x", good, &json!({"replicas": 0, "parallelism": {"pipeline": 1, "tensor": 1}})));
+    namespace.apply(&manifest("z", "file:///models/..a/b c", &json!({"replicas": 0, "cache": {"policy": "NodeLocal"}})));
 }
 
 /// What is refused after the API server has taken it, beside a deployment that goes on answering.
@@ -138,7 +149,7 @@ fn the_operator_says_what_is_wrong_and_what_to_do() {
             manifest: manifest("host", "file:///models/x.gguf", &json!({})),
             condition: "Accepted",
             reason: "HostPathForbidden",
-            says: ["/models/x.gguf", "name the model by hf://"],
+            says: ["/models/x.gguf is a path of a node", "add its folder to the chart's sources.hostPaths"],
             event: "ReconcileError",
         },
         Case {

@@ -14,24 +14,24 @@ use crate::{
     chart::endpoint,
     deletion::objects,
     kubernetes::{Namespace, SYSTEM, WORKERS, condition, hub, identity, name, run_folder, succeed},
-    models::{LLAMA, llama, llama_body},
+    models::{LLAMA, llama, llama_body, llama_here},
     survival::process,
 };
 
 /// Bytes of one request of a worker, and requests that it has in flight; crate `source`.
 const IN_FLIGHT: u64 = 4 * (8 << 20);
 
-fn manifest(name: &str, spec: &Value) -> String {
+pub(crate) fn manifest(name: &str, spec: &Value) -> String {
     json!({"apiVersion": "skein.dev/v1alpha1", "kind": "ModelDeployment", "metadata": {"name": name}, "spec": spec}).to_string()
 }
 
-fn ask(base: &str, body: &Value) -> String {
+pub(crate) fn ask(base: &str, body: &Value) -> String {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(client::complete(base, body)).expect("an answer")
 }
 
 /// Bytes of weights that each address asked the mirror for, of a repository; what only asks whether there is a file does not count.
-fn asked(repository: &str) -> BTreeMap<String, u64> {
+pub(crate) fn asked(repository: &str) -> BTreeMap<String, u64> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let list = runtime.block_on(client::get(&format!("{}/sent/{repository}", endpoint()))).expect("the mirror's list");
     let list: Vec<Value> = serde_json::from_str(&list).expect("JSON");
@@ -45,7 +45,7 @@ fn asked(repository: &str) -> BTreeMap<String, u64> {
     asked
 }
 
-fn seen(namespace: &Namespace, deployment: &str, reason: &str) {
+pub(crate) fn seen(namespace: &Namespace, deployment: &str, reason: &str) {
     let of = format!("involvedObject.name={deployment}");
     namespace.watch(&["events", "--field-selector", &of], &format!("the event {reason}"), |e| (e["reason"] == reason).then_some(()));
 }
@@ -200,19 +200,22 @@ fn what_is_on_a_claim_is_not_fetched_again() {
     namespace.ready("claimed", 1);
     let pods = namespace.running(WORKERS);
     let address = pods[0]["status"]["podIP"].as_str().expect("an address");
-    // The tokenizer and the configuration, which are fetched when they are asked for.
-    let small: u64 = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]
-        .iter()
-        .filter_map(|file| fs::metadata(files::fixture("llama").join(file)).ok())
-        .map(|file| file.len())
-        .sum();
-    let asked = asked("e2e/llama").get(address).copied().unwrap_or_default();
+    let (asked, small) = (asked("e2e/llama").get(address).copied().unwrap_or_default(), small());
     assert!(asked <= small, "{asked} bytes were asked for again, the small files have {small}");
     assert_eq!(ask(&http, &llama_body("claimed")), before);
 }
 
+/// Bytes of the tiny llama's tokenizer and configuration, which are fetched when they are asked for.
+pub(crate) fn small() -> u64 {
+    ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors.index.json"]
+        .iter()
+        .filter_map(|file| fs::metadata(files::fixture("llama").join(file)).ok())
+        .map(|file| file.len())
+        .sum()
+}
+
 /// The pods that read headers.
-const INSPECTORS: &str = "app.kubernetes.io/component=inspector";
+pub(crate) const INSPECTORS: &str = "app.kubernetes.io/component=inspector";
 
 /// A model on a claim is planned by what a short-lived pod reads, and answers as `skein run` does; whatever is wrong is said, and nothing is left.
 #[test]
@@ -256,10 +259,7 @@ fn a_model_on_a_claim_answers_as_this_machine_does() {
         let model = volumes.iter().find(|volume| volume["name"] == "model").expect("the claim");
         assert_eq!(model["persistentVolumeClaim"], json!({"claimName": "test-on-claim", "readOnly": true}));
     }
-    let local = files::fixture("llama");
-    let args = ["run", &local.to_string_lossy(), "abc", "--raw", "--quiet", "--json", "--max-tokens", "16", "--temperature", "0"];
-    let here = program::json(&args)["text"].as_str().expect("a text").to_owned();
-    assert_eq!(ask(&namespace.http("on-claim"), &llama_body("on-claim")), here);
+    assert_eq!(ask(&namespace.http("on-claim"), &llama_body("on-claim")), llama_here());
     // The pod was one that `restricted` lets in, and that was made for each of the paths that could be looked for, once.
     let events = namespace.get(&["events", "--field-selector", "involvedObject.kind=Pod,reason=Scheduled"]);
     let events = events["items"].as_array().expect("a list");

@@ -141,13 +141,18 @@ fn start(cluster: &Cluster, bin: &Path) -> Result<()> {
     cluster.mark_ready()
 }
 
-/// Installs the chart as anyone would, with the cluster's mirror as the model hub, in a namespace that lets nothing privileged in.
+/// Installs the chart as anyone would, with the cluster's mirror as the model hub and folders of the run as those of nodes, in a namespace that
+/// lets nothing privileged in.
 fn install(cluster: &Cluster) -> Result<()> {
     say(&format!("installing {CHART}"));
     let namespace = cluster.write("skein-system.json", &format!("{:#}", namespace()))?;
     kubectl(cluster, &["apply", "--server-side", "--filename", &namespace.to_string_lossy()])?;
     let endpoint = format!("--set=sources.hf.endpoint={}", mirror::endpoint());
-    let flags = ["upgrade", "--install", RELEASE, CHART, "--namespace", SYSTEM, &endpoint, "--wait", "--timeout=180s"];
+    // This machine is the node: what is in these folders is what a node has.
+    let (models, cache) = (cluster.make("models")?, cluster.make("node-cache")?);
+    let models = format!("--set-json=sources.hostPaths={}", serde_json::json!([models]));
+    let cache = format!("--set-json=sources.nodeCache={}", serde_json::json!(cache));
+    let flags = ["upgrade", "--install", RELEASE, CHART, "--namespace", SYSTEM, &endpoint, &models, &cache, "--wait", "--timeout=180s"];
     // It says which commands come next; whoever brings a cluster up knows them.
     run(cluster.inside("helm")?.args(flags).stdout(Stdio::null()))
 }
