@@ -11,6 +11,7 @@ mod apply;
 mod chart;
 mod dedicated;
 mod deletion;
+mod encoders;
 mod hpa;
 mod identity;
 mod kubernetes;
