@@ -267,6 +267,12 @@ pub(crate) enum LoadIn {
     Q41,
     #[value(name = "q4_0")]
     Q40,
+    #[value(name = "iq4_nl")]
+    Iq4Nl,
+    #[value(name = "q3_k")]
+    Q3K,
+    #[value(name = "q2_k")]
+    Q2K,
 }
 
 impl LoadIn {
@@ -281,6 +287,9 @@ impl LoadIn {
             Self::Q50 => DType::Q5_0,
             Self::Q41 => DType::Q4_1,
             Self::Q40 => DType::Q4_0,
+            Self::Iq4Nl => DType::IQ4_NL,
+            Self::Q3K => DType::Q3_K,
+            Self::Q2K => DType::Q2_K,
         }
     }
 }

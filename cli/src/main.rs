@@ -8,6 +8,7 @@ mod drive;
 mod exit;
 mod exposition;
 mod forward;
+mod importance;
 mod kubectl;
 mod local;
 mod logging;

@@ -9,7 +9,6 @@ mod rows;
 mod safetensors;
 
 use std::{
-    collections::HashMap,
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
@@ -29,10 +28,12 @@ use source::{Source, SourceOptions};
 
 use crate::{
     exit::{BadInput, Outcome, bad_input},
+    importance::Importance,
     local::threads,
     output::{self, Unit},
 };
 
+pub(crate) use self::place::check_free;
 use self::rows::Rows;
 
 /// What is to be written.
@@ -44,10 +45,8 @@ pub(crate) struct Order<'a> {
     pub(crate) types: Types,
     /// Most bytes of a file, unless one tensor is longer.
     pub(crate) file_bytes: Option<u64>,
-    /// How much the errors of the values of each column count, by tensor.
-    pub(crate) importance: Option<&'a HashMap<TensorId, Vec<f32>>>,
-    /// More entries of a GGUF header.
-    pub(crate) more: Vec<(String, Value)>,
+    /// How much the errors of the values of each column count.
+    pub(crate) importance: Option<&'a Importance>,
     pub(crate) label: &'static str,
     pub(crate) quiet: bool,
     /// Set when nobody waits any more.
@@ -84,7 +83,7 @@ struct Typed {
 /// # Errors
 /// Bad input when there is something at that place already, or the format cannot say what the model is.
 pub(crate) fn write(order: &Order<'_>) -> Outcome<Written> {
-    place::check_free(order.out)?;
+    check_free(order.out)?;
     let header = order.source.header().bad_input()?;
     let header = resolve::scaling(order.source, header)?;
     let target = target(&header, order.format).bad_input()?;
@@ -99,6 +98,19 @@ pub(crate) fn write(order: &Order<'_>) -> Outcome<Written> {
     };
     writing.bar.finish_and_clear();
     written
+}
+
+/// Writes a small file, whole or not at all, where nothing is yet.
+///
+/// # Errors
+/// Bad input when there is something at that place already.
+pub(crate) fn whole(out: &Path, bytes: &[u8]) -> Outcome {
+    check_free(out)?;
+    let mut stream = place::Stream::new(place::file(out)?, out, bytes.len() as u64);
+    stream.put(bytes)?;
+    let file = stream.finish()?;
+    place::sync_file(file.as_file(), out)?;
+    place::keep_file(file, out)
 }
 
 /// What is needed while files are written.
@@ -210,7 +222,7 @@ fn wanted(made: &Made, has: DType, order: &Order<'_>) -> DType {
 }
 
 /// The kernels' name for a stored type.
-fn weight_type(dtype: DType) -> Outcome<WeightType> {
+pub(crate) fn weight_type(dtype: DType) -> Outcome<WeightType> {
     let name = format!("{dtype:?}");
     Ok(WeightType::ALL.into_iter().find(|t| t.to_string() == name).with_context(|| format!("no kernel has type {name}"))?)
 }

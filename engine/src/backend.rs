@@ -2,7 +2,7 @@
 
 use plan::step::BlockCopy;
 
-use crate::{Progress, Timings, batch::Batch, collective::CollectiveError, ranks::Ranks};
+use crate::{Observed, Progress, Timings, batch::Batch, collective::CollectiveError, ranks::Ranks};
 
 /// What a stage's computation is given beside its batch.
 pub(crate) struct Context<'a, 'r> {
@@ -33,4 +33,10 @@ pub(crate) trait Backend: Send {
 
     /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
     fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;
+
+    /// Sums the squares of what goes into products from now on, beginning with nothing. Only for a rank that is alone in its stage.
+    fn observe(&mut self);
+
+    /// The sums since [`Backend::observe`]; nothing is summed any more.
+    fn observed(&mut self) -> Observed;
 }

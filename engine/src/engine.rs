@@ -10,7 +10,7 @@ use plan::{
 };
 
 use crate::{
-    Adapter, LoadShardError, MaskSource, Progress, StepError, Timings, WeightReader,
+    Adapter, LoadShardError, MaskSource, Observed, Progress, StepError, Timings, WeightReader,
     backend::{Backend, Context},
     batch::Batch,
     collective::Collective,
@@ -161,6 +161,27 @@ impl Engine {
         self.timings.collective += ranks.spent;
         self.progress.finish(step.id);
         Ok(output)
+    }
+
+    /// Sums, from now on, the squares of what goes into each product by column: [`Engine::observed`] has them.
+    ///
+    /// A row of the last layer goes in only where something is wanted of it.
+    ///
+    /// # Errors
+    /// If the stage has other ranks, which have some of the columns.
+    pub fn observe(&mut self) -> Result<(), LoadShardError> {
+        match self.collective.ranks() {
+            1 => {
+                self.backend.observe();
+                Ok(())
+            }
+            ranks => Err(LoadShardError::Plan { what: "the ranks of an observed stage", got: ranks.to_string(), expected: "1".to_owned() }),
+        }
+    }
+
+    /// The sums since [`Engine::observe`], which end here.
+    pub fn observed(&mut self) -> Observed {
+        self.backend.observed()
     }
 
     /// Joins the ranks of a new epoch.

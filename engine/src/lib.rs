@@ -5,6 +5,7 @@
 mod backend;
 mod batch;
 pub mod collective;
+mod columns;
 mod compute;
 mod cpu;
 mod engine;
@@ -20,6 +21,7 @@ mod sequences;
 mod timings;
 mod validate;
 
+pub use columns::{ColumnSquares, Observed};
 pub use cpu::Adapter;
 pub use engine::{Engine, EngineOptions, StageOutput};
 pub use error::{InvalidStep, LoadShardError, StepError};

@@ -24,6 +24,14 @@ pub enum ConvertError {
         /// Type wanted.
         to: WeightType,
     },
+    /// The importance is not a number for each value, at least 0.
+    #[error("importance of {len} values came for rows of {k}, expected as many finite numbers, none of them below 0")]
+    Importance {
+        /// Numbers given.
+        len: usize,
+        /// Values of a row.
+        k: usize,
+    },
     /// A value that no block can hold.
     #[error("row {row} holds a value that is not finite, or too large for {to}")]
     Value {
@@ -37,17 +45,31 @@ pub enum ConvertError {
 impl WeightType {
     /// Whether [`convert_rows`] makes this type.
     pub const fn can_be_made(self) -> bool {
-        !matches!(self, Self::IQ4_NL | Self::MXFP4 | Self::Q2_K | Self::Q3_K)
+        !matches!(self, Self::MXFP4)
+    }
+
+    /// Whether [`convert_rows`] makes use of importance for this type.
+    pub const fn heeds_importance(self) -> bool {
+        !matches!(self, Self::F32 | Self::F16 | Self::BF16 | Self::Q8_0 | Self::MXFP4)
+    }
+
+    /// Whether a scale is always searched for.
+    const fn is_searched(self) -> bool {
+        self.block_len() == 256 || matches!(self, Self::IQ4_NL)
     }
 }
 
-/// Converts rows of `k` values, in parallel; `importance`, `[k]`, says how much the error of each value counts, where the type makes use of it.
+/// The least that the error of a value counts, beside the mean of its row: what a text does not need, another may.
+const LEAST_IMPORTANCE: f64 = 1e-4;
+
+/// Converts rows of `k` values, in parallel; `importance`, `[k]`, says how much the error of each value counts beside the others, where the
+/// type heeds it.
 ///
 /// A row's bytes depend on the row and the importance alone: not on the rows beside it, the threads or the machine. Floats are rounded to
 /// nearest, halves to even.
 ///
 /// # Errors
-/// If nothing is converted to `to`, rows are not whole blocks, or a value does not fit.
+/// If nothing is converted to `to`, rows are not whole blocks, a value does not fit, or the importance is not one of such rows.
 pub fn convert_rows(
     pool: &Pool,
     (from, to): (WeightType, WeightType),
@@ -60,9 +82,17 @@ pub fn convert_rows(
     }
     let wrong = || ConvertError::Blocks { k, from, to };
     let (row, made) = from.row_bytes(k).zip(to.row_bytes(k)).filter(|&(row, made)| row > 0 && made > 0).ok_or_else(wrong)?;
-    if !rows.len().is_multiple_of(row) || importance.is_some_and(|given| given.len() != k) {
+    if !rows.len().is_multiple_of(row) {
         return Err(wrong());
     }
+    let importance = match importance {
+        Some(given) if given.len() != k || !given.iter().all(|v| v.is_finite() && *v >= 0.0) => {
+            return Err(ConvertError::Importance { len: given.len(), k });
+        }
+        Some(given) => beside_the_mean(given),
+        None => None,
+    };
+    let importance = importance.as_deref();
     let mut out = vec![0; rows.len() / row * made];
     pool.for_rows(&mut out, made, 1, |first, out| {
         let mut values = vec![0.0; k];
@@ -75,6 +105,12 @@ pub fn convert_rows(
         Some(row) => Err(ConvertError::Value { row, to }),
         None => Ok(out),
     }
+}
+
+/// Importance as a part of the row's mean; `None` where nothing of the row has any.
+fn beside_the_mean(given: &[f32]) -> Option<Vec<f32>> {
+    let mean = given.iter().copied().map(f64::from).sum::<f64>() / given.len() as f64;
+    (mean > 0.0).then(|| given.iter().map(|v| (f64::from(*v) / mean).max(LEAST_IMPORTANCE) as f32).collect())
 }
 
 /// The values of rows of `k` values.
@@ -100,9 +136,10 @@ fn encode(to: WeightType, values: &[f32], importance: Option<&[f32]>, out: &mut 
             let len = to.block_len();
             for (b, (x, block)) in values.chunks_exact(len).zip(out.chunks_exact_mut(to.block_bytes())).enumerate() {
                 // Past this, the squares of the search for a scale would overflow.
-                let most = if len == 256 { f32::from(f16::MAX) } else { f32::MAX };
-                if x.iter().all(|x| x.abs() <= most) {
-                    requantize::quantize(to, x, importance.map(|given| &given[b * len..(b + 1) * len]), block);
+                let small = x.iter().all(|x| x.abs() <= f32::from(f16::MAX));
+                if small || !to.is_searched() && x.iter().all(|x| x.is_finite()) {
+                    let importance = importance.filter(|_| small).map(|given| &given[b * len..(b + 1) * len]);
+                    requantize::quantize(to, x, importance, block);
                 } else {
                     // Its scale is not a number, which `holds` sees.
                     block.fill(0xff);
@@ -123,6 +160,8 @@ fn holds(to: WeightType, row: &[u8], k: usize) -> bool {
             values.iter().all(|v| v.is_finite())
         }
         WeightType::Q6_K => all.all(|block| half(block, 208)),
+        WeightType::Q3_K => all.all(|block| half(block, 108)),
+        WeightType::Q2_K => all.all(|block| half(block, 80) && half(block, 82)),
         WeightType::Q4_1 | WeightType::Q5_1 | WeightType::Q4_K | WeightType::Q5_K => all.all(|block| half(block, 0) && half(block, 2)),
         _ => all.all(|block| half(block, 0)),
     }
@@ -169,7 +208,10 @@ mod tests {
             (WeightType::Q5_0, 5e-2),
             (WeightType::Q4_K, 8.5e-2),
             (WeightType::Q4_1, 9.3e-2),
+            (WeightType::IQ4_NL, 9e-2),
             (WeightType::Q4_0, 0.11),
+            (WeightType::Q3_K, 0.19),
+            (WeightType::Q2_K, 0.33),
         ];
         for (to, most) in most {
             let off = error(to, &x, None);
@@ -180,27 +222,74 @@ mod tests {
     #[test]
     fn importance_moves_the_error_to_where_it_counts_less() {
         let x = normal(8 * 512, 0.02);
-        let importance: Vec<f32> = (0..512).map(|i| if i % 4 == 0 { 30.0 } else { 0.1 }).collect();
-        for to in [WeightType::Q4_K, WeightType::Q5_K, WeightType::Q6_K] {
+        let importance: Vec<f32> = (0..512).map(|i| if i % 4 == 0 { 3e4 } else { 1e2 }).collect();
+        for to in WeightType::ALL.into_iter().filter(|to| to.heeds_importance()) {
             let made = |given: Option<&[f32]>| convert_rows(&Pool::new(1), (WeightType::F32, to), 512, &bytes(&x), given).unwrap();
             let counted = |made: &[u8]| {
                 let got = dequantize_rows(to, 512, made);
-                got.iter().zip(&x).enumerate().map(|(i, (a, b))| importance[i % 512] * (a - b) * (a - b)).sum::<f32>()
+                got.iter().zip(&x).enumerate().map(|(i, (a, b))| f64::from(importance[i % 512] * (a - b) * (a - b))).sum::<f64>()
             };
-            assert!(counted(&made(Some(&importance))) < counted(&made(None)), "{to}");
+            let (with, without) = (counted(&made(Some(&importance))), counted(&made(None)));
+            assert!(with < without, "{to}: {with}, without {without}");
+            // Control: importance of other columns does not help these.
+            let others: Vec<f32> = (0..512).map(|i| if i % 4 == 1 { 3e4 } else { 1e2 }).collect();
+            assert!(counted(&made(Some(&others))) > with, "{to}");
+            // It is how they stand beside each other that counts, and where none has any it is as if nothing were known.
+            let scaled: Vec<f32> = importance.iter().map(|v| v * 2.0_f32.powi(60)).collect();
+            assert!(made(Some(&scaled)) == made(Some(&importance)), "{to}");
+            assert!(made(Some(&[0.0; 512])) == made(None), "{to}");
         }
+        for to in [WeightType::Q8_0, WeightType::F16] {
+            let made = |given: Option<&[f32]>| convert_rows(&Pool::new(1), (WeightType::F32, to), 512, &bytes(&x), given).unwrap();
+            assert!(made(Some(&importance)) == made(None), "{to}");
+        }
+    }
+
+    #[test]
+    fn blocks_bear_any_importance() {
+        let mut x = normal(2 * 512, 1.0);
+        x[..32].fill(0.0);
+        x[32..64].fill(0.25);
+        x[64..96].copy_from_slice(&[6e4; 32]);
+        let near = |to: WeightType, made: &[u8]| {
+            let got = dequantize_rows(to, 512, made);
+            got.chunks(256).zip(x.chunks(256)).all(|(got, x)| {
+                let peak = x.iter().fold(0.0_f32, |peak, x| peak.max(x.abs()));
+                got.iter().all(|value| value.abs() <= 1.5 * peak)
+            })
+        };
+        for importance in [[f32::MAX; 512], [f32::MIN_POSITIVE / 2.0; 512], std::array::from_fn(|i| if i == 77 { f32::MAX } else { 0.0 })] {
+            for to in WeightType::ALL.into_iter().filter(|to| to.heeds_importance()) {
+                let made = convert_rows(&Pool::new(1), (WeightType::F32, to), 512, &bytes(&x), Some(&importance)).unwrap();
+                assert!(near(to, &made), "{to}");
+            }
+        }
+    }
+
+    #[test]
+    fn importance_of_other_rows_is_refused() {
+        let row = bytes(&[0.5; 512]);
+        let made = |given: &[f32]| convert_rows(&Pool::new(1), (WeightType::F32, WeightType::Q4_K), 512, &row, Some(given));
+        assert_eq!(made(&[1.0; 256]), Err(ConvertError::Importance { len: 256, k: 512 }));
+        for bad in [f32::NAN, f32::INFINITY, -1.0] {
+            let mut given = [1.0; 512];
+            given[100] = bad;
+            assert_eq!(made(&given), Err(ConvertError::Importance { len: 512, k: 512 }));
+        }
+        assert!(made(&[1.0; 512]).is_ok());
     }
 
     #[test]
     fn rows_do_not_depend_on_pieces_or_threads() {
         let x = bytes(&normal(9 * 512, 1.0));
+        let importance: Vec<f32> = normal(512, 3.0).iter().map(|v| v * v).collect();
         for to in WeightType::ALL.into_iter().filter(|to| to.can_be_made()) {
+            for given in [Some(&importance[..]), None] {
+                let made = |threads, rows: &[u8]| convert_rows(&Pool::new(threads), (WeightType::F32, to), 512, rows, given).unwrap();
+                let pieces: Vec<u8> = x.chunks(4 * 512 * 2).flat_map(|rows| made(1, rows)).collect();
+                assert!(made(3, &x) == pieces, "{to}");
+            }
             let whole = convert_rows(&Pool::new(3), (WeightType::F32, to), 512, &x, None).unwrap();
-            let pieces: Vec<u8> = x
-                .chunks(4 * 512 * 2)
-                .flat_map(|rows| convert_rows(&Pool::new(1), (WeightType::F32, to), 512, rows, None).unwrap())
-                .collect();
-            assert!(whole == pieces, "{to}");
             // What is already so stays so, where the type's own values are what it makes of them.
             if matches!(to, WeightType::F32 | WeightType::F16 | WeightType::BF16) {
                 assert!(convert_rows(&Pool::new(1), (to, to), 512, &whole, None).unwrap() == whole);
@@ -222,7 +311,7 @@ mod tests {
             }
             assert!(convert_rows(&pool, (WeightType::F32, to), 512, &bytes(&[0.0; 512]), None).is_ok());
         }
-        let to = WeightType::Q2_K;
+        let to = WeightType::MXFP4;
         assert_eq!(convert_rows(&pool, (WeightType::F32, to), 256, &[], None), Err(ConvertError::Type { to }));
         assert!(convert_rows(&pool, (WeightType::F32, WeightType::Q4_K), 32, &[0; 128], None).is_err());
     }

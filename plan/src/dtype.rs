@@ -89,7 +89,7 @@ impl DType {
     /// The type that rows of `len` values get when `self` is asked for: itself, or where they are not whole blocks the nearest one of smaller
     /// blocks; `None` if there is none. `vocabulary`: at least 6 bits, where `self` is one of the types of 256 values.
     pub const fn for_rows(self, len: usize, vocabulary: bool) -> Option<Self> {
-        let wanted = if vocabulary && matches!(self, Self::Q4_K | Self::Q5_K) { Self::Q6_K } else { self };
+        let wanted = if vocabulary && matches!(self, Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K) { Self::Q6_K } else { self };
         if len.is_multiple_of(wanted.block_len()) {
             return Some(wanted);
         }
@@ -97,6 +97,7 @@ impl DType {
             return None;
         }
         match wanted {
+            Self::Q2_K | Self::Q3_K => Some(Self::IQ4_NL),
             Self::Q4_K => Some(Self::Q5_0),
             Self::Q5_K => Some(Self::Q5_1),
             Self::Q6_K => Some(Self::Q8_0),

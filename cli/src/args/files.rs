@@ -50,13 +50,22 @@ pub(crate) struct QuantizeArgs {
     /// GGUF file to write.
     #[arg(value_name = "OUT")]
     pub(crate) output: PathBuf,
-    /// Type of the matrices.
+    /// Type of the matrices; those that are of it already stay as they are.
     #[arg(long, value_enum, value_name = "TYPE", ignore_case = true)]
     pub(crate) to: LoadIn,
     /// Text on which both models are compared; `-` reads standard input.
     #[arg(long, value_name = "FILE")]
     pub(crate) text: Option<PathBuf>,
-    /// Tokens of a chunk of the text; the second half of each is scored.
+    /// Text from which it is learnt which weights matter: an importance matrix is computed of it; `-` reads standard input.
+    #[arg(long, value_name = "FILE", conflicts_with = "imatrix")]
+    pub(crate) imatrix_text: Option<PathBuf>,
+    /// Keep the importance matrix that was computed, for other types, where no file is yet.
+    #[arg(long, value_name = "FILE", requires = "imatrix_text")]
+    pub(crate) save_imatrix: Option<PathBuf>,
+    /// Importance matrix in GGUF, as --save-imatrix and llama.cpp write it.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) imatrix: Option<PathBuf>,
+    /// Tokens of a chunk of a text; where models are compared, the second half of each is scored.
     #[arg(long, default_value_t = 256, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(4..))]
     pub(crate) context: u32,
     /// Chunks of the text that are compared.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use crate::{
     args::{ConvertArgs, FloatType, Global},
     exit::{Outcome, bad_input},
+    importance::Importance,
     model::Model,
     output,
     write::{self, Order, Types, Written},
@@ -34,7 +35,7 @@ pub(crate) async fn convert(global: &Global, args: ConvertArgs) -> Outcome {
     let format = format(&args.output)?;
     let model = Model::open(global, &args.input).await?;
     let types = args.dtype.map_or(Types::Kept, |dtype: FloatType| Types::All(dtype.dtype()));
-    let written = written(global, &model, &args.output, format, types, args.file_size).await?;
+    let written = written(global, &model, &args.output, format, types, More { file_bytes: args.file_size, ..More::default() }).await?;
     let files = written.files.iter().map(|path| path.display().to_string()).collect();
     let result = Converted { format, files, tensors: written.tensors, bytes: written.bytes };
     if args.json {
@@ -56,8 +57,16 @@ fn format(out: &Path) -> Outcome<Format> {
     }
 }
 
-/// Tells a thread that nobody waits for it any more.
-struct Stop(Arc<AtomicBool>);
+/// Tells a thread that nobody waits for it any more, when it is dropped.
+#[derive(Default)]
+pub(crate) struct Stop(Arc<AtomicBool>);
+
+impl Stop {
+    /// Set when that is so.
+    pub(crate) fn flag(&self) -> Arc<AtomicBool> {
+        self.0.clone()
+    }
+}
 
 impl Drop for Stop {
     fn drop(&mut self) {
@@ -65,27 +74,27 @@ impl Drop for Stop {
     }
 }
 
+/// What is asked for beside format and types.
+#[derive(Default)]
+pub(super) struct More {
+    /// Most bytes of a file.
+    pub(super) file_bytes: Option<u64>,
+    pub(super) importance: Option<Importance>,
+}
+
 /// Writes a model; when the future is dropped, nothing is left behind.
-pub(super) async fn written(
-    global: &Global,
-    model: &Model,
-    out: &Path,
-    format: Format,
-    types: Types,
-    file_bytes: Option<u64>,
-) -> Outcome<Written> {
+pub(super) async fn written(global: &Global, model: &Model, out: &Path, format: Format, types: Types, more: More) -> Outcome<Written> {
     let (source, out, quiet) = (model.source.clone(), out.to_owned(), global.quiet);
-    let stop = Stop(Arc::default());
-    let stopped = stop.0.clone();
+    let stop = Stop::default();
+    let stopped = stop.flag();
     let task = tokio::task::spawn_blocking(move || {
         let order = Order {
             source: &source,
             out: &out,
             format,
             types,
-            file_bytes,
-            importance: None,
-            more: Vec::new(),
+            file_bytes: more.file_bytes,
+            importance: more.importance.as_ref(),
             label: if matches!(types, Types::All(to) if to.block_len() > 1) { "Quantizing" } else { "Converting" },
             quiet,
             stopped: &stopped,

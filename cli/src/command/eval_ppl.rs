@@ -76,13 +76,17 @@ pub(super) fn read_text(path: &Path) -> Outcome<String> {
 /// Whole chunks of `context` ids, each beginning with the beginning token.
 pub(super) fn chunks(tokenizer: &Tokenizer, text: &str, context: usize, most: Option<usize>) -> Outcome<Vec<Vec<TokenId>>> {
     let bos = tokenizer.bos().ok_or_else(|| bad_input!("the model's tokenizer has no beginning token, perplexity needs one"))?;
-    let mut ids = vec![bos];
-    ids.extend(tokenizer.encode(text, false).bad_input()?);
+    cut(Some(bos), tokenizer.encode(text, false).bad_input()?, context, most)
+}
+
+/// Whole chunks of `context` of the ids of a text, each beginning with the beginning token, where there is one.
+pub(crate) fn cut(bos: Option<TokenId>, text: Vec<TokenId>, context: usize, most: Option<usize>) -> Outcome<Vec<Vec<TokenId>>> {
+    let ids: Vec<TokenId> = bos.into_iter().chain(text).collect();
     let mut chunks: Vec<Vec<TokenId>> = ids.chunks_exact(context).take(most.unwrap_or(usize::MAX)).map(<[TokenId]>::to_vec).collect();
     if chunks.is_empty() {
         return Err(bad_input!("the text has {} tokens, expected at least one chunk of {context}", ids.len()));
     }
-    for chunk in &mut chunks {
+    for (chunk, bos) in chunks.iter_mut().zip(bos.into_iter().cycle()) {
         chunk[0] = bos;
     }
     Ok(chunks)
@@ -115,7 +119,7 @@ async fn score(global: &Global, loaded: &Loaded, chunks: &[Vec<TokenId>], most: 
 }
 
 /// The step that feeds at most `most` ids of chunk `number` from `first` on, and wants `kind` of the scored ids among those that follow.
-pub(super) fn scored_step(
+pub(crate) fn scored_step(
     blocks: &Blocks,
     ids: &[TokenId],
     number: usize,

@@ -2,9 +2,9 @@
 
 mod bench_engine;
 mod bench_load;
-mod convert;
+pub(crate) mod convert;
 mod eval_logits;
-mod eval_ppl;
+pub(crate) mod eval_ppl;
 mod eval_vectors;
 mod inspect;
 mod logs;

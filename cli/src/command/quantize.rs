@@ -1,5 +1,7 @@
 //! `skein quantize`: writes a GGUF file with the matrices of a model in another type, and says what that cost.
 
+use std::path::Path;
+
 use plan::{
     dtype::DType,
     model::Format,
@@ -9,18 +11,19 @@ use router::encode::Tokenizer;
 use serde::Serialize;
 
 use super::{
-    convert::written,
+    convert::{More, written},
     eval_ppl::{chunks, read_text, scored_step},
 };
 use crate::{
     args::{Global, QuantizeArgs},
     blocks::Blocks,
     drive::Drive,
-    exit::{BadInput, Outcome, bad_input},
+    exit::{BadInput, Failure, Outcome, bad_input},
+    importance,
     local::loaded::{Loaded, Needs},
     model::Model,
     output::{self, Unit},
-    write::Types,
+    write::{self, Types},
 };
 
 /// Tokens of a step while two models are compared: each wanted position brings a row of logits.
@@ -32,8 +35,24 @@ struct Quantized {
     to: DType,
     bytes_before: u64,
     bytes_after: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    imatrix: Option<Weighed>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     cost: Option<Cost>,
+}
+
+/// What the importance matrix was.
+#[derive(Debug, Serialize)]
+struct Weighed {
+    /// Name of the text or file.
+    source: String,
+    /// Chunks of the text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    chunks: Option<usize>,
+    /// Matrices of which it is known.
+    matrices: usize,
+    /// Matrices of which it is not, such as experts that no token reached: made as without one.
+    unknown: usize,
 }
 
 /// What a text says of both models.
@@ -49,37 +68,75 @@ struct Cost {
 /// Runs the command.
 pub(crate) async fn quantize(global: &Global, args: QuantizeArgs) -> Outcome {
     let to = args.to.dtype();
+    if args.imatrix.is_some() || args.imatrix_text.is_some() {
+        importance::check(to)?;
+    }
+    let stdin = Some(Path::new("-"));
+    if args.text.as_deref() == stdin && args.imatrix_text.as_deref() == stdin {
+        return Err(bad_input!("--text and --imatrix-text cannot both be standard input"));
+    }
     let text = args.text.as_deref().map(read_text).transpose()?;
+    let calibration = args.imatrix_text.as_deref().map(|path| Ok::<_, Failure>((path, read_text(path)?))).transpose()?;
     if args.output.extension().is_none_or(|e| e != "gguf") {
         return Err(bad_input!("{} does not end with .gguf; other files hold no quantized tensors", args.output.display()));
     }
+    // What takes long comes first, so its results must have a place.
+    args.save_imatrix.iter().chain([&args.output]).try_for_each(|path| write::check_free(path))?;
     let model = Model::open(global, &args.input).await?;
     if text.is_some() {
         model.must_generate("the comparison over a text")?;
     }
-    let bytes_after = written(global, &model, &args.output, Format::GGUF, Types::All(to), None).await?.bytes;
+    if args.imatrix.is_some() || calibration.is_some() {
+        importance::check_model(&model)?;
+    }
+    let importance = match (&args.imatrix, &calibration) {
+        (Some(path), _) => Some(importance::read(path, &model)?),
+        (None, Some((path, text))) => {
+            must_fit(&model, args.context as usize)?;
+            Some(importance::of_text(global, &model, &args.placement, (path, text), args.context as usize).await?)
+        }
+        (None, None) => None,
+    };
+    if let (Some(path), Some(importance)) = (&args.save_imatrix, &importance) {
+        importance::save(importance, &model, args.context as usize, path)?;
+    }
+    let weighed = importance.as_ref().map(|importance| Weighed {
+        source: importance.source.clone(),
+        chunks: importance.chunks,
+        matrices: importance.columns.len(),
+        unknown: importance.unknown(&model.header),
+    });
+    let more = More { importance, ..More::default() };
+    let bytes_after = written(global, &model, &args.output, Format::GGUF, Types::All(to), more).await?.bytes;
     let bytes_before = model.header.files.iter().map(|f| f.bytes).sum();
     let cost = match text {
         None => None,
         Some(text) => Some(compare(global, &args, model, &text).await?),
     };
-    let result = Quantized { to, bytes_before, bytes_after, cost };
+    let result = Quantized { to, bytes_before, bytes_after, imatrix: weighed, cost };
     if args.json { output::json(&result) } else { print(&result) }
 }
 
 fn print(result: &Quantized) -> Outcome {
     output::line(&format!("{} became {} ({:?})", output::bytes(result.bytes_before), output::bytes(result.bytes_after), result.to))?;
+    if let Some(Weighed { source, matrices, unknown, .. }) = &result.imatrix {
+        output::line(&format!("importance of {matrices} matrices by {source}, {unknown} made without"))?;
+    }
     let Some(cost) = &result.cost else { return Ok(()) };
     output::line(&format!("perplexity {:.4} became {:.4} over {} tokens", cost.ppl_before, cost.ppl_after, cost.tokens))?;
     output::line(&format!("KL divergence {:.6} nats a token", cost.kl_divergence))
 }
 
+/// Refuses chunks that are too long.
+fn must_fit(model: &Model, context: usize) -> Outcome {
+    let most = model.header.config.context;
+    if context > most { Err(bad_input!("chunks of {context} tokens do not fit the model's context of {most} tokens")) } else { Ok(()) }
+}
+
 /// Runs a text through both models.
 async fn compare(global: &Global, args: &QuantizeArgs, before: Model, text: &str) -> Outcome<Cost> {
     let context = args.context as usize;
-    if context > before.header.config.context {
-        return Err(bad_input!("chunks of {context} tokens do not fit the model's context of {} tokens", before.header.config.context));
-    }
+    must_fit(&before, context)?;
     let card = before.card().await?;
     let tokenizer = Tokenizer::from_card(&card).bad_input()?;
     let chunks = chunks(&tokenizer, text, context, Some(args.chunks.get()))?;

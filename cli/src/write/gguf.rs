@@ -12,7 +12,10 @@ use plan::{
 use router::encode::gguf_entries;
 
 use super::{Typed, Types, Writing, Written, gguf_metadata, parts, place};
-use crate::exit::{BadInput, Outcome};
+use crate::{
+    exit::{BadInput, Outcome},
+    importance::Importance,
+};
 
 /// Entries of a file that are said anew.
 const OWN: [&str; 5] = ["general.file_type", "general.quantization_version", "split.no", "split.count", "split.tensors.count"];
@@ -98,10 +101,7 @@ fn entries(writing: &Writing<'_>, metadata: Option<&Metadata>, tensors: &[Typed]
     };
     entries.push(("general.file_type".to_owned(), Value::U32(file_type(most))));
     entries.push(("general.quantization_version".to_owned(), Value::U32(2)));
-    for (key, value) in &writing.order.more {
-        entries.retain(|(other, _)| other != key);
-        entries.push((key.clone(), value.clone()));
-    }
+    entries.extend(writing.order.importance.map(Importance::entries).unwrap_or_default());
     Ok(entries)
 }
 
@@ -113,7 +113,9 @@ fn stored(writing: &Writing<'_>) -> Outcome<Vec<(String, Value)>> {
     let skipped = |e: &&gguf::Entry| matches!(&e.value, Value::Array(array) if array.values.is_none());
     let keys: Vec<&str> = short.metadata.iter().filter(skipped).map(|e| e.key.as_str()).collect();
     let all = read(Keep::Keys(&keys))?.metadata;
-    let own = |key: &str| OWN.contains(&key) || key == "general.alignment";
+    // How the types came about that the tensors had.
+    let before = |key: &str| writing.order.types != Types::Kept && key.starts_with("quantize.");
+    let own = |key: &str| OWN.contains(&key) || key == "general.alignment" || before(key);
     Ok(all.into_iter().filter(|e| !own(&e.key)).map(|e| (e.key, e.value)).collect())
 }
 

@@ -12,7 +12,7 @@ use tempfile::{Builder, NamedTempFile, TempDir};
 use crate::exit::{Failure, Outcome, bad_input};
 
 /// Refuses a place where there is something.
-pub(super) fn check_free(out: &Path) -> Outcome {
+pub(crate) fn check_free(out: &Path) -> Outcome {
     match fs::symlink_metadata(out) {
         Ok(_) => Err(exists(out)),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

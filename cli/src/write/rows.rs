@@ -1,18 +1,21 @@
 //! A tensor's values, read in pieces, in the order, form and type in which another file has them.
 
-use std::{collections::HashMap, ops::Range};
+use std::ops::Range;
 
 use anyhow::Context;
 use kernels::{Pool, convert_rows, dequantize_rows};
 use plan::{
     dtype::DType,
     header::{Made, Part},
-    model::{ModelHeader, TensorId, TensorInfo},
+    model::{ModelHeader, TensorInfo},
 };
 use source::Source;
 
 use super::{resolve, weight_type};
-use crate::exit::{BadInput, Outcome};
+use crate::{
+    exit::{BadInput, Outcome},
+    importance::Importance,
+};
 
 /// Most bytes read at a time, unless one head of rows is longer.
 const PIECE: usize = 16 << 20;
@@ -22,7 +25,7 @@ pub(super) struct Rows<'a> {
     pub(super) source: &'a Source,
     pub(super) header: &'a ModelHeader,
     pub(super) pool: Pool,
-    pub(super) importance: Option<&'a HashMap<TensorId, Vec<f32>>>,
+    pub(super) importance: Option<&'a Importance>,
 }
 
 impl Rows<'_> {
@@ -98,7 +101,7 @@ impl Rows<'_> {
         if from == to {
             return out(bytes);
         }
-        let importance = self.importance.and_then(|given| given.get(&part.id)).map(Vec::as_slice).filter(|given| given.len() == k);
+        let importance = self.importance.and_then(|given| given.columns.get(&part.id)).map(Vec::as_slice);
         let rows = convert_rows(&self.pool, (weight_type(from)?, weight_type(to)?), k, bytes, importance);
         out(&rows.with_context(|| format!("tensor {} cannot be converted", made.name)).bad_input()?)
     }

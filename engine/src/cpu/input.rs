@@ -3,12 +3,13 @@
 use std::ops::Range;
 
 use kernels::{Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
+use plan::model::TensorId;
 
 use super::{
     adapter::{Adapted, LowRank},
     weights::Linear,
 };
-use crate::{collective::CollectiveError, compute::Compute, ranks::Ranks};
+use crate::{Observed, collective::CollectiveError, columns, compute::Compute, ranks::Ranks};
 
 /// One input in blocks of 32 and of 256, as far as they are needed.
 #[derive(Debug)]
@@ -48,6 +49,8 @@ pub(super) struct Inputs {
     gathered: Vec<f32>,
     floats: Vec<f32>,
     low_rank: LowRank,
+    /// Sums of the squares of what goes in, where they are wanted.
+    pub(super) observed: Option<Observed>,
 }
 
 /// A product and its output.
@@ -65,6 +68,7 @@ impl Inputs {
             gathered: vec![0.0; tokens * width],
             floats: vec![0.0; tokens * width],
             low_rank: LowRank::default(),
+            observed: None,
         }
     }
 
@@ -77,6 +81,9 @@ impl Inputs {
         adapted: &[Adapted],
         mut into: [Into<'_>; N],
     ) {
+        for (linear, _) in &into {
+            self.observe(linear.id, &linear.matrix, x, tokens);
+        }
         let block = |(linear, _): &Into<'_>| linear.matrix.activation_block();
         into.sort_by_key(block);
         for group in into.chunk_by_mut(|a, b| block(a) == block(b)) {
@@ -95,7 +102,15 @@ impl Inputs {
     }
 
     /// Multiplies `x`, `[tokens, k]`, with a matrix.
-    pub(super) fn multiply_matrix(&mut self, compute: &Compute, x: &[f32], tokens: usize, matrix: &Matrix, out: &mut [f32]) {
+    pub(super) fn multiply_matrix(
+        &mut self,
+        compute: &Compute,
+        x: &[f32],
+        tokens: usize,
+        (id, matrix): (TensorId, &Matrix),
+        out: &mut [f32],
+    ) {
+        self.observe(id, matrix, x, tokens);
         let input = self.whole.input(compute, matrix, x, tokens);
         matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
     }
@@ -115,6 +130,9 @@ impl Inputs {
     ) -> Result<(), CollectiveError> {
         let matrix = &linear.matrix;
         let k = matrix.k();
+        if !ranks.many() {
+            self.observe(linear.id, matrix, own, tokens);
+        }
         let input = match matrix.activation_block() {
             Some(block) if ranks.many() && columns.iter().all(|c| c.end.is_multiple_of(block)) => {
                 self.gather_quantized(compute, ranks, own, columns, tokens, block)?;
@@ -137,6 +155,13 @@ impl Inputs {
         add_bias(compute, out, &linear.bias);
         self.low_rank.add(compute, adapted, input, tokens, &mut [(linear, out)]);
         Ok(())
+    }
+
+    /// Notes what goes into a product, where that is wanted.
+    fn observe(&mut self, id: TensorId, matrix: &Matrix, x: &[f32], tokens: usize) {
+        if let Some(observed) = &mut self.observed {
+            columns::add(observed, id, matrix.k(), &x[..tokens * matrix.k()]);
+        }
     }
 
     /// Quantizes this rank's columns and makes `whole` of those of all ranks.

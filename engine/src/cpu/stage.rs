@@ -17,7 +17,7 @@ use super::{
     weights::{RopeFactors, Weights},
 };
 use crate::{
-    EngineOptions, LoadShardError, WeightReader,
+    EngineOptions, LoadShardError, Observed, WeightReader,
     backend::{Backend, Context},
     batch::Batch,
     collective::CollectiveError,
@@ -246,6 +246,14 @@ impl Backend for Cpu {
         }
         self.inputs.multiply(&self.compute, &pooled, rows, &[], [(&head.output, &mut labels)]);
         labels
+    }
+
+    fn observe(&mut self) {
+        self.inputs.observed = Some(Observed::new());
+    }
+
+    fn observed(&mut self) -> Observed {
+        self.inputs.observed.take().unwrap_or_default()
     }
 
     fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {

@@ -1,7 +1,10 @@
 //! The weights of a shard, packed.
 
 use kernels::{Matrix, WeightType};
-use plan::{dtype::DType, model::TensorId};
+use plan::{
+    dtype::DType,
+    model::{Role, TensorId},
+};
 
 /// A product with an optional bias, each holding this rank's rows.
 #[derive(Debug)]
@@ -154,9 +157,11 @@ pub(crate) struct RopeFactors {
 }
 
 impl Weights {
-    /// The vocabulary matrix, on the last stage.
-    pub(crate) fn vocabulary(&self) -> Option<&Matrix> {
-        self.output.as_ref().or(self.embedding.as_ref())
+    /// The vocabulary matrix, on the last stage: one of its own, or the embedding table.
+    pub(crate) fn vocabulary(&self) -> Option<(TensorId, &Matrix)> {
+        let id = |role| TensorId { layer: None, role };
+        let table = self.embedding.as_ref().map(|matrix| (id(Role::Embedding), matrix));
+        self.output.as_ref().map(|matrix| (id(Role::Output), matrix)).or(table)
     }
 }
 

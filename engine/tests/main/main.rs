@@ -7,6 +7,7 @@ mod kv;
 mod loading;
 mod model;
 mod naive;
+mod observed;
 mod reference;
 mod rig;
 mod sampling;

@@ -1,5 +1,7 @@
 //! The forward pass as a textbook has it, in f64: no blocks, tiles, chunks or ranks.
 
+use std::{cell::RefCell, collections::BTreeMap};
+
 use half::{bf16, f16};
 use plan::{
     dtype::DType,
@@ -21,7 +23,31 @@ fn values(model: &Model, layer: Option<usize>, role: Role) -> Option<Vec<f64>> {
     })
 }
 
+/// Sums of the squares of a product's input by column, and its rows.
+pub(crate) type Squares = BTreeMap<TensorId, (Vec<f64>, u64)>;
+
+thread_local! {
+    /// Of the products of this thread.
+    static SQUARES: RefCell<Squares> = RefCell::default();
+}
+
+fn note(layer: Option<usize>, role: Role, x: &[f64]) {
+    SQUARES.with_borrow_mut(|squares| {
+        let (sums, rows) = squares.entry(TensorId { layer: layer.map(|l| l as u32), role }).or_insert((vec![0.0; x.len()], 0));
+        sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += x * x);
+        *rows += 1;
+    });
+}
+
+/// What goes into the products of a pass.
+pub(crate) fn squares(model: &Model, ids: &[TokenId]) -> Squares {
+    SQUARES.take();
+    logits(model, ids);
+    SQUARES.take()
+}
+
 fn linear(model: &Model, layer: Option<usize>, role: Role, bias: Option<Role>, x: &[f64]) -> Vec<f64> {
+    note(layer, role, x);
     let w = values(model, layer, role).expect("a matrix");
     let bias = bias.and_then(|b| values(model, layer, b));
     w.chunks(x.len()).enumerate().map(|(r, row)| dot(row, x) + bias.as_ref().map_or(0.0, |b| b[r])).collect()
@@ -165,6 +191,7 @@ fn unpacked(model: &Model, l: Option<usize>, latent: Latent, h: &[f64]) -> (Vec<
     let unrotated = c.head_dim - latent.rotated;
     if latent.apart {
         v = linear(model, l, Role::ValueUp, None, &compressed);
+        note(l, Role::KeyUp, &compressed);
         // `[heads, in, rows of a head]`.
         let columns = values(model, l, Role::KeyUp).expect("a matrix");
         for head in columns.chunks(latent.kv_rank * unrotated) {

@@ -315,6 +315,9 @@ pub enum QuantizationChoice {
     Q4_K,
     Q4_1,
     Q4_0,
+    IQ4_NL,
+    Q3_K,
+    Q2_K,
 }
 
 impl QuantizationChoice {
@@ -330,6 +333,9 @@ impl QuantizationChoice {
             Self::Q4_K => Some(DType::Q4_K),
             Self::Q4_1 => Some(DType::Q4_1),
             Self::Q4_0 => Some(DType::Q4_0),
+            Self::IQ4_NL => Some(DType::IQ4_NL),
+            Self::Q3_K => Some(DType::Q3_K),
+            Self::Q2_K => Some(DType::Q2_K),
         }
     }
 }

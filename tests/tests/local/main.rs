@@ -10,6 +10,7 @@ mod exact;
 mod families;
 mod fetch;
 mod formats;
+mod importance;
 mod input;
 mod instructions;
 mod packed;
