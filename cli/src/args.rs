@@ -20,7 +20,7 @@ use plan::{dtype::DType, worker::CollectiveKind};
 use source::{AccessKeys, StoreOptions};
 
 pub(crate) use self::{
-    answer::{RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
+    answer::{Adapted, RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
     files::{ConvertArgs, FloatType, InspectArgs, QuantizeArgs},
     kubernetes::{ClusterArgs, LogsArgs, StatusArgs, TopArgs},
     pool::RouterArgs,

@@ -51,9 +51,21 @@ impl Server {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("model.yaml");
         fs::write(&path, manifest).expect("a writable folder");
+        Self::serving(&["-f", &path.to_string_lossy()], folder)
+    }
+
+    /// Starts `skein serve` with `args` and waits until it is ready.
+    ///
+    /// # Panics
+    /// As [`Server::start`].
+    pub fn of(args: &[&str]) -> Self {
+        Self::serving(args, tempfile::tempdir().expect("a temporary folder"))
+    }
+
+    fn serving(args: &[&str], folder: TempDir) -> Self {
         let mut child = Command::new(skein())
-            .args(["--log-format", "json", "-v", "serve", "--port", "0", "--grpc-port", "0", "-f"])
-            .arg(&path)
+            .args(["--log-format", "json", "-v", "serve", "--port", "0", "--grpc-port", "0"])
+            .args(args)
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -8,6 +8,7 @@ use std::{
 };
 
 use clap::{ArgAction, Args};
+use plan::manifest::AdapterSpec;
 
 use super::{IsaChoice, Placement, Target};
 use crate::exit::{Outcome, bad_input};
@@ -33,6 +34,9 @@ pub(crate) struct RunArgs {
     /// Which deployment of a manifest with several.
     #[arg(long, value_name = "NAME", requires = "file")]
     pub(crate) deployment: Option<String>,
+    /// Low-rank adapter (LoRA) with which the model answers: its name and its folder, file or source; with --file, the name of one of the manifest's.
+    #[arg(long, value_name = "NAME=SOURCE")]
+    adapter: Option<String>,
     /// Ask it as a chat.
     #[arg(long, conflicts_with = "raw")]
     pub(crate) chat: bool,
@@ -63,6 +67,40 @@ impl RunArgs {
             (None, Some(model), prompt) => Ok((Target { model: Some(model.clone()), file: None }, prompt.clone())),
             (_, None, _) => Err(bad_input!("no model was given, expected a MODEL or a manifest with --file")),
         }
+    }
+}
+
+/// The adapter with which a model answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Adapted {
+    /// One that is put on a model given without a manifest.
+    With(AdapterSpec),
+    /// One of a manifest's, by name.
+    Named(String),
+}
+
+impl RunArgs {
+    /// The adapter that was asked for.
+    pub(crate) fn adapted(&self) -> Outcome<Option<Adapted>> {
+        let Some(given) = &self.adapter else { return Ok(None) };
+        match (&self.file, adapter(given)) {
+            (None, Ok(spec)) => Ok(Some(Adapted::With(spec))),
+            (None, Err(expected)) => Err(bad_input!("--adapter {given}: {expected}")),
+            (Some(_), Err(_)) => Ok(Some(Adapted::Named(given.clone()))),
+            (Some(_), Ok(_)) => {
+                Err(bad_input!("--adapter {given}: with --file, expected the name of one of the manifest's adapters alone"))
+            }
+        }
+    }
+}
+
+/// `NAME=SOURCE`.
+fn adapter(text: &str) -> Result<AdapterSpec, String> {
+    match text.split_once('=') {
+        Some((name, uri)) if !name.is_empty() && !uri.is_empty() => {
+            Ok(AdapterSpec { name: name.to_owned(), uri: uri.to_owned(), digest: None })
+        }
+        _ => Err("expected NAME=SOURCE".to_owned()),
     }
 }
 
@@ -106,6 +144,9 @@ pub(crate) struct SamplingArgs {
 pub(crate) struct ServeArgs {
     #[command(flatten)]
     pub(crate) target: Target,
+    /// Low-rank adapter (LoRA) beside MODEL, which requests call MODEL:NAME: its folder, file or source; may be repeated.
+    #[arg(long, value_name = "NAME=SOURCE", action = ArgAction::Append, conflicts_with = "file", value_parser = adapter)]
+    pub(crate) adapter: Vec<AdapterSpec>,
     /// Address to listen on; 0.0.0.0 lets other machines in, and there are no keys yet.
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST), value_name = "ADDRESS")]
     pub(crate) host: IpAddr,

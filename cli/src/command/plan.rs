@@ -70,7 +70,7 @@ pub(crate) async fn plan(global: &Global, args: PlanArgs) -> Outcome {
         return plan_status::plan(deployment, &args.cluster, args.json).await;
     }
     let target = Target { model: args.model, file: args.file };
-    let prepared = deployment::plans(global, &target, &args.placement, None).await?;
+    let prepared = deployment::plans(global, &target, &[], &args.placement, None).await?;
     for planned in &prepared {
         let shown = describe(&planned.name, &planned.model.name, planned.replicas, &planned.plan);
         if args.json { output::json(&shown)? } else { print(&shown)? }

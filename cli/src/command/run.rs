@@ -13,7 +13,7 @@ use router::{
 };
 
 use crate::{
-    args::{Global, RunArgs},
+    args::{Adapted, Global, RunArgs},
     exit::{BadInput, Failure, Outcome, bad_input},
     local::{
         deployment::{self, Planned},
@@ -45,10 +45,16 @@ pub(crate) async fn run(global: &Global, args: RunArgs, stop: &Stop) -> Outcome 
     let trial = talk::completion("model", prompt.as_deref().unwrap_or("x"), &args.sampling);
     DirectRequest::parse(Dialect::Completions, &trial).map_err(answer::refused)?;
 
+    let adapted = args.adapted()?;
     let start = async {
-        let planned = deployment::plans(global, &target, &args.placement, args.context.map(Into::into)).await?;
+        let adapters = match &adapted {
+            Some(Adapted::With(spec)) => std::slice::from_ref(spec),
+            _ => &[],
+        };
+        let planned = deployment::plans(global, &target, adapters, &args.placement, args.context.map(Into::into)).await?;
         // One copy answers one person.
         let planned = Planned { replicas: 1, ..choose(planned, args.deployment.as_deref())? };
+        called(&planned, adapted.as_ref())?;
         if fleet::workers(&planned.plan) > 1 {
             output::status(global.quiet, "Starting", &fleet::summary(&planned));
         }
@@ -58,7 +64,7 @@ pub(crate) async fn run(global: &Global, args: RunArgs, stop: &Stop) -> Outcome 
     let outcome = tokio::select! {
         biased;
         failure = serving.failed() => Err(failure),
-        done = talk(global, &args, prompt, &serving, stop) => done,
+        done = talk(global, &args, (prompt, adapted.as_ref()), &serving, stop) => done,
     };
     serving.stop().await;
     outcome
@@ -88,11 +94,32 @@ fn choose(mut planned: Vec<Planned>, name: Option<&str>) -> Outcome<Planned> {
     }
 }
 
+/// What requests call a deployment's model with the adapter that was asked for.
+fn called(planned: &Planned, adapted: Option<&Adapted>) -> Outcome<String> {
+    let name = match adapted {
+        None => return Ok(planned.served.clone()),
+        Some(Adapted::With(spec)) => &spec.name,
+        Some(Adapted::Named(name)) => name,
+    };
+    let names: Vec<&str> = planned.adapters.iter().map(|adapter| adapter.name.as_str()).collect();
+    match (names.contains(&name.as_str()), names.is_empty()) {
+        (true, _) => Ok(format!("{}:{name}", planned.served)),
+        (false, true) => Err(bad_input!("deployment {} has no adapters, --adapter asks for {name}", planned.name)),
+        (false, false) => Err(bad_input!("deployment {} has no adapter {name}, expected one of {}", planned.name, names.join(", "))),
+    }
+}
+
 /// Waits until the model answers, then asks it.
-async fn talk(global: &Global, args: &RunArgs, prompt: Option<String>, serving: &Serving, stop: &Stop) -> Outcome {
+async fn talk(
+    global: &Global,
+    args: &RunArgs,
+    (prompt, adapted): (Option<String>, Option<&Adapted>),
+    serving: &Serving,
+    stop: &Stop,
+) -> Outcome {
     stop.or(serving.ready(global.quiet)).await?;
     let Some(planned) = serving.planned().first() else { return Err(anyhow::anyhow!("nothing was started").into()) };
-    let model = planned.served.as_str();
+    let model = &*called(planned, adapted)?;
     let direct = Direct::new(serving.edge.clone(), ApiOptions { deadline: DEADLINE, ..ApiOptions::default() });
     let templates = stop.or(async { direct.templates(model).await.map_err(answer::refused) }).await?;
     // A prompt is asked as a chat where the model was made for it; who sits at a terminal chats if there is any way to.

@@ -30,7 +30,7 @@ pub(crate) async fn serve(global: &Global, args: ServeArgs, stop: &Stop) -> Outc
     let grpc = bind(args.host, args.grpc_port, "gRPC", "--grpc-port").await?;
     let ends = (address(&http)?, address(&grpc)?);
     let start = async {
-        let planned = deployment::plans(global, &args.target, &args.placement, args.context.map(Into::into)).await?;
+        let planned = deployment::plans(global, &args.target, &args.adapter, &args.placement, args.context.map(Into::into)).await?;
         announce(global, &planned);
         Serving::start(global, planned, &args.placement).await
     };

@@ -1,11 +1,12 @@
 //! From a manifest, or a model alone, to deployments that this machine can run.
 
-use std::{fs, io, num::NonZeroUsize, path::Path};
+use std::{fs, io, num::NonZeroUsize, path::Path, sync::Arc};
 
 use anyhow::Context;
 use plan::{
+    adapter::AdapterHeader,
     fleet::{RoutingPolicy, ServingSettings},
-    manifest::{AutoscalingMode, Manifest, ModelSpec},
+    manifest::{AdapterSpec, AutoscalingMode, Manifest, ModelSpec, check_adapter_names},
     planner,
     shard::ExecutionPlan,
 };
@@ -45,13 +46,19 @@ pub(crate) struct Planned {
     pub(crate) numerics: String,
 }
 
-/// Opens and plans what `target` names. A plan that does not fit is not an error yet.
+/// Opens and plans what `target` names; `adapters` are those of a model that no manifest describes. A plan that does not fit is not an error yet.
 ///
 /// # Errors
 /// Bad input when a file, a manifest or a model is not usable, or no plan exists.
-pub(crate) async fn plans(global: &Global, target: &Target, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
+pub(crate) async fn plans(
+    global: &Global,
+    target: &Target,
+    adapters: &[AdapterSpec],
+    placement: &Placement,
+    context: Option<usize>,
+) -> Outcome<Vec<Planned>> {
     match (&target.model, &target.file) {
-        (Some(model), None) => Ok(vec![model_alone(global, model, placement, context).await?]),
+        (Some(model), None) => Ok(vec![model_alone(global, model, adapters, placement, context).await?]),
         (None, Some(file)) => manifests(global, file, placement, context).await,
         _ => Err(bad_input!("expected either a MODEL or a manifest with -f")),
     }
@@ -81,12 +88,9 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         let model = Model::pinned(global, uri, digest.as_deref(), credentials(global, file, &manifest)?).await?;
         let model = model.loaded_as(placement.load_in().or(manifest.spec().engine.quantization.dtype()));
         manifest.check_format(&model.header).bad_input()?;
-        let mut adapters = Vec::with_capacity(manifest.spec().adapters.len());
-        for spec in &manifest.spec().adapters {
-            adapters.push(model.adapter(global, spec).await?);
-        }
+        let adapters = opened(global, &model, &manifest.spec().adapters).await?;
         let mut spec = overridden(manifest.planner_spec(), placement, context)?;
-        spec.adapters = adapters.iter().map(|adapter| adapter.header.clone()).collect();
+        spec.adapters = headers(&adapters);
         let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
             .with_context(|| format!("deployment {} cannot be planned", manifest.name()))
             .bad_input()?;
@@ -104,6 +108,19 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         });
     }
     Ok(planned)
+}
+
+/// The adapters of a model.
+async fn opened(global: &Global, model: &Model, specs: &[AdapterSpec]) -> Outcome<Vec<Adapter>> {
+    let mut adapters = Vec::with_capacity(specs.len());
+    for spec in specs {
+        adapters.push(model.adapter(global, spec).await?);
+    }
+    Ok(adapters)
+}
+
+fn headers(adapters: &[Adapter]) -> Vec<Arc<AdapterHeader>> {
+    adapters.iter().map(|adapter| adapter.header.clone()).collect()
 }
 
 /// What the manifest's source is shown: by the Secret that it names, which stands in the same file, or, a hub, by the token in the environment.
@@ -145,12 +162,21 @@ fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<us
 }
 
 /// Plans a model by the command line alone.
-async fn model_alone(global: &Global, uri: &str, placement: &Placement, context: Option<usize>) -> Outcome<Planned> {
+async fn model_alone(
+    global: &Global,
+    uri: &str,
+    adapters: &[AdapterSpec],
+    placement: &Placement,
+    context: Option<usize>,
+) -> Outcome<Planned> {
+    check_adapter_names(adapters, &short_name(uri)).context("--adapter").bad_input()?;
     let model = Model::open(global, uri).await?.loaded_as(placement.load_in());
+    let adapters = opened(global, &model, adapters).await?;
     let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
-    let spec = overridden(planner::Spec::default(), placement, Some(context))?;
+    let mut spec = overridden(planner::Spec::default(), placement, Some(context))?;
+    spec.adapters = headers(&adapters);
     let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;
-    Ok(alone(model, plan))
+    Ok(Planned { adapters, ..alone(model, plan) })
 }
 
 /// One replica of a model that no manifest describes.

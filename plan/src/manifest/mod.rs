@@ -21,6 +21,7 @@ pub use types::{
     KeyRef, KvCacheSpec, KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, NameRef, ParallelismSpec, QuantizationChoice,
     QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
 };
+pub use validate::{AdapterNameError, check_adapter_names};
 
 use std::{collections::BTreeMap, sync::Arc};
 

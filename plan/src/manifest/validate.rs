@@ -3,7 +3,7 @@
 use super::{
     placement,
     rollout::RolloutStrategy,
-    types::{CachePolicy, ModelDeployment, ModelSpec, PATH, REMOTE, VOLUME},
+    types::{AdapterSpec, CachePolicy, ModelDeployment, ModelSpec, PATH, REMOTE, VOLUME},
 };
 use crate::shard::BLOCK_TOKENS;
 
@@ -171,25 +171,45 @@ fn check_digest(path: &str, digest: Option<&str>) -> Result<(), Problem> {
     }
 }
 
+/// A name that an adapter cannot have.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{message}")]
+pub struct AdapterNameError {
+    /// Which adapter, from 0.
+    pub index: usize,
+    message: String,
+}
+
+/// Checks the names of adapters of a model that requests call `model`.
+///
+/// # Errors
+/// The first name that is none, is the model's, or is taken.
+pub fn check_adapter_names(adapters: &[AdapterSpec], model: &str) -> Result<(), AdapterNameError> {
+    for (index, AdapterSpec { name, .. }) in adapters.iter().enumerate() {
+        let wrong = |message: String| Err(AdapterNameError { index, message });
+        let is_name = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
+        if !is_name || !(1..=MAX_ADAPTER_NAME).contains(&name.len()) {
+            return wrong(format!("expected 1 to {MAX_ADAPTER_NAME} lower-case letters, digits and '-', got {name:?}"));
+        }
+        if name == model {
+            return wrong(format!("expected another name than the model's, got {name}"));
+        }
+        if adapters[..index].iter().any(|other| other.name == *name) {
+            return wrong(format!("expected a name that is not taken, got {name} again"));
+        }
+    }
+    Ok(())
+}
+
 fn adapters(deployment: &ModelDeployment) -> Result<(), Problem> {
     let adapters = &deployment.spec.adapters;
     if adapters.len() > MAX_ADAPTERS {
         return Err(Problem::new("spec.adapters", format!("expected at most {MAX_ADAPTERS}, got {}", adapters.len())));
     }
     let own = deployment.spec.model.name.as_ref().unwrap_or(&deployment.metadata.name);
+    check_adapter_names(adapters, own).map_err(|wrong| Problem::new(&format!("spec.adapters[{}].name", wrong.index), wrong.message))?;
     for (i, adapter) in adapters.iter().enumerate() {
-        let (path, name) = (|field: &str| format!("spec.adapters[{i}].{field}"), &adapter.name);
-        let is_name = name.bytes().all(|b| matches!(b, b'a'..=b'z' | b'0'..=b'9' | b'-'));
-        if !is_name || !(1..=MAX_ADAPTER_NAME).contains(&name.len()) {
-            let message = format!("expected 1 to {MAX_ADAPTER_NAME} lower-case letters, digits and '-', got {name:?}");
-            return Err(Problem::new(&path("name"), message));
-        }
-        if name == own {
-            return Err(Problem::new(&path("name"), format!("expected another name than the model's, got {name}")));
-        }
-        if adapters[..i].iter().any(|other| other.name == *name) {
-            return Err(Problem::new(&path("name"), format!("expected a name that is not taken, got {name} again")));
-        }
+        let path = |field: &str| format!("spec.adapters[{i}].{field}");
         check_uri(&path("uri"), &adapter.uri, false)?;
         check_digest(&path("digest"), adapter.digest.as_deref())?;
     }

@@ -145,6 +145,58 @@ async fn two_adapters_and_the_bare_model_share_an_endpoint() {
     }
 }
 
+/// `--adapter` of `run` and `serve`: what a manifest's adapters are.
+#[tokio::test]
+async fn adapters_are_put_on_a_model_without_a_manifest() {
+    let llama = files::fixture("llama").display().to_string();
+    let flag = |name: &str| format!("{}={}", &name[name.len() - 1..], files::fixture(name).display());
+    let (a, b) = (flag(NAMES[0]), flag(NAMES[1]));
+    let prompt = "the geese take";
+    let mut texts = Vec::new();
+    for split in [&[][..], &["--pp", "2", "--tp", "2"]] {
+        let server = Server::of(&[&[&*llama, "--adapter", &a, "--adapter", &b], split].concat());
+        for fixture in ["llama", NAMES[0], NAMES[1]] {
+            let (mut body, expected) = reference(&server.http, fixture).await;
+            assert_eq!(client::complete(&server.http, &body).await.expect("an answer"), expected, "{fixture} with {}", split.join(" "));
+            (body["prompt"], body["echo"]) = (prompt.into(), false.into());
+            texts.push(client::complete(&server.http, &body).await.expect("an answer"));
+        }
+    }
+    assert!(texts[..3] == texts[3..] && texts[0] != texts[1] && texts[1] != texts[2], "{texts:?}");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("m.yaml").display().to_string();
+    fs::write(&path, manifest("llama", &files::fixture("llama"), &with_adapters(""))).expect("a writable folder");
+    let ask = |more: &[&str]| {
+        let drawn = ["--temperature", "0", "--max-tokens", "24", "--ignore-eos", "--raw", "--json", prompt];
+        json(&[&["run"], more, &drawn[..]].concat())
+    };
+    for (more, model, text) in [
+        (&[&*llama][..], "llama", &texts[0]),
+        (&[&*llama, "--adapter", &a], "llama:a", &texts[1]),
+        (&[&*llama, "--adapter", &b, "--tp", "2"], "llama:b", &texts[2]),
+        (&["-f", &path, "--adapter", "a"], "llama:a", &texts[1]),
+    ] {
+        let answer = ask(more);
+        assert_eq!((answer["text"].as_str(), answer["model"].as_str()), (Some(&**text), Some(model)), "{more:?}");
+    }
+    let refused = |args: &[&str], said: &str| {
+        let run = e2e::program::run(args);
+        assert_eq!(run.status.code(), Some(2), "{args:?}");
+        assert!(run.stderr.contains(said), "{args:?}: {}", run.stderr);
+    };
+    refused(&["run", &llama, "--adapter", "a", prompt], "expected NAME=SOURCE");
+    refused(&["run", &llama, "--adapter", "A=x", prompt], "lower-case letters");
+    refused(&["run", &llama, "--adapter", "a=/absent", prompt], "/absent");
+    refused(&["run", "-f", &path, "--adapter", "c", prompt], "no adapter c, expected one of a, b");
+    refused(&["run", "-f", &path, "--adapter", &a, prompt], "the name of one of the manifest's adapters alone");
+    refused(&["serve", "--port", "0", "--grpc-port", "0", &llama, "--adapter", &a, "--adapter", &a], "a again");
+    refused(&["serve", "--port", "0", "--grpc-port", "0", "-f", &path, "--adapter", &a], "--adapter");
+    refused(
+        &["serve", "--port", "0", "--grpc-port", "0", &llama, "--adapter", &format!("llama={}", files::fixture(NAMES[0]).display())],
+        "another name than the model's",
+    );
+}
+
 #[test]
 fn adapters_of_another_model_are_refused_before_anything_starts() {
     let (model, adapter) = (files::fixture("gpt2"), files::fixture(NAMES[0]));
