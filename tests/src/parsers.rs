@@ -33,7 +33,7 @@ pub const PARSERS: [Parser; 12] = [
     Parser {
         name: "gguf",
         read: gguf,
-        places: &["at byte ", "model.gguf", "header.gguf", "tokenizer", "chat template"],
+        places: &["at byte ", "model.gguf", "header.gguf", "tokenizer", "chat template", "generation_config.json"],
         held: (40, 64 << 20),
     },
     Parser { name: "safetensors", read: safetensors, places: &["at byte ", "model.safetensors"], held: (20, 256 << 10) },
