@@ -147,11 +147,12 @@ async fn credentials(client: &Client, object: &ModelDeployment) -> Result<Result
     let Some(secret) = secret else { return refuse("does not exist".to_owned()) };
     // Those of Kubernetes itself hold keys of these names for other purposes.
     match secret.type_.as_deref() {
-        None | Some("" | "Opaque") => {}
-        Some(other) => return refuse(format!("is of type {other}, expected Opaque")),
+        None | Some("" | "Opaque" | "kubernetes.io/dockerconfigjson") => {}
+        Some(other) => return refuse(format!("is of type {other}, expected Opaque or kubernetes.io/dockerconfigjson")),
     }
+    let uri = object.spec["model"]["uri"].as_str().unwrap_or_default();
     let data = secret.data.unwrap_or_default().into_iter().map(|(key, value)| (key, value.0)).collect();
-    match Credentials::from_data(&data) {
+    match Credentials::from_data(&data, uri) {
         Ok(credentials) => Ok(Ok(Some(credentials))),
         Err(error) => refuse(format!("does not let anybody in: {error}")),
     }

@@ -4,12 +4,14 @@ use std::{collections::BTreeMap, fmt, fs, path::Path};
 
 use serde::{Deserialize, Serialize};
 
-use crate::SourceError;
+use crate::{SourceError, logins};
 
 /// Key of a bearer token.
 const TOKEN: &str = "token";
 /// Key of the whole value of the header `Authorization`.
 const AUTHORIZATION: &str = "authorization";
+/// Key of logins of registries.
+const LOGINS: &str = ".dockerconfigjson";
 /// Keys of what an object store is shown, called as in the environment of other tools.
 const ID: &str = "AWS_ACCESS_KEY_ID";
 const KEY: &str = "AWS_SECRET_ACCESS_KEY";
@@ -51,12 +53,19 @@ impl fmt::Debug for AccessKeys {
 
 impl Credentials {
     /// From the data of a Secret: `token`, a bearer token, or `authorization`, the whole value of the header; or, for an object store,
-    /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, and `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` where they are needed.
+    /// `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY`, and `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` where they are needed; or,
+    /// for an artifact, `.dockerconfigjson`, of which the registry of `uri` is shown its own login.
     ///
     /// # Errors
-    /// When it has none of them or two kinds, or a value that cannot be sent.
-    pub fn from_data(data: &BTreeMap<String, Vec<u8>>) -> Result<Self, SourceError> {
+    /// When it has none of them or two kinds, or a value that cannot be sent, or no login for the registry.
+    pub fn from_data(data: &BTreeMap<String, Vec<u8>>, uri: &str) -> Result<Self, SourceError> {
         let fail = |problem: String| Err(SourceError::Credentials { problem });
+        if let Some(json) = data.get(LOGINS) {
+            if let Some(other) = [TOKEN, AUTHORIZATION, ID, KEY].into_iter().find(|key| data.contains_key(*key)) {
+                return fail(format!("it has both {LOGINS} and {other}, expected one of them"));
+            }
+            return logins::header(json, uri).map_or_else(fail, |value| Self::authorization(&value));
+        }
         let value = |key: &str| data.get(key).map(|value| String::from_utf8_lossy(value).into_owned());
         match (value(TOKEN), value(AUTHORIZATION), value(ID), value(KEY)) {
             (Some(token), None, None, None) => Self::of("Bearer ", &token),
@@ -71,7 +80,7 @@ impl Credentials {
             (None, None, None, None) => {
                 let keys = data.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
                 let got = if keys.is_empty() { "none" } else { &keys };
-                fail(format!("expected a key {TOKEN} or {AUTHORIZATION}, or {ID} and {KEY}, got {got}"))
+                fail(format!("expected a key {TOKEN}, {AUTHORIZATION} or {LOGINS}, or {ID} and {KEY}, got {got}"))
             }
             (token, header, id, _) => {
                 let two = [(TOKEN, token), (AUTHORIZATION, header), (ID, id)];
@@ -101,13 +110,13 @@ impl Credentials {
         Ok(Self(Kind::Header(format!("{scheme}{}", one_line(value)?))))
     }
 
-    /// From the files of a folder into which a Secret is mounted.
+    /// From the files of a folder into which a Secret is mounted, for the source at `uri`.
     ///
     /// # Errors
     /// As [`Credentials::from_data`], and when the folder cannot be read.
-    pub fn from_folder(folder: &Path) -> Result<Self, SourceError> {
+    pub fn from_folder(folder: &Path, uri: &str) -> Result<Self, SourceError> {
         let mut data = BTreeMap::new();
-        for key in [TOKEN, AUTHORIZATION, ID, KEY, SESSION, REGION, ENDPOINT] {
+        for key in [TOKEN, AUTHORIZATION, LOGINS, ID, KEY, SESSION, REGION, ENDPOINT] {
             let path = folder.join(key);
             match fs::read(&path) {
                 Ok(value) => drop(data.insert(key.to_owned(), value)),
@@ -115,7 +124,7 @@ impl Credentials {
                 Err(error) => return Err(SourceError::file("read", path, error)),
             }
         }
-        Self::from_data(&data)
+        Self::from_data(&data, uri)
     }
 
     /// The value of the header, for the request and for processes that make it; `None` where these are keys.
@@ -156,7 +165,8 @@ mod tests {
     use super::*;
 
     fn of(data: &[(&str, &str)]) -> Result<Credentials, SourceError> {
-        Credentials::from_data(&data.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect())
+        let data = data.iter().map(|(k, v)| ((*k).to_owned(), v.as_bytes().to_vec())).collect();
+        Credentials::from_data(&data, "oci://registry.example/m:v1")
     }
 
     #[test]
@@ -171,6 +181,17 @@ mod tests {
     }
 
     #[test]
+    fn a_secret_has_logins_of_registries() {
+        let json = r#"{"auths": {"registry.example": {"auth": "dTpw"}}}"#;
+        assert_eq!(of(&[(LOGINS, json)]).unwrap().header(), Some("Basic dTpw"));
+        let folder = tempfile::tempdir().unwrap();
+        fs::write(folder.path().join(LOGINS), json).unwrap();
+        assert_eq!(Credentials::from_folder(folder.path(), "oci://registry.example/m:v1").unwrap().header(), Some("Basic dTpw"));
+        let error = Credentials::from_folder(folder.path(), "oci://other.example/m:v1").unwrap_err();
+        assert!(error.to_string().contains("no login for other.example, only for registry.example"), "{error}");
+    }
+
+    #[test]
     fn a_secret_has_a_token_or_a_header() {
         assert_eq!(of(&[("token", "hf_abc\n"), ("other", "x")]).unwrap().header(), Some("Bearer hf_abc"));
         assert_eq!(of(&[("authorization", "Basic eA==")]).unwrap().header(), Some("Basic eA=="));
@@ -178,6 +199,9 @@ mod tests {
             (&[][..], "got none"),
             (&[("Token", "x")], "got Token"),
             (&[("token", "x"), ("authorization", "y")], "both"),
+            (&[("token", "x"), (LOGINS, "secret")], "both .dockerconfigjson and token"),
+            (&[(LOGINS, "secret")], "no list of logins"),
+            (&[(LOGINS, r#"{"auths": {"registry.example": {"auth": "secret\nX-Other: 1"}}}"#)], "one line"),
             (&[("token", "secret\r\nX-Other: 1")], "one line"),
             (&[("token", "")], "one line"),
             (&[(ID, "a"), (KEY, "secret\u{7f}")], "one line"),

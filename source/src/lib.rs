@@ -15,6 +15,7 @@ mod inspection;
 mod layout;
 mod listing;
 mod locate;
+mod logins;
 mod model;
 mod open;
 mod packed;

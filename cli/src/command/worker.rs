@@ -51,7 +51,8 @@ pub(crate) async fn worker(global: &Global, args: WorkerArgs, stop: &Stop) -> Ou
     let isa = Isa::named(args.isa.name()).bad_input()?;
     let mut source = model::source_options(global)?;
     if let Some(folder) = &args.credentials {
-        let shown = Credentials::from_folder(folder).with_context(|| format!("the Secret at {} cannot be used", folder.display()));
+        let shown =
+            Credentials::from_folder(folder, &spec.uri).with_context(|| format!("the Secret at {} cannot be used", folder.display()));
         source.credentials = Some(shown.bad_input()?);
     }
     let identity = args.identity.as_deref().map(Identity::open).transpose().bad_input()?;

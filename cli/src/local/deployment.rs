@@ -128,7 +128,10 @@ fn credentials(global: &Global, file: &Path, manifest: &Manifest) -> Outcome<Opt
     let Some(secret) = &manifest.spec().model.credentials_secret_ref else { return Ok(None) };
     let place = || format!("{}: deployment {}: spec.model.credentialsSecretRef", file.display(), manifest.name());
     match &manifest.credentials {
-        Some(data) => Credentials::from_data(&data.0).with_context(|| format!("{}: Secret {}", place(), secret.name)).bad_input().map(Some),
+        Some(data) => {
+            let shown = Credentials::from_data(&data.0, &manifest.spec().model.uri);
+            shown.with_context(|| format!("{}: Secret {}", place(), secret.name)).bad_input().map(Some)
+        }
         None if global.cache.hf_token.is_some() && manifest.spec().model.uri.starts_with("hf://") => Ok(None),
         None => Err(bad_input!(
             "{}: Secret {} is not in the file; expected it there, or for hf:// HF_TOKEN in the environment",

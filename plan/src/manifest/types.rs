@@ -122,7 +122,7 @@ pub struct ModelSpec {
     /// Format of the weights; refused when the source has another.
     #[serde(default)]
     pub format: FormatChoice,
-    /// Secret that lets this deployment in at the source, which is a server: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`; for `s3://` and `gs://`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` sign the requests, and `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` may be beside them.
+    /// Secret that lets this deployment in at the source, which is a server: its key `token` is a bearer token, or its key `authorization` the whole value of the header `Authorization`; for `s3://` and `gs://`, `AWS_ACCESS_KEY_ID` and `AWS_SECRET_ACCESS_KEY` sign the requests, and `AWS_SESSION_TOKEN`, `AWS_REGION` and `AWS_ENDPOINT_URL` may be beside them. For `oci://` it may be one of type `kubernetes.io/dockerconfigjson`, of which the registry is shown its own login.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub credentials_secret_ref: Option<NameRef>,
 }
