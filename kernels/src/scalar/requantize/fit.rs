@@ -83,7 +83,7 @@ pub(super) fn line(x: &[f32], weights: &Weights, levels: f32, offset: Offset) ->
         if determinant <= 0.0 {
             continue;
         }
-        let (mut scale, mut min) = ((w * xl - xs * l) / determinant, (l * xs - l2 * xl) / determinant);
+        let (mut scale, mut min) = ((w * xl - xs * l) / determinant, (l * xl - l2 * xs) / determinant);
         if min < 0.0 && offset == Offset::AtLeastZero {
             (scale, min) = (xl / l2, 0.0);
         }
