@@ -23,9 +23,6 @@ struct Login {
     identitytoken: String,
 }
 
-/// What Docker's own registry is called in lists of logins, and where it answers.
-const HUB: (&str, &str) = ("index.docker.io", "registry-1.docker.io");
-
 /// The value of the header `Authorization` for the artifact at `uri`.
 ///
 /// # Errors
@@ -66,8 +63,7 @@ pub(crate) fn header(json: &[u8], uri: &str) -> Result<String, String> {
 fn place(key: &str) -> String {
     let plain = key.strip_prefix("https://").or_else(|| key.strip_prefix("http://")).unwrap_or(key).trim_end_matches('/');
     // Versions of protocols are no part of a name.
-    let plain = ["/v1", "/v2"].iter().find_map(|version| plain.strip_suffix(version)).unwrap_or(plain);
-    if plain == HUB.0 { HUB.1.to_owned() } else { plain.to_owned() }
+    ["/v1", "/v2"].iter().find_map(|version| plain.strip_suffix(version)).unwrap_or(plain).to_owned()
 }
 
 #[cfg(test)]
@@ -78,7 +74,7 @@ mod tests {
         "registry.example": {"username": "u", "password": "p", "email": "e", "auth": "dTpw"},
         "registry.example/models/large": {"username": "large", "password": "of:it"},
         "https://tokens.example:5000/v2/": {"registrytoken": "abc"},
-        "https://index.docker.io/v1/": {"auth": "aHViOnNlY3JldA=="},
+        "https://old.example/v1/": {"auth": "b2xkOnNlY3JldA=="},
         "identity.example": {"identitytoken": "secret"},
         "empty.example": {}
     }}"#;
@@ -91,7 +87,7 @@ mod tests {
             ("oci://registry.example/models/large/one:v1", "Basic bGFyZ2U6b2Y6aXQ="),
             ("oci://registry.example/models/larger:v1", "Basic dTpw"),
             ("oci://tokens.example:5000/m@sha256:0", "Bearer abc"),
-            ("oci://registry-1.docker.io/o/m:v1", "Basic aHViOnNlY3JldA=="),
+            ("oci://old.example/o/m:v1", "Basic b2xkOnNlY3JldA=="),
         ] {
             assert_eq!(header(LIST, uri).as_deref(), Ok(shown), "{uri}");
         }

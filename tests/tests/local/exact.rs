@@ -1,6 +1,6 @@
 //! One process: fixtures against reference outputs, the reference model against known ids and perplexity.
 
-use std::path::Path;
+use std::{fs, path::Path};
 
 use e2e::{
     files,
@@ -89,12 +89,10 @@ const PROMPTS: [Prompt; 3] = [
     },
 ];
 
-/// The reference model continues each known prefix with the known id, outside narrow margins.
+/// The model continues each known prefix with the known id, outside narrow margins, and has the known logits within `near`.
 ///
 /// A greedy run whose ids are all known ones is the same as a run for each known prefix; narrow steps are skipped by starting again behind them.
-#[test]
-fn reference_model_continues_known_prefixes() {
-    let model = files::reference();
+fn continues_known_prefixes(model: &Path, near: f32) {
     for prompt in PROMPTS {
         let mut known = prompt.ids.to_vec();
         let mut next = 0;
@@ -105,19 +103,49 @@ fn reference_model_continues_known_prefixes() {
                 continue;
             }
             let end = prompt.narrow.iter().copied().find(|&n| n > next).unwrap_or(prompt.greedy.len());
-            let got = logits(&model, &known, end - next, &[]);
+            let got = logits(model, &known, end - next, &[]);
             assert_eq!(ids(&got, "greedy_ids"), prompt.greedy[next..end], "after {known:?}");
             known.extend(&prompt.greedy[next..end]);
             next = end;
         }
-        let first = floats(&logits(&model, prompt.ids, 0, &[]), "last_logits");
+        let first = floats(&logits(model, prompt.ids, 0, &[]), "last_logits");
         for &(id, logit) in prompt.top {
-            assert!((first[id] - logit).abs() < 0.5, "logit of {id} after {:?}: {}, expected about {logit}", prompt.ids, first[id]);
+            assert!((first[id] - logit).abs() < near, "logit of {id} after {:?}: {}, expected about {logit}", prompt.ids, first[id]);
         }
         // Another prompt gives other logits, by more than that.
-        let other = floats(&logits(&model, &prompt.ids[..prompt.ids.len() - 1], 0, &[]), "last_logits");
-        assert!(prompt.top.iter().any(|&(id, logit)| (other[id] - logit).abs() >= 0.5));
+        let other = floats(&logits(model, &prompt.ids[..prompt.ids.len() - 1], 0, &[]), "last_logits");
+        assert!(prompt.top.iter().any(|&(id, logit)| (other[id] - logit).abs() >= near));
     }
+}
+
+#[test]
+fn reference_model_continues_known_prefixes() {
+    continues_known_prefixes(&files::reference(), 0.5);
+}
+
+/// With its weights written as floats, in parts of a folder, the reference model has the known logits closely, and a GGUF file of them the
+/// folder's.
+#[test]
+fn reference_model_as_floats_continues_known_prefixes() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let (folder, gguf) = (place.path().join("parts"), place.path().join("floats.gguf"));
+    let convert = |from: &Path, to: &Path, more: &[&str]| {
+        let (from, to) = (from.to_string_lossy(), to.to_string_lossy());
+        json(&[&["convert", &from, &to, "--json"], more].concat())
+    };
+    convert(&files::reference(), &folder, &["--file-size", "300M"]);
+    let parts = fs::read_dir(&folder).expect("a folder").filter(|f| {
+        let name = f.as_ref().expect("a file").file_name();
+        name.to_string_lossy().ends_with(".safetensors")
+    });
+    assert!(parts.count() > 2, "the model must be in parts");
+    continues_known_prefixes(&folder, 0.01);
+    convert(&folder, &gguf, &[]);
+    let input = PROMPTS[1].ids;
+    let [parts, one, packed] = [&folder, &gguf, &files::reference()].map(|model| floats(&logits(model, input, 0, &[]), "last_logits"));
+    let off = distance(&parts, &one);
+    assert!(off <= 1e-4, "the GGUF file's logits are off by {off}");
+    assert!(distance(&parts, &packed) > 1e-4, "activations of 8 bits must show");
 }
 
 /// The first chunks of the text, within 1 % of llama.cpp on the same chunks.
