@@ -16,16 +16,12 @@ use crate::matmul::Results;
 use crate::quantized::{PANEL, Panel};
 use crate::scalar::blocks;
 
-use super::expanded_bytes;
+use super::{ask_ahead, expanded_bytes};
 
 /// Up to this many columns, both halves of a tile are multiplied as they are unpacked.
 pub(super) const FUSED: usize = 3;
 /// Columns of half a tile, at most.
 const COLUMNS: usize = 6;
-/// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
-/// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
-const AHEAD: usize = 8192;
-
 /// Calls a kernel with its last two generic arguments, halves and columns, made constants.
 macro_rules! columns {
     ($n:expr, $kernel:ident::<$($generic:tt),+; $halves:tt>($($argument:expr),+)) => {
@@ -567,20 +563,18 @@ unsafe fn chunk<W: Weights, const EXPANDED: bool>(tile: &Tile<'_>, block: usize,
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile32<W: Weights32, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's promise of sizes: for each block its numbers at `front`, W::BODY at `body`, 8 lines at `bytes` if EXPANDED, and of
-    // the panel 32 values, a scale and an offset for each of its n columns. Prefetching may ask for any address.
+    // the panel 32 values, a scale and an offset for each of its n columns.
     unsafe {
         let n = tile.panel.n;
         let offsets = tile.panel.sums.as_ptr().add(tile.column);
         let ones = _mm256_set1_epi16(1);
         let mut acc = [[_mm256_setzero_ps(); N]; H];
         // A share of what is ahead with every block, the scales before the blocks of the next tile among it.
-        let mut next = tile.front.wrapping_add(AHEAD);
+        let mut next = tile.front;
         let first = !EXPANDED && (H == 2 || (tile.half, tile.column) == (0, 0));
         for b in 0..tile.blocks {
             if first {
-                for at in (0..W::BODY + W::FRONT).step_by(LINE) {
-                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
-                }
+                ask_ahead(next, (W::BODY + W::FRONT).div_ceil(LINE));
                 next = next.wrapping_add(W::BODY + W::FRONT);
             }
             let q = tile.panel.q.as_ptr().add(b * 32 * n + 4 * tile.column);
@@ -646,8 +640,7 @@ unsafe fn tile32<W: Weights32, const EXPANDED: bool, const H: usize, const N: us
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front` (none with minima), W::BODY at `body`, 64 lines at `bytes` if
-    // EXPANDED, and of the panel 256 values, a scale, 16 offsets and 4 pairs of sums for each of its n columns. Prefetching may ask for any
-    // address.
+    // EXPANDED, and of the panel 256 values, a scale, 16 offsets and 4 pairs of sums for each of its n columns.
     unsafe {
         let n = tile.panel.n;
         let mut acc = [[_mm256_setzero_ps(); N]; H];
@@ -661,9 +654,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: 
                 if H == 2 {
                     // A share of the lines ahead with every run.
                     let lines = W::BODY / LINE * W::RUN / 256 + 1;
-                    for i in 0..lines {
-                        _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (j * lines + i) * LINE).cast());
-                    }
+                    ask_ahead(body.wrapping_add(j * lines * LINE), lines);
                 }
                 for h in 0..H {
                     let half = tile.half + h;
@@ -720,7 +711,7 @@ unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
         for b in 0..blocks {
             for c in 0..W::CHUNKS {
                 if c < W::BODY / LINE {
-                    _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(b * W::BODY + AHEAD + c * LINE).cast());
+                    ask_ahead(body.wrapping_add(b * W::BODY + c * LINE), 1);
                 }
                 for half in 0..2 {
                     let bytes = W::chunk(body.add(b * W::BODY), half, c);

@@ -16,7 +16,7 @@ use crate::matmul::Results;
 use crate::quantized::{PANEL, Panel};
 use crate::scalar::blocks;
 
-use super::expanded_bytes;
+use super::{ask_ahead, expanded_bytes};
 
 /// Calls a kernel with its last generic argument, the number of columns, made a constant: 1..=12.
 macro_rules! columns {
@@ -38,10 +38,6 @@ macro_rules! columns {
         }
     };
 }
-/// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
-/// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
-const AHEAD: usize = 8192;
-
 /// Expands the weights of a tile to bytes, a line for every four values of k, in order.
 pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
@@ -297,17 +293,15 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
     out: &mut Results,
 ) {
     // SAFETY: the caller's promise of sizes: for each block F::BYTES at `front`, W::BODY at `body`, and of the panel 32 · N values, N scales
-    // and N offsets. Prefetching may ask for any address.
+    // and N offsets.
     unsafe {
         let (mut q, mut scales, mut offsets) = (panel.q.as_ptr(), panel.scales.as_ptr(), bias.offsets.as_ptr());
         let mut acc = [_mm512_setzero_ps(); N];
         let shift = _mm512_set1_epi32(bias.shift as i32);
         // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
-        let mut next = front.wrapping_add(AHEAD);
+        let mut next = front;
         for _ in 0..blocks {
-            for at in (0..W::BODY + F::BYTES).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(at).cast());
-            }
+            ask_ahead(next, (W::BODY + F::BYTES).div_ceil(LINE));
             next = next.wrapping_add(W::BODY + F::BYTES);
             let mut sums = [_mm512_setzero_si512(); N];
             if !F::MINS {
@@ -567,7 +561,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
     out: &mut Results,
 ) {
     // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front` (none with minima), W::BODY at `body`, 64 lines at `bytes` if
-    // EXPANDED, and of the panel 256 · N values, N scales, 16 · N offsets and 4 · N pairs of sums. Prefetching may ask for any address.
+    // EXPANDED, and of the panel 256 · N values, N scales, 16 · N offsets and 4 · N pairs of sums.
     unsafe {
         for c in 0..N {
             out[c] = [0.0; 16];
@@ -611,10 +605,7 @@ unsafe fn runs<W: Weights256, const N: usize, const G: usize>(
 ) {
     // A share of the lines ahead.
     let lines = W::BODY / LINE / 8 + 1;
-    for i in 0..lines {
-        // SAFETY: prefetching may ask for any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (G * lines + i) * LINE).cast()) };
-    }
+    ask_ahead(body.wrapping_add(G * lines * LINE), lines);
     for j in G * 32 / W::RUN..(G + 1) * 32 / W::RUN {
         let first = j * W::RUN / 4 - 8 * G;
         // SAFETY: the caller's block.
@@ -660,9 +651,7 @@ unsafe fn expand32<W: Weights32>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
     unsafe {
         for b in 0..blocks {
-            for at in (0..W::BODY).step_by(LINE) {
-                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(b * W::BODY + AHEAD + at).cast());
-            }
+            ask_ahead(body.wrapping_add(b * W::BODY), W::BODY / LINE);
             for i in 0..4 {
                 let [low, high] = W::pair(body.add(b * W::BODY), i);
                 _mm512_storeu_si512(out.add((8 * b + i) * LINE).cast(), low);
@@ -691,7 +680,7 @@ unsafe fn expand_group<W: Weights256, const G: usize>(body: *const u8, out: *mut
     unsafe {
         for i in 0..8 {
             if 8 * G + i < W::BODY / LINE {
-                _mm_prefetch::<_MM_HINT_T1>(body.wrapping_add(AHEAD + (8 * G + i) * LINE).cast());
+                ask_ahead(body.wrapping_add((8 * G + i) * LINE), 1);
             }
             _mm512_storeu_si512(out.add((8 * G + i) * LINE).cast(), W::chunk::<G>(body, i));
         }
