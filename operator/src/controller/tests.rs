@@ -301,6 +301,20 @@ fn having(world: &World, part: &str) -> BTreeMap<String, Value> {
     objects.iter().filter(|(path, _)| path.contains(part)).map(|(path, object)| (path.clone(), object.clone())).collect()
 }
 
+/// The pod that reads a model says what it found, and all that follows is done.
+async fn the_model_is_read(world: &World) {
+    let pod = having(world, "/pods/").into_keys().next().expect("a pod");
+    {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
+        let said = source::Inspection::of(&path.display().to_string(), source::SourceOptions::default()).line();
+        let mut objects = world.objects.lock().expect("nobody panics with it");
+        objects.get_mut(&pod).expect("it stands")["status"] = json!({ "phase": "Succeeded" });
+        objects.insert(format!("{pod}/log"), json!(said));
+    }
+    world.settle().await;
+    world.objects.lock().expect("nobody panics with it").remove(&format!("{pod}/log"));
+}
+
 #[tokio::test(start_paused = true)]
 async fn certificates_are_there_before_pods_and_are_renewed_without_them() {
     let world = World::new().await;
@@ -376,16 +390,7 @@ async fn a_model_on_a_claim_is_rolled_out_once_a_pod_has_read_it() {
     assert_eq!((resolved.status.as_str(), resolved.reason.as_str()), ("Unknown", "Resolving"));
     assert!(resolved.message.contains("-inspect reads the headers of pvc://claim/llama"), "{}", resolved.message);
     assert_eq!((world.count("/pods/"), world.count("/statefulsets/")), (1, 0));
-    let pod = having(&world, "/pods/").into_keys().next().expect("a pod");
-    {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
-        let said = source::Inspection::of(&path.display().to_string(), source::SourceOptions::default()).line();
-        let mut objects = world.objects.lock().expect("nobody panics with it");
-        objects.get_mut(&pod).expect("it stands")["status"] = json!({ "phase": "Succeeded" });
-        objects.insert(format!("{pod}/log"), json!(said));
-    }
-    world.settle().await;
-    world.objects.lock().expect("nobody panics with it").remove(&format!("{pod}/log"));
+    the_model_is_read(&world).await;
     assert_eq!((world.reason(status::PROGRESSING), world.reason(MODEL_RESOLVED)), ("RolloutComplete".into(), "Resolved".into()));
     assert_eq!((world.count("/pods/"), world.count("/statefulsets/"), having(&world, "-header").len()), (0, 2, 1));
     let before = requests(&world);
@@ -419,16 +424,7 @@ async fn a_model_on_nodes_goes_by_what_its_namespace_says() {
 
     label("privileged");
     assert!(world.reconcile().await);
-    let pod = having(&world, "/pods/").into_keys().next().expect("a pod");
-    {
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
-        let said = source::Inspection::of(&path.display().to_string(), source::SourceOptions::default()).line();
-        let mut objects = world.objects.lock().expect("nobody panics with it");
-        objects.get_mut(&pod).expect("it stands")["status"] = json!({ "phase": "Succeeded" });
-        objects.insert(format!("{pod}/log"), json!(said));
-    }
-    world.settle().await;
-    world.objects.lock().expect("nobody panics with it").remove(&format!("{pod}/log"));
+    the_model_is_read(&world).await;
     assert_eq!((world.reason(status::PROGRESSING), world.reason(status::READY)), ("RolloutComplete".into(), "Ready".into()));
     let (told, stands) = (world.told(), having(&world, "/statefulsets/"));
     assert_eq!((stands.len(), told.replicas.len(), world.count("/pods/")), (2, 1, 0));
