@@ -25,7 +25,7 @@ pub(crate) use self::{
     kubernetes::{ClusterArgs, LogsArgs, StatusArgs, TopArgs},
     pool::RouterArgs,
 };
-use crate::bench::test::BenchTest;
+use crate::{bench::test::BenchTest, local::threads};
 
 /// Headings and literals in colour, on a terminal only.
 const STYLES: Styles = Styles::styled()
@@ -242,6 +242,11 @@ impl Placement {
         self.load_in.map(LoadIn::dtype)
     }
 
+    /// Compute threads of all workers together.
+    pub(crate) fn threads(&self) -> usize {
+        self.threads.map_or_else(threads::available, NonZeroUsize::get)
+    }
+
     /// Most tokens in a step, where no manifest says.
     pub(crate) fn chunk(&self) -> usize {
         self.chunk.map_or(CHUNK, NonZeroUsize::get)
@@ -429,6 +434,9 @@ pub(crate) struct BenchEngineArgs {
     /// Timed repetitions of each test, after one that is not counted.
     #[arg(long, default_value = "5", value_name = "N")]
     pub(crate) repetitions: NonZeroUsize,
+    /// Time loading too: weights from the page cache to the first token, beside reading them alone.
+    #[arg(long)]
+    pub(crate) load: bool,
     /// Show where the engine's time went.
     #[arg(long)]
     pub(crate) profile: bool,

@@ -206,6 +206,10 @@ impl WeightReader for Reader {
     fn read(&self, file: usize, range: Range<u64>, into: &mut [u8]) -> io::Result<()> {
         self.0.read(file, range, into).map_err(io::Error::other)
     }
+
+    fn is_at_hand(&self, file: usize, range: &Range<u64>) -> bool {
+        self.0.is_at_hand(file, range)
+    }
 }
 
 #[cfg(test)]

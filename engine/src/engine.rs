@@ -85,7 +85,7 @@ impl Engine {
         options: EngineOptions,
         weights: &dyn WeightReader,
         collective: Box<dyn Collective>,
-        loaded: &dyn Fn(u64),
+        loaded: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, LoadShardError> {
         fit::check(config, shard, kv, &options, collective.as_ref())?;
         let compute = Compute { pool: Arc::new(Pool::new(options.threads)), isa: options.isa };

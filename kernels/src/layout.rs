@@ -85,13 +85,14 @@ impl Layout {
         if row_bytes == 0 {
             return;
         }
-        let zeros = vec![0; if stored.len() < ROWS * row_bytes { row_bytes } else { 0 }];
         let (front, body) = tile.split_at_mut(self.front);
-        for r in 0..ROWS {
-            let row = stored.get(r * row_bytes..(r + 1) * row_bytes).unwrap_or(&zeros);
-            let blocks = row.chunks_exact(self.dtype.block_bytes()).zip(body.chunks_exact_mut(self.body));
-            for (b, (block, body)) in blocks.enumerate() {
-                self.pack_block(b, r, block, front, body);
+        let block_bytes = self.dtype.block_bytes();
+        let zeros = vec![0; block_bytes];
+        // Block by block, since rows of a tile may be more than the first cache holds.
+        for (b, body) in body.chunks_exact_mut(self.body).enumerate() {
+            for r in 0..ROWS {
+                let at = r * row_bytes + b * block_bytes;
+                self.pack_block(b, r, stored.get(at..at + block_bytes).unwrap_or(&zeros), front, body);
             }
         }
     }
@@ -159,8 +160,11 @@ impl Layout {
                 for j in 0..16 {
                     body[ROWS * j + r] = block[192 + j];
                 }
-                for (i, line) in body[Q6_K_LINES..].chunks_exact_mut(LINE).enumerate() {
-                    line[4 * r..4 * r + 4].copy_from_slice(&block[q6_k_source(i)..][..4]);
+                let halves = body[Q6_K_LINES..].chunks_exact_mut(24 * LINE).zip(block[..128].chunks_exact(64));
+                for ((lines, ql), qh) in halves.zip(block[128..192].chunks_exact(32)) {
+                    interleave_thirds(&ql[..32], lines, r);
+                    interleave_thirds(&ql[32..], &mut lines[LINE..], r);
+                    interleave_thirds(qh, &mut lines[2 * LINE..], r);
                 }
             }
             _ => {
@@ -270,8 +274,17 @@ fn q6_k_source(i: usize) -> usize {
 }
 
 fn interleave(from: &[u8], lines: &mut [u8], r: usize, flip: u8) {
-    for (line, chunk) in lines.chunks_exact_mut(LINE).zip(from.as_chunks::<4>().0) {
-        line[4 * r..4 * r + 4].copy_from_slice(&chunk.map(|byte| byte ^ flip));
+    assert!(r < ROWS, "row {r} of a tile");
+    for (line, chunk) in lines.as_chunks_mut::<LINE>().0.iter_mut().zip(from.as_chunks::<4>().0) {
+        line.as_chunks_mut::<4>().0[r] = chunk.map(|byte| byte ^ flip);
+    }
+}
+
+/// As [`interleave`], into the first of every three lines.
+fn interleave_thirds(from: &[u8], lines: &mut [u8], r: usize) {
+    assert!(r < ROWS, "row {r} of a tile");
+    for (line, chunk) in lines.as_chunks_mut::<LINE>().0.iter_mut().step_by(3).zip(from.as_chunks::<4>().0) {
+        line.as_chunks_mut::<4>().0[r] = *chunk;
     }
 }
 
@@ -287,7 +300,11 @@ fn deinterleave(lines: &[u8], to: &mut [u8], r: usize, flip: u8) {
 fn spread_fifth_bits(high: [u8; 4], to: &mut [u8]) {
     let high = u32::from_le_bytes(high);
     for (t, to) in to.iter_mut().enumerate() {
-        *to = (0..8).map(|c| ((high >> (4 * c + t) & 1) << c) as u8).sum();
+        // Every fourth bit, drawn together: by twos, by fours, by eights.
+        let bits = high >> t & 0x1111_1111;
+        let bits = (bits | bits >> 3) & 0x0303_0303;
+        let bits = (bits | bits >> 6) & 0x000f_000f;
+        *to = (bits | bits >> 12) as u8;
     }
 }
 

@@ -1,9 +1,15 @@
 //! Weight matrices, packed for the kernels.
 
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
 use crate::layout::{LINE, Layout, ROWS};
 use crate::memory::AlignedBytes;
 use crate::scalar::blocks;
 use crate::{Isa, Pool, WeightType};
+
+/// Bytes of stored rows that a thread reads before it packs them: less than the second cache of a core holds.
+const PIECE_BYTES: usize = 256 << 10;
 
 /// Why a matrix cannot be packed.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -122,7 +128,7 @@ impl Matrix {
     }
 
     /// Rows `rows` as stored, if they are not interleaved.
-    pub(crate) fn stored_rows(&self, rows: std::ops::Range<usize>) -> Option<&[u8]> {
+    pub(crate) fn stored_rows(&self, rows: Range<usize>) -> Option<&[u8]> {
         self.layout.is_none().then(|| &self.data[rows.start * self.row_bytes..rows.end * self.row_bytes])
     }
 }
@@ -210,6 +216,49 @@ impl MatrixBuilder {
         Ok(())
     }
 
+    /// Takes all rows: the pool's threads read pieces of at most [`PIECE_BYTES`] (or one tile) with `read(rows, into)` as they pack them, so
+    /// that a piece is packed while the cache has it.
+    ///
+    /// # Errors
+    /// One that `read` gave; the matrix is then of no use.
+    ///
+    /// # Panics
+    /// If rows came before.
+    pub fn fill<E: Send>(&mut self, pool: &Pool, read: impl Fn(Range<usize>, &mut [u8]) -> Result<(), E> + Sync) -> Result<(), E> {
+        assert_eq!(self.taken, 0, "a matrix is filled at once, or in pieces");
+        let Matrix { rows, row_bytes, layout, .. } = self.matrix;
+        self.taken = rows;
+        if row_bytes == 0 || rows == 0 {
+            return Ok(());
+        }
+        // As they are stored, the rows are tiles of one.
+        let (tile_rows, tile_bytes) = layout.map_or((1, row_bytes), |layout| (ROWS, layout.tile()));
+        let piece = (PIECE_BYTES / (tile_rows * row_bytes)).max(1);
+        let failed = Mutex::new(None);
+        pool.for_rows(&mut self.matrix.data, tile_bytes, 1, |first, part| {
+            let mut buffer = Vec::new();
+            for (i, tiles) in part.chunks_mut(piece * tile_bytes).enumerate() {
+                let first = (first + i * piece) * tile_rows;
+                let rows = first..rows.min(first + tiles.len() / tile_bytes * tile_rows);
+                let done = match layout {
+                    None => read(rows, tiles),
+                    Some(layout) => {
+                        buffer.resize(rows.len() * row_bytes, 0);
+                        read(rows, &mut buffer).map(|()| {
+                            let stored = buffer.chunks(ROWS * row_bytes);
+                            stored.zip(tiles.chunks_exact_mut(tile_bytes)).for_each(|(stored, tile)| layout.pack(stored, tile));
+                        })
+                    }
+                };
+                if let Err(error) = done {
+                    failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    return;
+                }
+            }
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
     /// The matrix.
     ///
     /// # Errors
@@ -249,9 +298,38 @@ mod tests {
                     }
                     assert!(*builder.finish().unwrap().data == *whole.data, "{dtype} {isa} in pieces of {piece}");
                 }
+                let mut builder = MatrixBuilder::new(isa, dtype, rows, k).unwrap();
+                let read = |rows: Range<usize>, into: &mut [u8]| {
+                    into.copy_from_slice(&source[rows.start * row_bytes..rows.end * row_bytes]);
+                    Ok::<_, ()>(())
+                };
+                builder.fill(&pool, read).unwrap();
+                assert!(*builder.finish().unwrap().data == *whole.data, "{dtype} {isa} read by threads");
                 whole.with_stored_row(37, |row| assert_eq!(row, &source[37 * row_bytes..38 * row_bytes]));
             }
         }
+    }
+
+    #[test]
+    fn large_matrices_are_read_in_pieces_and_stop_at_an_error() {
+        let (pool, dtype, (rows, k)) = (Pool::new(3), WeightType::Q4_0, (5000, 256));
+        let row_bytes = dtype.row_bytes(k).unwrap();
+        let source: Vec<u8> = (0..rows * row_bytes).map(|i| (i * 31 + i / 251) as u8).collect();
+        let whole = Matrix::pack(Isa::best(), dtype, rows, k, &source, &pool).unwrap();
+        let (reads, bad) = (Mutex::new(0), Mutex::new(usize::MAX));
+        let read = |rows: Range<usize>, into: &mut [u8]| {
+            assert!(rows.len() * row_bytes <= PIECE_BYTES);
+            *reads.lock().unwrap() += 1;
+            into.copy_from_slice(&source[rows.start * row_bytes..rows.end * row_bytes]);
+            if rows.contains(&*bad.lock().unwrap()) { Err(rows.start) } else { Ok(()) }
+        };
+        let mut builder = MatrixBuilder::new(Isa::best(), dtype, rows, k).unwrap();
+        builder.fill(&pool, read).unwrap();
+        assert!(*builder.finish().unwrap().data == *whole.data);
+        assert!(*reads.lock().unwrap() >= source.len().div_ceil(PIECE_BYTES));
+        *bad.lock().unwrap() = 2500;
+        let failed = MatrixBuilder::new(Isa::best(), dtype, rows, k).unwrap().fill(&pool, read).unwrap_err();
+        assert!((1..=2500).contains(&failed), "{failed}");
     }
 
     #[test]

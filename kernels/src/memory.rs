@@ -5,7 +5,9 @@ use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// Buffers from this size on are mapped, aligned to huge pages and marked for them.
+/// Buffers from this size on are mapped: zero without being written to, so that the threads which fill them touch them first.
+const MAPPED_FROM: usize = 128 << 10;
+/// Buffers from this size on are aligned to huge pages and marked for them.
 const HUGE_FROM: usize = 4 << 20;
 const HUGE_PAGE: usize = 2 << 20;
 const VECTOR: usize = 64;
@@ -41,7 +43,7 @@ impl AlignedBytes {
             return Self { start: NonNull::<Line>::dangling().cast(), len, origin: Origin::Empty };
         }
         #[cfg(unix)]
-        if len >= HUGE_FROM
+        if len >= MAPPED_FROM
             && let Some(buffer) = Self::mapped(len)
         {
             return buffer;
@@ -58,7 +60,8 @@ impl AlignedBytes {
 
     #[cfg(unix)]
     fn mapped(len: usize) -> Option<Self> {
-        let whole = len.checked_next_multiple_of(HUGE_PAGE)?.checked_add(HUGE_PAGE)?;
+        let huge = len >= HUGE_FROM;
+        let whole = if huge { len.checked_next_multiple_of(HUGE_PAGE)?.checked_add(HUGE_PAGE)? } else { len };
         // SAFETY: a new private anonymous mapping touches no existing memory.
         let address = unsafe {
             libc::mmap(std::ptr::null_mut(), whole, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
@@ -67,13 +70,15 @@ impl AlignedBytes {
             return None;
         }
         let origin = NonNull::new(address.cast::<u8>())?;
-        let skip = origin.as_ptr().align_offset(HUGE_PAGE);
-        // SAFETY: `skip` < HUGE_PAGE, and the mapping is HUGE_PAGE longer than `len` rounded up.
+        let skip = if huge { origin.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
+        // SAFETY: `skip` is 0, or less than HUGE_PAGE where the mapping is HUGE_PAGE longer than `len` rounded up.
         let start = unsafe { origin.add(skip) };
         #[cfg(target_os = "linux")]
-        // SAFETY: the range lies in the mapping; the advice changes no content, and its failure is harmless.
-        unsafe {
-            libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+        if huge {
+            // SAFETY: the range lies in the mapping; the advice changes no content, and its failure is harmless.
+            unsafe {
+                libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
+            }
         }
         Some(Self { start, len, origin: Origin::Mapped { start: origin, len: whole } })
     }
@@ -144,7 +149,7 @@ mod tests {
 
     #[test]
     fn buffers_are_zero_and_aligned() {
-        for len in [0, 1, 63, 4096, HUGE_FROM - 1, HUGE_FROM, HUGE_FROM + 5] {
+        for len in [0, 1, 63, 4096, MAPPED_FROM - 1, MAPPED_FROM, MAPPED_FROM + 5, HUGE_FROM - 1, HUGE_FROM, HUGE_FROM + 5] {
             let mut buffer = AlignedBytes::zeroed(len);
             assert_eq!(buffer.len(), len);
             assert!(buffer.as_ptr().addr().is_multiple_of(VECTOR));

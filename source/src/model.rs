@@ -226,6 +226,11 @@ impl Source {
         Ok(())
     }
 
+    /// Whether bytes `range` of weight file `file` lie on this machine as they are read: none of them is fetched or rearranged.
+    pub fn is_at_hand(&self, file: usize, range: &Range<u64>) -> bool {
+        self.weights.get(file).is_some_and(|(_, place)| place.is_at_hand(range))
+    }
+
     /// Brings ranges of weight files, by number of file, into the cache where it keeps files in part; others are read when they are read.
     ///
     /// There are few requests, since ranges that nearly touch are joined, and several in flight. `report` is told how many of the bytes are

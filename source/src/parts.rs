@@ -172,6 +172,11 @@ impl Parts {
         errors.into_iter().next().map_or(Ok(()), Err)
     }
 
+    /// Whether none of the range is missing.
+    pub(crate) fn has(&self, range: &Range<u64>) -> bool {
+        self.journal().have.missing(range).is_empty()
+    }
+
     /// Reads a range, bringing what of it is missing.
     pub(crate) fn read(&self, range: &Range<u64>, into: &mut [u8]) -> Result<(), SourceError> {
         let missing = self.journal().have.missing(range);

@@ -62,6 +62,15 @@ impl Place {
         if let Self::Local { path, .. } = self { Some(path) } else { None }
     }
 
+    /// Whether the range lies on disk.
+    pub(crate) fn is_at_hand(&self, range: &Range<u64>) -> bool {
+        match self {
+            Self::Local { .. } => true,
+            Self::Remote { .. } => false,
+            Self::Parts(parts) => parts.has(range),
+        }
+    }
+
     pub(crate) fn read(&self, range: &Range<u64>, into: &mut [u8]) -> Result<(), SourceError> {
         match self {
             Self::Local { file, path, .. } => file.read_exact_at(into, range.start).map_err(|e| SourceError::file("read", path, e)),

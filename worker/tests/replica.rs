@@ -104,6 +104,10 @@ impl WeightReader for Reader {
     fn read(&self, file: usize, range: std::ops::Range<u64>, into: &mut [u8]) -> std::io::Result<()> {
         self.0.read(file, range, into).map_err(std::io::Error::other)
     }
+
+    fn is_at_hand(&self, file: usize, range: &std::ops::Range<u64>) -> bool {
+        self.0.is_at_hand(file, range)
+    }
 }
 
 /// What one engine makes of the steps.

@@ -11,7 +11,8 @@ use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::{
-    demo, model, paths, peers,
+    demo, model, paths,
+    peers::{self, Build},
     process::{command, output, say},
     random_model,
 };
@@ -33,9 +34,12 @@ pub(crate) struct Options {
     /// What is run.
     #[arg(long, value_enum, default_value_t = Subject::Reference)]
     model: Subject,
-    /// Instructions of the engine's kernels, one column each.
+    /// Instructions of the engine's kernels, one row each.
     #[arg(long, value_delimiter = ',', default_value = "auto")]
     isa: Vec<String>,
+    /// Builds of llama.cpp, two columns each.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "native")]
+    peers: Vec<Build>,
     /// Compute threads of both; all the machine offers when absent.
     #[arg(long)]
     threads: Option<usize>,
@@ -94,7 +98,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     .to_string();
     let model = model.to_string_lossy();
     let mut ours: Vec<Samples> = options.isa.iter().map(|_| Samples::default()).collect();
-    let mut theirs = Samples::default();
+    let mut theirs: Vec<Samples> = options.peers.iter().map(|_| Samples::default()).collect();
     for round in 1..=options.rounds {
         for (isa, samples) in options.isa.iter().zip(&mut ours) {
             say(&format!("round {round} of {}: skein, {isa}", options.rounds));
@@ -102,21 +106,28 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             skein.args(["bench", "engine", &model, "--threads", &threads, "--tests", &options.tests, "--isa", isa, "--json"]);
             collect(&mut skein, samples)?;
         }
-        say(&format!("round {round} of {}: llama-cpp-python", options.rounds));
-        collect(&mut peers::script(&["bench", &model, "--threads", &threads, "--tests", &options.tests])?, &mut theirs)?;
+        for (&peer, samples) in options.peers.iter().zip(&mut theirs) {
+            say(&format!("round {round} of {}: llama-cpp-python, {}", options.rounds, peer.name()));
+            collect(&mut peers::script(peer, &["bench", &model, "--threads", &threads, "--tests", &options.tests])?, samples)?;
+        }
     }
     println!("threads {threads}, rounds {}; tokens/s, median (lowest to highest)\n", options.rounds);
-    println!("| test | isa | skein | llama-cpp-python | ratio of medians | of the limit |");
-    println!("|---|---|---|---|---|---|");
+    let columns: Vec<String> = options.peers.iter().map(|peer| format!("llama-cpp-python, {} | ratio of medians", peer.name())).collect();
+    println!("| test | isa | skein | of the limit | {} |", columns.join(" | "));
+    println!("|---|---|---|---|{}", "---|---|".repeat(columns.len()));
     for test in options.tests.split(',') {
-        let peer = row(&theirs.rates, test)?;
         for (isa, samples) in options.isa.iter().zip(&ours) {
             let rates = row(&samples.rates, test)?;
             let share = match row(&samples.limits, test) {
                 Ok(limits) if test.starts_with("tg") => format!("{:.2}", median(&rates) / median(&limits)),
                 _ => String::new(),
             };
-            println!("| {test} | {isa} | {} | {} | {:.2} | {share} |", shown(&rates), shown(&peer), median(&rates) / median(&peer));
+            print!("| {test} | {isa} | {} | {share} |", shown(&rates));
+            for samples in &theirs {
+                let peer = row(&samples.rates, test)?;
+                print!(" {} | {:.2} |", shown(&peer), median(&rates) / median(&peer));
+            }
+            println!();
         }
     }
     Ok(())

@@ -3,7 +3,7 @@
 use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result, bail};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::{
@@ -23,12 +23,34 @@ pub(crate) struct PplOptions {
     chunks: usize,
 }
 
-/// The interpreter with llama-cpp-python, compiled for this machine's instructions when it is missing (minutes; needs a C++ compiler and CMake).
+/// Instructions that llama.cpp is compiled for.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Build {
+    /// Those of this machine.
+    Native,
+    /// AVX2 and what comes with it, as it would be compiled on a machine without more.
+    Avx2,
+}
+
+impl Build {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Avx2 => "avx2",
+        }
+    }
+}
+
+/// The interpreter with llama-cpp-python, compiled when it is missing (minutes; needs a C++ compiler and CMake).
 ///
 /// # Errors
 /// If Python is missing or the build fails.
-pub(crate) fn llama_cpp() -> Result<PathBuf> {
-    let folder = paths::cache()?.join("peers").join("llama-cpp");
+pub(crate) fn llama_cpp(build: Build) -> Result<PathBuf> {
+    let (folder, native) = match build {
+        Build::Native => ("llama-cpp", "-DGGML_NATIVE=ON"),
+        Build::Avx2 => ("llama-cpp-avx2", "-DGGML_NATIVE=OFF"),
+    };
+    let folder = paths::cache()?.join("peers").join(folder);
     let python = folder.join("bin").join("python");
     let has = Command::new(&python)
         .args(["-c", "import importlib.metadata as m; print('llama-cpp-python==' + m.version('llama_cpp_python'))"])
@@ -36,15 +58,16 @@ pub(crate) fn llama_cpp() -> Result<PathBuf> {
     if has.is_ok_and(|o| o.status.success() && String::from_utf8_lossy(&o.stdout).trim() == PACKAGE) {
         return Ok(python);
     }
-    python::environment(&folder, &[PACKAGE], &[("CMAKE_ARGS", "-DGGML_NATIVE=ON"), ("CMAKE_BUILD_PARALLEL_LEVEL", "2")])
+    // A wheel that was built with other flags is not for this one.
+    python::environment(&folder, &[PACKAGE], &[("PIP_NO_CACHE_DIR", "1"), ("CMAKE_ARGS", native), ("CMAKE_BUILD_PARALLEL_LEVEL", "2")])
 }
 
 /// The command that runs the peer's script with `args`.
 ///
 /// # Errors
 /// As [`llama_cpp`].
-pub(crate) fn script(args: &[&str]) -> Result<Command> {
-    let mut peer = command(llama_cpp()?);
+pub(crate) fn script(build: Build, args: &[&str]) -> Result<Command> {
+    let mut peer = command(llama_cpp(build)?);
     peer.arg(paths::root().join("xtask").join("peers").join("llama_cpp_peer.py")).args(args);
     Ok(peer)
 }
@@ -60,7 +83,7 @@ pub(crate) fn ppl(options: &PplOptions) -> Result<()> {
     let chunks = options.chunks.to_string();
     let (model_arg, text_arg) = (model.to_string_lossy(), text.to_string_lossy());
     say(&format!("perplexity of the first {chunks} chunks: llama-cpp-python"));
-    let peer: Value = serde_json::from_str(&output(&mut script(&["ppl", &model_arg, &text_arg, "--chunks", &chunks])?)?)?;
+    let peer: Value = serde_json::from_str(&output(&mut script(Build::Native, &["ppl", &model_arg, &text_arg, "--chunks", &chunks])?)?)?;
     say("the same: skein");
     let ours = output(command(paths::skein()?).args(["eval", "ppl", &model_arg, "--text", &text_arg, "--chunks", &chunks, "--json"]))?;
     let ours: Value = serde_json::from_str(&ours)?;

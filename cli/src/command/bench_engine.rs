@@ -1,15 +1,23 @@
 //! `skein bench engine`: prefill and decode speed, without API or scheduler.
 
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
 use engine::Timings;
 use serde::Serialize;
 
 use crate::{
-    args::{BenchEngineArgs, Global},
-    bench::{engine::EngineBench, stats::Spread, test::BenchTest},
+    args::{BenchEngineArgs, Global, Placement},
+    bench::{
+        engine::EngineBench,
+        loading::{self, Loading},
+        stats::Spread,
+        test::BenchTest,
+    },
     blocks::Blocks,
     drive::Drive,
     exit::{BadInput, Outcome, bad_input},
-    local::loaded::{Loaded, Needs},
+    local::loaded::{self, Loaded, Needs},
     model::Model,
     output::{self, Unit},
 };
@@ -47,22 +55,71 @@ pub(crate) async fn bench(global: &Global, args: BenchEngineArgs) -> Outcome {
     }
     let vocab = model.header.config.vocab;
     let needs = Needs { context, sequences, batch_tokens: chunk.max(sequences), ..Needs::default() };
+    let read = if args.load { Some(read(&model, placement, &needs).await?) } else { None };
+    let started = Instant::now();
     let loaded = Loaded::start(global, model, placement, &needs).await?;
-    let done = loaded.watch(measure(global, &args, &loaded, vocab)).await;
+    let ready = started.elapsed();
+    let done = loaded.watch(async {
+        let mut bench = EngineBench::new(Drive::open(loaded.replica.as_ref()).await?, loaded.replica.stages(), chunk, vocab);
+        if let Some(read) = read {
+            let test = BenchTest::Prefill { tokens: 1 };
+            let blocks = Blocks::new(&loaded.plan.kv, test.sequences(), test.context(), chunk).bad_input()?;
+            bench.once(test, &blocks).await?;
+            print_loading(&args, &loaded, read, ready, started.elapsed())?;
+        }
+        measure(global, &args, &loaded, &mut bench).await
+    });
+    let done = done.await;
     loaded.close().await;
     done
 }
 
+/// How long reading the weights alone takes.
+async fn read(model: &Model, placement: &Placement, needs: &Needs) -> Outcome<Duration> {
+    let plan = loaded::plan(model, placement, needs)?;
+    let (reader, threads) = (model.reader(), placement.threads());
+    let read = tokio::task::spawn_blocking(move || loading::read(&reader, &plan, threads)).await.context("reading was cut off")?;
+    Ok(read.with_context(|| format!("failed to read {}", model.name))?)
+}
+
+/// Prints how long loading took.
+fn print_loading(args: &BenchEngineArgs, loaded: &Loaded, read: Duration, ready: Duration, first_token: Duration) -> Outcome {
+    let (pp, tp) = args.placement.parallelism();
+    let loading = Loading {
+        test: "load",
+        bytes: loaded.plan.tensor_bytes + loaded.plan.shared_bytes,
+        read_s: read.as_secs_f64(),
+        load_s: ready.as_secs_f64(),
+        first_token_s: first_token.as_secs_f64(),
+        threads: loaded.threads,
+        isa: loaded.isa.name(),
+        pp,
+        tp,
+    };
+    if args.json {
+        return output::json(&loading);
+    }
+    let rate = loading.bytes as f64 / 1e9;
+    output::line(&format!(
+        "{:<12} {:>10.1} ms to the first token  (weights ready after {:.1} ms, {:.1} GB/s; read alone in {:.1} ms, {:.1} GB/s)",
+        loading.test,
+        loading.first_token_s * 1e3,
+        loading.load_s * 1e3,
+        rate / loading.load_s,
+        loading.read_s * 1e3,
+        rate / loading.read_s
+    ))
+}
+
 /// Runs and prints each test.
-async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, vocab: usize) -> Outcome {
+async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench: &mut EngineBench) -> Outcome {
     let chunk = args.placement.chunk();
     let (pp, tp) = args.placement.parallelism();
     let read = loaded.read_bandwidth() / 1e9;
-    let mut bench = EngineBench::new(Drive::open(loaded.replica.as_ref()).await?, loaded.replica.stages(), chunk, vocab);
     for &test in &args.tests {
         let blocks = Blocks::new(&loaded.plan.kv, test.sequences(), test.context(), chunk).bad_input()?;
         let before = loaded.timings();
-        let rates = repeat(global, &mut bench, test, &blocks, args.repetitions.get()).await?;
+        let rates = repeat(global, bench, test, &blocks, args.repetitions.get()).await?;
         let Some(spread) = Spread::of(&rates) else { continue };
         let measured = Measured {
             test: test.to_string(),

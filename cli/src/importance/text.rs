@@ -13,10 +13,7 @@ use crate::{
     blocks::Blocks,
     command::{convert::Stop, eval_ppl},
     exit::{BadInput, Failure, Outcome, bad_input},
-    local::{
-        loaded::{self, Needs},
-        threads,
-    },
+    local::loaded::{self, Needs},
     model::Model,
     output::{self, Unit},
 };
@@ -42,7 +39,7 @@ pub(crate) async fn of_text(
     let model = model.clone().loaded_as(placement.load_in());
     let needs = Needs { context, sequences: 1, batch_tokens: placement.chunk().min(context), ..Needs::default() };
     let plan = loaded::plan(&model, placement, &needs)?;
-    let (isa, threads) = (loaded::isa(placement)?, placement.threads.map_or_else(threads::available, Into::into));
+    let (isa, threads) = (loaded::isa(placement)?, placement.threads());
     let stop = Stop::default();
     let (quiet, stopped, count) = (global.quiet, stop.flag(), chunks.len());
     let observed = tokio::task::spawn_blocking(move || {

@@ -105,7 +105,7 @@ impl Loaded {
         let model = model.loaded_as(placement.load_in());
         let plan = plan(&model, placement, needs)?;
         let isa = isa(placement)?;
-        let threads = placement.threads.map_or_else(threads::available, Into::into);
+        let threads = placement.threads();
         match fleet::workers(&plan) {
             1 => in_process(global, model, plan, isa, threads).await,
             _ => Self::in_workers(global, deployment::alone(model, plan), placement, isa, threads).await,
@@ -202,7 +202,7 @@ fn only_shard(plan: &ExecutionPlan) -> Outcome<&Shard> {
 }
 
 /// Loads the only shard of a plan of one worker.
-pub(crate) fn load(model: &Model, plan: &ExecutionPlan, isa: Isa, threads: usize, progress: &dyn Fn(u64)) -> Outcome<Engine> {
+pub(crate) fn load(model: &Model, plan: &ExecutionPlan, isa: Isa, threads: usize, progress: &(dyn Fn(u64) + Sync)) -> Outcome<Engine> {
     let shard = only_shard(plan)?;
     let options = EngineOptions { isa, threads, max_batch_tokens: plan.max_batch_tokens, max_context: plan.max_context };
     let solo = Box::new(engine::collective::Solo);

@@ -14,7 +14,7 @@ use super::{
     fleet,
     in_process::OneReplica,
     loaded::{self, Loaded},
-    loading, threads,
+    loading,
     workers::{Common, Keep, Workers, draw_token},
 };
 use crate::{
@@ -51,7 +51,7 @@ impl Serving {
             return Err(bad_input!("{}: {}", wide.name, wide.plan.message));
         }
         let isa = loaded::isa(placement)?;
-        let threads = placement.threads.map_or_else(threads::available, Into::into);
+        let threads = placement.threads();
         let (behind, state, connector): (_, _, Arc<dyn Connector>) = match planned.as_slice() {
             [only] if fleet::all_workers(&planned) == 1 => {
                 // One state for good: without its sender it stays in force.

@@ -1,6 +1,11 @@
-//! Loading: each slice of the shard is read once, in file order, through one bounded buffer, and packed as it comes.
+//! Loading: each slice of the shard is read once, in file order, through bounded buffers, and packed as it comes.
 
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::BTreeMap,
+    io,
+    ops::Range,
+    sync::{Mutex, PoisonError},
+};
 
 use half::{bf16, f16};
 use kernels::{Matrix, MatrixBuilder, WeightType, convert_rows, dequantize_rows};
@@ -24,7 +29,7 @@ pub(super) struct Loading<'a> {
     pub(super) config: &'a ModelConfig,
     pub(super) shard: &'a Shard,
     pub(super) reader: &'a dyn WeightReader,
-    pub(super) loaded: &'a dyn Fn(u64),
+    pub(super) loaded: &'a (dyn Fn(u64) + Sync),
     pub(super) compute: &'a Compute,
 }
 
@@ -39,30 +44,69 @@ struct Tensors {
 pub(super) fn load(loading: &Loading<'_>) -> Result<Weights, LoadShardError> {
     let mut tensors = Tensors::default();
     let mut buffer = Vec::new();
-    let mut bytes = 0;
+    let count = Count { bytes: Mutex::new(0), loaded: loading.loaded };
     for slice in &loading.shard.slices {
         check(loading, slice)?;
         let mut read = |range: Range<u64>, into: &mut [u8]| {
             let len = range.end - range.start;
-            loading.reader.read(slice.tensor.file, range.clone(), into).map_err(|source| LoadShardError::Read {
-                name: slice.tensor.name.clone(),
-                offset: range.start,
-                len,
-                source,
-            })?;
-            bytes += len;
-            (loading.loaded)(bytes);
+            loading.reader.read(slice.tensor.file, range.clone(), into).map_err(|source| read_error(slice, range, source))?;
+            count.add(len);
             Ok(())
         };
         if slice.tensor.shape.len() == 1 {
             let vector = vector(slice, offset(loading.config, slice.id.role), &mut buffer, &mut read)?;
             tensors.vectors.insert(slice.id, vector);
         } else {
-            let matrix = matrix(loading, slice, &mut buffer, &mut read)?;
+            let matrix = if is_read_by_threads(loading, slice) {
+                by_threads(loading, slice, &count)?
+            } else {
+                matrix(loading, slice, &mut buffer, &mut read)?
+            };
             tensors.matrices.insert(slice.id, matrix);
         }
     }
     assemble(loading, tensors)
+}
+
+/// Bytes read so far, by any thread; who is told of them never hears a smaller number.
+struct Count<'a> {
+    bytes: Mutex<u64>,
+    loaded: &'a (dyn Fn(u64) + Sync),
+}
+
+impl Count<'_> {
+    fn add(&self, read: u64) {
+        let mut bytes = self.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        *bytes += read;
+        (self.loaded)(*bytes);
+    }
+}
+
+fn read_error(slice: &TensorSlice, range: Range<u64>, source: io::Error) -> LoadShardError {
+    LoadShardError::Read { name: slice.tensor.name.clone(), offset: range.start, len: range.end - range.start, source }
+}
+
+/// Whether the rows are stored as they are held, one after the other, in a file at hand.
+fn is_read_by_threads(loading: &Loading<'_>, slice: &TensorSlice) -> bool {
+    let TensorSlice { tensor, bytes, .. } = slice;
+    let as_held = tensor.stored_type() == tensor.dtype && tensor.turned.is_none() && tensor.column_stride.is_none();
+    as_held && loading.reader.is_at_hand(tensor.file, bytes)
+}
+
+/// A matrix whose rows each thread reads and packs in small pieces.
+fn by_threads(loading: &Loading<'_>, slice: &TensorSlice, count: &Count<'_>) -> Result<Matrix, LoadShardError> {
+    let pack = |error: kernels::MatrixError| LoadShardError::Pack { name: slice.tensor.name.clone(), detail: error.to_string() };
+    let (k, dtype) = (slice.tensor.shape.get(1).copied().unwrap_or(0), weight_type(slice.tensor.dtype));
+    let row_bytes = dtype.row_bytes(k).unwrap_or(0) as u64;
+    let mut builder = MatrixBuilder::new(loading.compute.isa, dtype, slice.rows.len(), k).map_err(pack)?;
+    builder.fill(&loading.compute.pool, |rows, into| {
+        let start = slice.bytes.start + rows.start as u64 * row_bytes;
+        let range = start..start + into.len() as u64;
+        loading.reader.read(slice.tensor.file, range.clone(), into).map_err(|source| read_error(slice, range, source))?;
+        count.add(into.len() as u64);
+        Ok(())
+    })?;
+    builder.finish().map_err(pack)
 }
 
 /// Reads a range of the slice's file.

@@ -95,7 +95,7 @@ impl Cpu {
         options: EngineOptions,
         compute: &Compute,
         reader: &dyn WeightReader,
-        loaded: &dyn Fn(u64),
+        loaded: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, LoadShardError> {
         let weights = load::load(&load::Loading { config, shard, reader, loaded, compute })?;
         let (rank, splits) = (shard.rank, shard.splits.clone());

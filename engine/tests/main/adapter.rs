@@ -31,6 +31,10 @@ impl WeightReader for Lora {
         into.copy_from_slice(bytes.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
     }
+
+    fn is_at_hand(&self, _: usize, range: &Range<u64>) -> bool {
+        (range.start / 64).is_multiple_of(2)
+    }
 }
 
 /// Every product that an adapter may change and `config` has.

@@ -23,6 +23,10 @@ impl WeightReader for Reader<'_> {
         }
         self.source.read(file, range, into).map_err(io::Error::other)
     }
+
+    fn is_at_hand(&self, file: usize, range: &Range<u64>) -> bool {
+        self.source.is_at_hand(file, range)
+    }
 }
 
 /// Opens the model and loads the shard; `None` when the worker was stopped meanwhile.
