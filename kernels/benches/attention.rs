@@ -27,7 +27,7 @@ fn main() {
         Shape { name: "llama 1b", heads: 32, kv_heads: 8, head_dim: 64 },
     ];
     for shape in &shapes {
-        for dtype in [KvType::F32, KvType::F16] {
+        for dtype in KvType::ALL {
             // Sequences, the position of their first token, and tokens of each.
             for (sequences, first, tokens) in [(1, 1024, 1), (1, 64, 1), (16, 256, 1), (1, 0, 512), (1, 448, 64)] {
                 for isa in Isa::available().into_iter().filter(|&isa| isa != Isa::Scalar) {

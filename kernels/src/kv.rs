@@ -2,9 +2,11 @@
 //!
 //! A block holds 16 consecutive positions of one sequence. Keys lie as `[kv_head][dimension][16 positions]`, so that a query meets 16 keys
 //! in the lanes of one vector; values as `[kv_head][16 positions][dimension]`, each row padded to whole vectors. Keys and values may have
-//! different numbers of dimensions.
+//! different numbers of dimensions. Entries of 8 bits have scales: those of 32 dimensions lie together for the 16 positions of a block.
 
 use std::ops::Range;
+
+mod q8;
 
 use crate::{
     Isa,
@@ -18,6 +20,9 @@ pub const KV_BLOCK: usize = LANES;
 /// Entry of a block table that has no block: it was freed, or is not there yet.
 pub const ABSENT: u32 = u32::MAX;
 
+/// Dimensions of a head that share a scale, where entries have one.
+pub const KV_SCALED: usize = 2 * LANES;
+
 /// How entries are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum KvType {
@@ -25,15 +30,27 @@ pub enum KvType {
     F32,
     /// Rounded to nearest even.
     F16,
+    /// As whole multiples, -127 to 127, of a scale `d` for 32 dimensions of a head: `d = f16(min(max |x| / 127, 65504))`, the multiple is
+    /// `x / d` rounded to nearest even (0 where `d` is 0), and the entry counts as their product.
+    Q8,
 }
 
 impl KvType {
-    /// Size of an entry.
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::F32, Self::F16, Self::Q8];
+
+    /// Size of an entry, its scale aside.
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 => 4,
             Self::F16 => 2,
+            Self::Q8 => 1,
         }
+    }
+
+    /// Scales of a head of `dim` dimensions at a position.
+    fn scales(self, dim: usize) -> usize {
+        if self == Self::Q8 { dim.div_ceil(KV_SCALED) } else { 0 }
     }
 }
 
@@ -71,6 +88,9 @@ pub struct KvCache {
     value_dim: usize,
     keys: AlignedBytes,
     values: AlignedBytes,
+    /// f16, `[block][kv_head][scales][16 positions]`.
+    key_scales: AlignedBytes,
+    value_scales: AlignedBytes,
 }
 
 impl KvCache {
@@ -80,9 +100,20 @@ impl KvCache {
     /// If there are no heads, they have no dimensions, or the size overflows.
     pub fn new(dtype: KvType, blocks: usize, kv_heads: usize, (head_dim, value_dim): (usize, usize)) -> Self {
         assert!(kv_heads > 0 && head_dim > 0 && value_dim > 0, "{kv_heads} heads of {head_dim} and {value_dim}");
-        let bytes = |width: usize| blocks.checked_mul(kv_heads * width * KV_BLOCK * dtype.bytes()).expect("the size of a cache fits usize");
-        let (keys, values) = (bytes(head_dim), bytes(value_dim.next_multiple_of(LANES)));
-        Self { dtype, blocks, kv_heads, head_dim, value_dim, keys: AlignedBytes::zeroed(keys), values: AlignedBytes::zeroed(values) }
+        let bytes = |width: usize, size: usize| {
+            AlignedBytes::zeroed(blocks.checked_mul(kv_heads * width * KV_BLOCK * size).expect("the size of a cache fits usize"))
+        };
+        Self {
+            dtype,
+            blocks,
+            kv_heads,
+            head_dim,
+            value_dim,
+            keys: bytes(head_dim, dtype.bytes()),
+            values: bytes(value_dim.next_multiple_of(LANES), dtype.bytes()),
+            key_scales: bytes(dtype.scales(head_dim), size_of::<u16>()),
+            value_scales: bytes(dtype.scales(value_dim), size_of::<u16>()),
+        }
     }
 
     /// How entries are stored.
@@ -110,9 +141,10 @@ impl KvCache {
         self.value_dim
     }
 
-    /// Size of the whole cache, `blocks · kv_heads · 16 · (head_dim + value_dim)` entries (values' heads rounded up to whole vectors of 16).
+    /// Size of the whole cache, `blocks · kv_heads · 16 · (head_dim + value_dim)` entries (values' heads rounded up to whole vectors of 16)
+    /// and their scales.
     pub fn bytes(&self) -> usize {
-        self.keys.len() + self.values.len()
+        self.keys.len() + self.values.len() + self.key_scales.len() + self.value_scales.len()
     }
 
     /// Stores the keys, `[tokens, kv_heads, head_dim]`, and values, `[tokens, kv_heads, value_dim]`, of the tokens of all spans.
@@ -127,6 +159,7 @@ impl KvCache {
         match self.dtype {
             KvType::F32 => vectorize(isa, Write::<f32> { cache: self.parts(), spans, keys, values }),
             KvType::F16 => vectorize(isa, Write::<u16> { cache: self.parts(), spans, keys, values }),
+            KvType::Q8 => self.write_q8(isa, spans, keys, values),
         }
     }
 
@@ -136,7 +169,7 @@ impl KvCache {
     /// If there is no such block.
     pub fn copy_block(&mut self, from: u32, to: u32) {
         let (from, to) = (self.index(from), self.index(to));
-        for bytes in [&mut self.keys, &mut self.values] {
+        for bytes in [&mut self.keys, &mut self.values, &mut self.key_scales, &mut self.value_scales] {
             let size = bytes.len() / self.blocks;
             bytes.copy_within(from * size..(from + 1) * size, to * size);
         }
@@ -144,11 +177,12 @@ impl KvCache {
 
     /// Size of an exported block.
     pub fn exported_bytes(&self) -> usize {
-        self.kv_heads * KV_BLOCK * (self.head_dim + self.value_dim) * self.dtype.bytes()
+        let of = |dim: usize| dim * self.dtype.bytes() + self.dtype.scales(dim) * size_of::<u16>();
+        self.kv_heads * KV_BLOCK * (of(self.head_dim) + of(self.value_dim))
     }
 
     /// Appends a block to `out` in a layout that does not depend on how heads are spread over ranks: for each head keys, `[16][head_dim]`,
-    /// then values, `[16][value_dim]`, entries little-endian. The blocks of several ranks, in the order of their heads, are the block of one that has all heads.
+    /// then values, `[16][value_dim]`, entries little-endian; then, where entries have scales, those of keys, `[16][scales]`, and of values. The blocks of several ranks, in the order of their heads, are the block of one that has all heads.
     ///
     /// # Panics
     /// If there is no such block.
@@ -157,6 +191,7 @@ impl KvCache {
         match self.dtype {
             KvType::F32 => self.export(block, out, |entry: f32, out| out.extend(entry.to_le_bytes())),
             KvType::F16 => self.export(block, out, |entry: u16, out| out.extend(entry.to_le_bytes())),
+            KvType::Q8 => self.export(block, out, |entry: i8, out| out.extend(entry.to_le_bytes())),
         }
     }
 
@@ -173,8 +208,9 @@ impl KvCache {
             return Err(KvError::Size { expected: self.exported_bytes(), got: bytes.len() });
         }
         match self.dtype {
-            KvType::F32 => self.import(block, bytes.as_chunks().0, f32::from_le_bytes),
-            KvType::F16 => self.import(block, bytes.as_chunks().0, u16::from_le_bytes),
+            KvType::F32 => self.import(block, bytes, f32::from_le_bytes),
+            KvType::F16 => self.import(block, bytes, u16::from_le_bytes),
+            KvType::Q8 => self.import(block, bytes, i8::from_le_bytes),
         }
         Ok(())
     }
@@ -188,20 +224,33 @@ impl KvCache {
             for row in values.chunks_exact(self.value_dim.div_ceil(LANES)) {
                 row.as_flattened()[..self.value_dim].iter().for_each(|&entry| put(entry, out));
             }
+            let (keys, values) = self.scales(block, head);
+            for scales in [keys, values] {
+                (0..KV_BLOCK).for_each(|slot| scales.iter().for_each(|lanes| out.extend(lanes[slot].to_le_bytes())));
+            }
         }
     }
 
-    fn import<E: Entry, const N: usize>(&mut self, block: usize, entries: &[[u8; N]], entry: impl Fn([u8; N]) -> E) {
+    fn import<E: Entry, const N: usize>(&mut self, block: usize, bytes: &[u8], entry: impl Fn([u8; N]) -> E) {
         let (head_dim, value_dim, kv_heads) = (self.head_dim, self.value_dim, self.kv_heads);
         let mut parts = self.parts::<E>();
-        for (head, entries) in entries.chunks_exact(KV_BLOCK * (head_dim + value_dim)).enumerate().take(kv_heads) {
-            let (new_keys, new_values) = entries.split_at(KV_BLOCK * head_dim);
-            let (keys, values) = parts.head(block, head);
+        for (head, bytes) in bytes.chunks_exact(bytes.len() / kv_heads).enumerate() {
+            let (entries, mut rest) = bytes.split_at(KV_BLOCK * (head_dim + value_dim) * N);
+            let (new_keys, new_values) = entries.as_chunks::<N>().0.split_at(KV_BLOCK * head_dim);
+            let Head { keys, values, key_scales, value_scales } = parts.head(block, head);
             for (slot, new) in new_keys.chunks_exact(head_dim).enumerate() {
                 keys.iter_mut().zip(new).for_each(|(lanes, &bytes)| lanes[slot] = entry(bytes));
             }
             for (row, new) in values.chunks_exact_mut(value_dim.div_ceil(LANES)).zip(new_values.chunks_exact(value_dim)) {
                 row.as_flattened_mut().iter_mut().zip(new).for_each(|(value, &bytes)| *value = entry(bytes));
+            }
+            for scales in [key_scales, value_scales] {
+                let (new, later) = rest.split_at(scales.len() * KV_BLOCK * size_of::<u16>());
+                rest = later;
+                let count = scales.len();
+                for (at, &bytes) in new.as_chunks().0.iter().enumerate() {
+                    scales[at % count][at / count] = u16::from_le_bytes(bytes);
+                }
             }
         }
     }
@@ -218,14 +267,25 @@ impl KvCache {
         (&self.keys.numbers().as_chunks().0[keys], &self.values.numbers().as_chunks().0[values])
     }
 
+    /// Scales of a head's keys and values in a block, each for 16 positions; none where entries have none.
+    #[inline(always)]
+    pub(crate) fn scales(&self, block: usize, head: usize) -> (&[[u16; LANES]], &[[u16; LANES]]) {
+        let (keys, values) =
+            scale_places(block, head, self.kv_heads, (self.dtype.scales(self.head_dim), self.dtype.scales(self.value_dim)));
+        (&self.key_scales.numbers().as_chunks().0[keys], &self.value_scales.numbers().as_chunks().0[values])
+    }
+
     fn parts<E: Entry>(&mut self) -> Parts<'_, E> {
         Parts {
             blocks: self.blocks,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             value_dim: self.value_dim,
+            scales: (self.dtype.scales(self.head_dim), self.dtype.scales(self.value_dim)),
             keys: self.keys.numbers_mut().as_chunks_mut().0,
             values: self.values.numbers_mut().as_chunks_mut().0,
+            key_scales: self.key_scales.numbers_mut().as_chunks_mut().0,
+            value_scales: self.value_scales.numbers_mut().as_chunks_mut().0,
         }
     }
 }
@@ -238,37 +298,72 @@ fn places(block: usize, head: usize, kv_heads: usize, (head_dim, value_dim): (us
     (at * head_dim..(at + 1) * head_dim, at * row..(at + 1) * row)
 }
 
+/// Where the vectors of the scales of a head's keys and values lie.
+#[inline(always)]
+fn scale_places(block: usize, head: usize, kv_heads: usize, (keys, values): (usize, usize)) -> (Range<usize>, Range<usize>) {
+    let at = block * kv_heads + head;
+    (at * keys..(at + 1) * keys, at * values..(at + 1) * values)
+}
+
 /// The vectors of a cache, to be written.
 struct Parts<'a, E> {
     blocks: usize,
     kv_heads: usize,
     head_dim: usize,
     value_dim: usize,
+    /// Vectors of scales of a head of keys, and of values.
+    scales: (usize, usize),
     keys: &'a mut [[E; LANES]],
     values: &'a mut [[E; LANES]],
+    key_scales: &'a mut [[u16; LANES]],
+    value_scales: &'a mut [[u16; LANES]],
+}
+
+/// The vectors of a head in a block.
+struct Head<'a, E> {
+    keys: &'a mut [[E; LANES]],
+    values: &'a mut [[E; LANES]],
+    key_scales: &'a mut [[u16; LANES]],
+    value_scales: &'a mut [[u16; LANES]],
 }
 
 impl<E> Parts<'_, E> {
     #[inline(always)]
-    fn head(&mut self, block: usize, head: usize) -> (&mut [[E; LANES]], &mut [[E; LANES]]) {
+    fn head(&mut self, block: usize, head: usize) -> Head<'_, E> {
         let (keys, values) = places(block, head, self.kv_heads, (self.head_dim, self.value_dim));
-        (&mut self.keys[keys], &mut self.values[values])
+        let (key_scales, value_scales) = scale_places(block, head, self.kv_heads, self.scales);
+        Head {
+            keys: &mut self.keys[keys],
+            values: &mut self.values[values],
+            key_scales: &mut self.key_scales[key_scales],
+            value_scales: &mut self.value_scales[value_scales],
+        }
     }
 }
 
 /// A stored key or value.
 pub(crate) trait Entry: Number + Default + Send + Sync {
+    /// Whether it counts times a scale.
+    const SCALED: bool;
     /// Sixteen of them, widened exactly.
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
+}
+
+/// One that is stored by itself.
+trait Rounded: Entry {
     /// Sixteen of them, rounded.
     fn store<S: Simd>(s: S, to: &mut [Self; LANES], v: S::F);
 }
 
 impl Entry for f32 {
+    const SCALED: bool = false;
     #[inline(always)]
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
         s.load(from)
     }
+}
+
+impl Rounded for f32 {
     #[inline(always)]
     fn store<S: Simd>(s: S, to: &mut [Self; LANES], v: S::F) {
         s.store(to, v);
@@ -277,10 +372,14 @@ impl Entry for f32 {
 
 /// The bits of an f16.
 impl Entry for u16 {
+    const SCALED: bool = false;
     #[inline(always)]
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F {
         s.load_f16(from)
     }
+}
+
+impl Rounded for u16 {
     #[inline(always)]
     fn store<S: Simd>(s: S, to: &mut [Self; LANES], v: S::F) {
         s.store_f16(to, v);
@@ -294,7 +393,7 @@ struct Write<'a, E> {
     values: &'a [f32],
 }
 
-impl<E: Entry> Kernel for Write<'_, E> {
+impl<E: Rounded> Kernel for Write<'_, E> {
     type Output = ();
 
     #[inline(always)]
@@ -306,7 +405,7 @@ impl<E: Entry> Kernel for Write<'_, E> {
             for position in span.first_position..span.first_position + span.tokens {
                 let (block, slot) = (block_of(span, position, self.cache.blocks), position % KV_BLOCK);
                 for (head, (new_key, new_value)) in (0..kv_heads).zip(&mut rows) {
-                    let (keys, values) = self.cache.head(block, head);
+                    let Head { keys, values, .. } = self.cache.head(block, head);
                     for (keys, new) in keys.chunks_mut(LANES).zip(new_key.chunks(LANES)) {
                         let entries = rounded::<S, E>(s, new);
                         for (lanes, entry) in keys.iter_mut().zip(entries) {
@@ -324,7 +423,7 @@ impl<E: Entry> Kernel for Write<'_, E> {
 
 /// Up to 16 values as entries; the rest is 0.
 #[inline(always)]
-fn rounded<S: Simd, E: Entry>(s: S, values: &[f32]) -> [E; LANES] {
+fn rounded<S: Simd, E: Rounded>(s: S, values: &[f32]) -> [E; LANES] {
     let mut entries = [E::default(); LANES];
     let v = match values.as_array() {
         Some(lanes) => s.load(lanes),

@@ -39,7 +39,7 @@ pub use attention::Attention;
 pub use convert::{ConvertError, convert_rows, dequantize_rows};
 pub use file_map::FileMap;
 pub use isa::{Avx2, Avx512, Isa, IsaError};
-pub use kv::{ABSENT, KV_BLOCK, KvCache, KvError, KvSpan, KvType};
+pub use kv::{ABSENT, KV_BLOCK, KV_SCALED, KvCache, KvError, KvSpan, KvType};
 pub use matmul::{Input, Product, matmul, matmul_group};
 pub use matrix::{Matrix, MatrixBuilder, MatrixError};
 pub use pool::{Pool, available_threads, split};

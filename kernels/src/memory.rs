@@ -110,6 +110,8 @@ impl Drop for AlignedBytes {
 pub(crate) unsafe trait Number: Copy {}
 // SAFETY: 4 bytes, any of which make a value.
 unsafe impl Number for f32 {}
+// SAFETY: one byte, any of which makes a value.
+unsafe impl Number for i8 {}
 // SAFETY: 2 bytes, any of which make a value.
 unsafe impl Number for u16 {}
 

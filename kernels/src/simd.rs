@@ -20,6 +20,8 @@ pub(crate) trait Simd: Copy + Send + Sync {
     fn load(self, x: &[f32; LANES]) -> Self::F;
     /// Lanes from memory, widened exactly.
     fn load_f16(self, x: &[u16; LANES]) -> Self::F;
+    /// Lanes from memory, widened exactly.
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F;
     /// Lanes to memory.
     fn store(self, x: &mut [f32; LANES], v: Self::F);
     /// Lanes to memory, rounded to f16.
@@ -152,6 +154,10 @@ impl Simd for Portable {
         x.map(|bits| half::f16::from_bits(bits).to_f32())
     }
     #[inline(always)]
+    fn load_i8(self, x: &[i8; LANES]) -> Self::F {
+        x.map(f32::from)
+    }
+    #[inline(always)]
     fn store(self, x: &mut [f32; LANES], v: Self::F) {
         *x = v;
     }
@@ -272,6 +278,14 @@ mod x86_64 {
             unsafe { (_mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast())), _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().add(8).cast()))) }
         }
         #[inline(always)]
+        fn load_i8(self, x: &[i8; LANES]) -> Self::F {
+            // SAFETY: as in `splat`; the loads lie within the 16 values.
+            unsafe {
+                let half = |at: usize| _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(x.as_ptr().add(at).cast())));
+                (half(0), half(8))
+            }
+        }
+        #[inline(always)]
         fn store(self, x: &mut [f32; LANES], v: Self::F) {
             // SAFETY: as in `splat`; both stores lie within the 16 values.
             unsafe {
@@ -387,6 +401,11 @@ mod x86_64 {
         fn load_f16(self, x: &[u16; LANES]) -> Self::F {
             // SAFETY: as in `splat`; the load is the 16 values.
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(x.as_ptr().cast())) }
+        }
+        #[inline(always)]
+        fn load_i8(self, x: &[i8; LANES]) -> Self::F {
+            // SAFETY: as in `splat`; the load is the 16 values.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(x.as_ptr().cast()))) }
         }
         #[inline(always)]
         fn store(self, x: &mut [f32; LANES], v: Self::F) {

@@ -2,7 +2,7 @@
 
 use crate::{inputs::Random, vector_isas};
 use half::f16;
-use kernels::{ABSENT, Attention, Isa, KV_BLOCK, KvCache, KvSpan, KvType, Pool, math::exp_f32};
+use kernels::{ABSENT, Attention, Isa, KV_BLOCK, KV_SCALED, KvCache, KvSpan, KvType, Pool, math::exp_f32};
 
 /// One sequence's keys, values and queries, and the heads that read each other.
 struct Case {
@@ -43,11 +43,12 @@ impl Case {
         self.keys.len() / self.kv_heads / self.head_dim
     }
 
-    /// What the cache makes of a value.
-    fn stored(&self, x: f32) -> f32 {
+    /// What the cache makes of rows of `width` values.
+    fn stored(&self, rows: &[f32], width: usize) -> Vec<f32> {
         match self.dtype {
-            KvType::F32 => x,
-            KvType::F16 => f16::from_f32(x).to_f32(),
+            KvType::F32 => rows.to_vec(),
+            KvType::F16 => rows.iter().map(|&x| f16::from_f32(x).to_f32()).collect(),
+            KvType::Q8 => rows.chunks_exact(width).flat_map(|row| row.chunks(KV_SCALED)).flat_map(multiples).collect(),
         }
     }
 
@@ -69,14 +70,14 @@ impl Case {
     /// Results from `first` on, by the definition in the module, with tiles of `tile` positions.
     fn defined(&self, first: usize, tile: usize) -> Vec<f32> {
         let (heads, n, m) = (self.readers.len(), self.head_dim, self.value_dim);
+        let (keys, values) = (self.stored(&self.keys, n), self.stored(&self.values, m));
         let mut out = Vec::new();
         for position in first..self.positions() {
             for head in 0..heads {
                 let query = &self.queries[(position * heads + head) * n..][..n];
-                let stored =
-                    |x: &[f32], j: usize, n: usize, d: usize| self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
-                let key = |j: usize, d: usize| stored(&self.keys, j, n, d);
-                let value = |j: usize, d: usize| stored(&self.values, j, m, d);
+                let stored = |x: &[f32], j: usize, n: usize, d: usize| x[(j * self.kv_heads + self.readers[head] as usize) * n + d];
+                let key = |j: usize, d: usize| stored(&keys, j, n, d);
+                let value = |j: usize, d: usize| stored(&values, j, m, d);
                 let seen = self.seen(position);
                 let (mut max, mut sum, mut vector) = (f32::NEG_INFINITY, 0.0, vec![0.0_f32; m]);
                 for base in (seen.start / tile * tile..seen.end).step_by(tile) {
@@ -115,20 +116,19 @@ impl Case {
     /// Results from `first` on in f64, without tiles.
     fn exact(&self, first: usize) -> Vec<f64> {
         let (heads, n, m) = (self.readers.len(), self.head_dim, self.value_dim);
+        let (stored_keys, stored_values) = (self.stored(&self.keys, n), self.stored(&self.values, m));
         let mut out = Vec::new();
         for position in first..self.positions() {
             for head in 0..heads {
                 let query = &self.queries[(position * heads + head) * n..][..n];
-                let at = |x: &[f32], j: usize, n: usize, d: usize| {
-                    f64::from(self.stored(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]))
-                };
+                let at = |x: &[f32], j: usize, n: usize, d: usize| f64::from(x[(j * self.kv_heads + self.readers[head] as usize) * n + d]);
                 let keys = self.seen(position);
-                let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&self.keys, j, n, d)).sum::<f64>() * f64::from(self.scale);
+                let score = |j| (0..n).map(|d| f64::from(query[d]) * at(&stored_keys, j, n, d)).sum::<f64>() * f64::from(self.scale);
                 let scores: Vec<f64> = keys.clone().map(score).collect();
                 let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
                 let p: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
                 let sum: f64 = p.iter().sum();
-                out.extend((0..m).map(|d| p.iter().zip(keys.clone()).map(|(p, j)| p * at(&self.values, j, m, d)).sum::<f64>() / sum));
+                out.extend((0..m).map(|d| p.iter().zip(keys.clone()).map(|(p, j)| p * at(&stored_values, j, m, d)).sum::<f64>() / sum));
             }
         }
         out
@@ -163,6 +163,14 @@ impl Case {
     }
 }
 
+/// Up to 32 values as multiples of their scale.
+fn multiples(x: &[f32]) -> Vec<f32> {
+    let top = x.iter().fold(0.0_f32, |top, x| top.max(x.abs()));
+    let scale = f16::from_f32((top / 127.0).min(65504.0)).to_f32();
+    let multiple = |x: &f32| if scale == 0.0 { 0.0 } else { (x / scale).round_ties_even().clamp(-127.0, 127.0) * scale };
+    x.iter().map(multiple).collect()
+}
+
 /// A cache of signalling nonsense.
 fn garbage(dtype: KvType, blocks: usize, kv_heads: usize, dims: (usize, usize)) -> KvCache {
     let mut cache = KvCache::new(dtype, blocks, kv_heads, dims);
@@ -171,8 +179,8 @@ fn garbage(dtype: KvType, blocks: usize, kv_heads: usize, dims: (usize, usize)) 
         let entry: &[u8] = match (dtype, block % 2) {
             (KvType::F32, 0) => &f32::NAN.to_le_bytes(),
             (KvType::F32, _) => &f32::INFINITY.to_le_bytes(),
-            (KvType::F16, 0) => &f16::NAN.to_le_bytes(),
-            (KvType::F16, _) => &f16::INFINITY.to_le_bytes(),
+            (KvType::F16 | KvType::Q8, 0) => &f16::NAN.to_le_bytes(),
+            (KvType::F16 | KvType::Q8, _) => &f16::INFINITY.to_le_bytes(),
         };
         let bytes: Vec<u8> = entry.iter().copied().cycle().take(size).collect();
         cache.import_block(block as u32, &bytes).unwrap();
@@ -226,7 +234,7 @@ fn every_isa_gives_the_defined_bits() {
     let mut isas = vector_isas();
     isas.push(Isa::Scalar);
     let mut n = 0;
-    for dtype in [KvType::F32, KvType::F16] {
+    for dtype in KvType::ALL {
         for head_dim in [1, 15, 16, 17, 32, 64, 80, 128, 256] {
             for (positions, window) in [(1, None), (15, Some(4)), (16, Some(16)), (17, None), (66, Some(20)), (129, None), (150, Some(70))]
             {
@@ -254,7 +262,7 @@ fn every_isa_gives_the_defined_bits() {
 fn keys_and_values_have_widths_of_their_own() {
     let pools: Vec<Pool> = (1..=3).map(Pool::new).collect();
     let mut n = 0;
-    for dtype in [KvType::F32, KvType::F16] {
+    for dtype in KvType::ALL {
         for dims in [(1, 17), (24, 16), (16, 24), (40, 33), (192, 128), (48, 160)] {
             for (positions, first) in [(1, 0), (17, 3), (66, 0), (150, 149), (300, 200)] {
                 let readers: &[u32] = [&[0, 1, 2][..], &[0], &[0, 0, 1]][n % 3];
@@ -281,7 +289,7 @@ fn keys_and_values_have_widths_of_their_own() {
 #[test]
 fn results_are_close_to_exact_softmax_and_a_wrong_question_shows() {
     let pool = Pool::new(2);
-    for dtype in [KvType::F32, KvType::F16] {
+    for dtype in KvType::ALL {
         for window in [None, Some(64), Some(100)] {
             let mut case = Case::new(dtype, &[0, 1, 1], 64, 300, window);
             let exact = case.exact(0);
@@ -320,7 +328,7 @@ fn another_tile_or_order_changes_the_bits() {
 #[test]
 fn batch_mates_do_not_change_a_bit() {
     // Three sequences of different lengths in one cache; the third decodes one token deep in its context.
-    for dtype in [KvType::F32, KvType::F16] {
+    for dtype in KvType::ALL {
         for window in [None, Some(50)] {
             let lengths = [(0, 40), (10, 77), (699, 700)];
             let readers = [0, 1, 1, 0, 1];

@@ -17,6 +17,33 @@ pub const VOCAB_TILE: usize = 1024;
 pub enum KvDType {
     F32,
     F16,
+    /// Of 8 bits: whole multiples of a scale (f16) that 32 values of a head share.
+    Q8,
+}
+
+impl KvDType {
+    /// Bytes of `dim` values of a head at a position.
+    pub fn bytes(self, dim: usize) -> usize {
+        match self {
+            Self::F32 => 4 * dim,
+            Self::F16 => 2 * dim,
+            Self::Q8 => dim + 2 * dim.div_ceil(32),
+        }
+    }
+
+    /// As command lines and messages name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Q8 => "q8",
+        }
+    }
+
+    /// The type of that name.
+    pub fn named(name: &str) -> Option<Self> {
+        [Self::F32, Self::F16, Self::Q8].into_iter().find(|dtype| dtype.name() == name)
+    }
 }
 
 /// Layers that share a pool of blocks and a block table.

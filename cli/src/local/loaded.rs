@@ -71,7 +71,7 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
         max_context: Some(needs.context),
         max_batch_sequences: needs.sequences,
         max_batch_tokens: needs.batch_tokens,
-        kv_dtype: placement.kv.map(kv_dtype).transpose()?,
+        kv_dtype: placement.kv.map(kv_dtype),
         adapters: needs.adapters.clone(),
         ..planner::Spec::default()
     };
@@ -80,14 +80,11 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
 }
 
 /// The planner's word for a choice.
-///
-/// # Errors
-/// Bad input for a type that the engine does not have yet.
-pub(crate) fn kv_dtype(choice: KvChoice) -> Outcome<KvDType> {
+pub(crate) fn kv_dtype(choice: KvChoice) -> KvDType {
     match choice {
-        KvChoice::F32 => Ok(KvDType::F32),
-        KvChoice::F16 => Ok(KvDType::F16),
-        KvChoice::Q8 => Err(bad_input!("--kv q8: a KV cache of 8 bits is not supported yet, expected f32 or f16")),
+        KvChoice::F32 => KvDType::F32,
+        KvChoice::F16 => KvDType::F16,
+        KvChoice::Q8 => KvDType::Q8,
     }
 }
 

@@ -127,6 +127,7 @@ impl Cpu {
             let dtype = match kv.dtype {
                 KvDType::F32 => KvType::F32,
                 KvDType::F16 => KvType::F16,
+                KvDType::Q8 => KvType::Q8,
             };
             caches.push(KvCache::new(dtype, kv.groups[group].blocks, kv_range.len(), (config.head_dim, config.value_dim())));
         }

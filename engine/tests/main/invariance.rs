@@ -35,7 +35,7 @@ fn models() -> [Recipe; 8] {
 fn any_chunks_give_the_same_bits() {
     for recipe in models() {
         let model = recipe.build();
-        for kv in [KvDType::F32, KvDType::F16] {
+        for kv in [KvDType::F32, KvDType::F16, KvDType::Q8] {
             let layout = Layout { kv, ..Layout::default() };
             let mut ids = prompt(1, 150, model.header.config.vocab);
             let whole = chunked(&model, layout, &ids, ids.len());

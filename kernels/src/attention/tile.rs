@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{Attention, BLOCKS, Item, TILE};
 use crate::{
     KvCache, KvType,
-    kv::{Entry, KV_BLOCK, block_of},
+    kv::{Entry, KV_BLOCK, KV_SCALED, block_of},
     math::exp,
     simd::{Kernel, LANES, Simd},
 };
@@ -104,6 +104,7 @@ impl Kernel for Run<'_, '_, '_> {
         match self.attention.cache.dtype() {
             KvType::F32 => self.tiles::<S, f32>(s, &mut scratch),
             KvType::F16 => self.tiles::<S, u16>(s, &mut scratch),
+            KvType::Q8 => self.tiles::<S, i8>(s, &mut scratch),
         }
         SCRATCH.set(scratch);
     }
@@ -171,6 +172,9 @@ struct Tile<'a, E> {
     keys: [&'a [[E; LANES]]; BLOCKS],
     /// `[16, width]`.
     values: [&'a [[E; LANES]]; BLOCKS],
+    /// Of 32 dimensions and 16 keys, where entries have scales.
+    key_scales: [&'a [[u16; LANES]]; BLOCKS],
+    value_scales: [&'a [[u16; LANES]]; BLOCKS],
 }
 
 impl<'a, E: Entry> Tile<'a, E> {
@@ -179,11 +183,20 @@ impl<'a, E: Entry> Tile<'a, E> {
         let cache: &'a KvCache = attention.cache;
         let span = &item.span;
         let seen = attention.seen(span, item.position(item.rows.start)).start..attention.seen(span, item.position(item.rows.end - 1)).end;
-        let mut tile = Self { base: number * TILE, width: cache.value_dim().div_ceil(LANES), keys: [&[]; BLOCKS], values: [&[]; BLOCKS] };
+        let mut tile = Self {
+            base: number * TILE,
+            width: cache.value_dim().div_ceil(LANES),
+            keys: [&[]; BLOCKS],
+            values: [&[]; BLOCKS],
+            key_scales: [&[]; BLOCKS],
+            value_scales: [&[]; BLOCKS],
+        };
         for i in 0..BLOCKS {
             let first = tile.base + i * KV_BLOCK;
             if first < seen.end && first + KV_BLOCK > seen.start {
-                (tile.keys[i], tile.values[i]) = cache.head(block_of(&item.span, first, cache.blocks()), item.kv_head);
+                let block = block_of(&item.span, first, cache.blocks());
+                (tile.keys[i], tile.values[i]) = cache.head(block, item.kv_head);
+                (tile.key_scales[i], tile.value_scales[i]) = cache.scales(block, item.kv_head);
             }
         }
         tile
@@ -267,10 +280,19 @@ impl<'a, E: Entry> Tile<'a, E> {
             *keys = &of_block[..queries.len()];
         }
         let mut dots = [[s.splat(0.0); V]; Q];
+        let mut scale = [s.splat(1.0); V];
         for (d, q) in queries.iter().enumerate() {
+            if E::SCALED && d.is_multiple_of(KV_SCALED) {
+                for v in 0..V {
+                    scale[v] = s.load_f16(&self.key_scales[block + v][d / KV_SCALED]);
+                }
+            }
             let mut key = [s.splat(0.0); V];
             for v in 0..V {
                 key[v] = E::load(s, &keys[v][d]);
+                if E::SCALED {
+                    key[v] = s.mul(key[v], scale[v]);
+                }
             }
             for r in 0..Q {
                 let x = s.splat(q[r]);
@@ -296,15 +318,22 @@ impl<'a, E: Entry> Tile<'a, E> {
             let base = block * KV_BLOCK;
             let values = &self.values[block][..KV_BLOCK * self.width];
             let slots = any.start.saturating_sub(base)..(any.end - base).min(KV_BLOCK);
+            let mut scales = [[1.0; LANES]; V];
+            if E::SCALED {
+                for v in 0..V {
+                    let scale = s.load_f16(&self.value_scales[block][(at + v) * LANES / KV_SCALED]);
+                    s.store(&mut scales[v], scale);
+                }
+            }
             let by_all = |r: usize| seen.first[r] <= base + slots.start && base + slots.end <= seen.end[r];
             if slots.len() == KV_BLOCK && (0..Q).all(by_all) {
                 for (slot, row) in values.chunks_exact(self.width).enumerate() {
-                    add_row::<S, E, Q, V>(s, p, base + slot, &row[at..at + V], &mut sums, [true; Q]);
+                    add_row::<S, E, Q, V>(s, p, base + slot, (&row[at..at + V], &scales), &mut sums, [true; Q]);
                 }
             } else {
                 for slot in slots {
                     let row = &values[slot * self.width + at..][..V];
-                    add_row::<S, E, Q, V>(s, p, base + slot, row, &mut sums, seen.key(base + slot));
+                    add_row::<S, E, Q, V>(s, p, base + slot, (row, &scales), &mut sums, seen.key(base + slot));
                 }
             }
         }
@@ -312,19 +341,22 @@ impl<'a, E: Entry> Tile<'a, E> {
     }
 }
 
-/// `sums[r] += p[r][j] · row` for the rows that see key `j`.
+/// `sums[r] += p[r][j] · row` for the rows that see key `j`. `scales`: those of the row's vectors, of the 16 positions of its block.
 #[inline(always)]
 fn add_row<S: Simd, E: Entry, const Q: usize, const V: usize>(
     s: S,
     p: &[[f32; TILE]; Q],
     j: usize,
-    row: &[[E; LANES]],
+    (row, scales): (&[[E; LANES]], &[[f32; LANES]; V]),
     sums: &mut [[S::F; V]; Q],
     see: [bool; Q],
 ) {
     let mut value = [s.splat(0.0); V];
     for v in 0..V {
         value[v] = E::load(s, &row[v]);
+        if E::SCALED {
+            value[v] = s.mul(value[v], s.splat(scales[v][j % KV_BLOCK]));
+        }
     }
     for r in 0..Q {
         if see[r] {

@@ -239,6 +239,7 @@ impl Manifest {
                 KvDTypeChoice::Auto => None,
                 KvDTypeChoice::F32 => Some(KvDType::F32),
                 KvDTypeChoice::F16 => Some(KvDType::F16),
+                KvDTypeChoice::Q8 => Some(KvDType::Q8),
             },
             worker_memory: workers.resources.limits.memory.map(|m| m.0),
             adapters: Vec::new(),

@@ -60,12 +60,8 @@ const LATER: [&str; 35] = [
     "metadata.finalizers",
 ];
 /// Values that some enumerations will have.
-const LATER_VALUES: [(&str, &[&str]); 4] = [
-    ("spec.model.format", &["PyTorch"]),
-    ("spec.engine.dtype", &["F32", "F16", "BF16"]),
-    ("spec.engine.device", &["CUDA"]),
-    ("spec.engine.kvCache.dtype", &["Q8"]),
-];
+const LATER_VALUES: [(&str, &[&str]); 3] =
+    [("spec.model.format", &["PyTorch"]), ("spec.engine.dtype", &["F32", "F16", "BF16"]), ("spec.engine.device", &["CUDA"])];
 
 /// A value and where it stands.
 #[derive(Clone, Debug)]

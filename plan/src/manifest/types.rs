@@ -372,7 +372,7 @@ pub struct KvCacheSpec {
     pub memory: Option<Memory>,
     /// Reuse blocks of equal prefixes; default true.
     pub prefix_caching: bool,
-    /// Type of entries; `Auto` follows the weights.
+    /// Type of entries; `Auto` follows the weights: F32, or F16 where they are quantized. Q8 (8 bits and shared scales) halves F16 and changes results slightly.
     pub dtype: KvDTypeChoice,
 }
 
@@ -391,6 +391,7 @@ pub enum KvDTypeChoice {
     Auto,
     F32,
     F16,
+    Q8,
 }
 
 /// Over how many workers a replica is spread; at most 1024.

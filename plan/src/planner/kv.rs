@@ -31,11 +31,8 @@ pub(super) fn shard_bytes(geometry: &KvGeometry, config: &ModelConfig, shard: &S
 fn block_bytes(group: &KvGroup, dtype: KvDType, config: &ModelConfig, shard: &Shard) -> u64 {
     let layers = group.layers.iter().filter(|l| shard.layers.contains(l)).count();
     let heads = shard.splits.kv_heads.get(shard.rank).map_or(0, ExactSizeIterator::len);
-    let entry = match dtype {
-        KvDType::F32 => 4,
-        KvDType::F16 => 2,
-    };
-    layers as u64 * heads as u64 * (config.head_dim + config.value_dim()) as u64 * BLOCK_TOKENS as u64 * entry
+    let position = dtype.bytes(config.head_dim) + dtype.bytes(config.value_dim());
+    layers as u64 * heads as u64 * position as u64 * BLOCK_TOKENS as u64
 }
 
 /// Blocks of one group: at least for one sequence of full length, at most for a full batch.

@@ -299,6 +299,18 @@ fn kv_entries_follow_the_weights_unless_told() {
 }
 
 #[test]
+fn kv_bytes_of_8_bits_count_their_scales() {
+    let model = Sample { hidden: 256, ffn: 256, head_dim: 40, ..Sample::llama() }.model();
+    let bytes = |dtype| {
+        let plan = planned(&Spec { kv_dtype: Some(dtype), max_batch_tokens: 16, ..spec(1, 1) }, &model);
+        plan.stages[0].shards[0].kv_bytes / plan.kv.groups.iter().map(|g| g.blocks as u64 * g.layers.len() as u64).sum::<u64>()
+    };
+    // Keys and values of 40 dimensions have two scales each.
+    assert_eq!(bytes(KvDType::Q8) * 40, bytes(KvDType::F16) * 22);
+    assert_eq!(bytes(KvDType::F32), 2 * bytes(KvDType::F16));
+}
+
+#[test]
 fn kv_bytes_are_blocks_times_layers_and_heads_of_the_worker() {
     let model = Sample { layers: 4, heads: 4, kv_heads: 2, ..Sample::gemma3() }.model();
     let plan = planned(&Spec { max_batch_tokens: 16, ..spec(2, 2) }, &model);

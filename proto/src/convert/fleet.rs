@@ -47,10 +47,7 @@ fn encode_limits(limits: &ReplicaLimits) -> wire::Limits {
     let group =
         |g: &KvGroup| wire::KvGroup { window: g.window, layers: g.layers.iter().map(|&l| l as u32).collect(), blocks: g.blocks as u32 };
     wire::Limits {
-        kv_dtype: match limits.kv.dtype {
-            KvDType::F32 => "f32".to_owned(),
-            KvDType::F16 => "f16".to_owned(),
-        },
+        kv_dtype: limits.kv.dtype.name().to_owned(),
         kv_groups: limits.kv.groups.iter().map(group).collect(),
         max_context: limits.max_context as u32,
         max_batch_sequences: limits.max_batch_sequences as u32,
@@ -61,11 +58,8 @@ fn encode_limits(limits: &ReplicaLimits) -> wire::Limits {
 
 fn decode_limits(limits: Option<wire::Limits>) -> Result<ReplicaLimits, ConvertError> {
     let limits = limits.ok_or_else(|| ConvertError::missing("limits"))?;
-    let dtype = match limits.kv_dtype.as_str() {
-        "f32" => KvDType::F32,
-        "f16" => KvDType::F16,
-        other => return Err(ConvertError::value("limits.kv_dtype", other, "f32 or f16")),
-    };
+    let dtype =
+        KvDType::named(&limits.kv_dtype).ok_or_else(|| ConvertError::value("limits.kv_dtype", &limits.kv_dtype, "f32, f16 or q8"))?;
     let group = |g: wire::KvGroup| KvGroup {
         window: g.window,
         layers: g.layers.into_iter().map(|l| l as usize).collect(),

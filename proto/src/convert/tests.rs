@@ -271,7 +271,7 @@ fn fleets_arrive_as_they_were_sent() {
     let policies = [RoutingPolicy::PrefixAware, RoutingPolicy::LeastLoad, RoutingPolicy::RoundRobin, RoutingPolicy::Random];
     for template in templates {
         for policy in policies {
-            for dtype in [KvDType::F32, KvDType::F16] {
+            for dtype in [KvDType::F32, KvDType::F16, KvDType::Q8] {
                 let state = fleet(template.clone(), policy, dtype);
                 assert_eq!(decode_fleet(sent(&encode_fleet(&state))), Ok(state));
             }
@@ -301,8 +301,8 @@ fn fleets_of_a_later_version_are_refused_by_deployment_and_field() {
     assert_eq!(refused(&|d| d.replicas[0].limits = None), "deployments[d].replicas[r0].limits is missing");
     assert_eq!(refused(&|d| d.serving = None), "deployments[d].serving is missing");
     assert_eq!(
-        refused(&|d| d.limits.as_mut().expect("limits").kv_dtype = "q8".into()),
-        "deployments[d].limits.kv_dtype is q8, expected f32 or f16"
+        refused(&|d| d.limits.as_mut().expect("limits").kv_dtype = "q4".into()),
+        "deployments[d].limits.kv_dtype is q4, expected f32, f16 or q8"
     );
     let stopped = refused(&|d| d.serving.as_mut().expect("serving").stopped = "x".into());
     assert_eq!(stopped, "deployments[d].serving.stopped is x, expected suspended, scaled-to-zero or nothing");

@@ -55,6 +55,29 @@ fn gemma3_matches_its_reference() {
     matches_reference("gemma3", ("\"sliding_window\": 8", "\"sliding_window\": 7"));
 }
 
+/// A cache of 8 bits is near the reference, and has the same bits on any split and instructions, and in any chunks.
+#[test]
+fn a_cache_of_8_bits_is_near_and_the_same_on_any_split() {
+    for name in ["llama", "gemma3"] {
+        let (model, expected) = (files::fixture(name), files::expected(name));
+        let input = ids(&expected, "input_ids");
+        let of = |more: &[&str]| {
+            let got = logits(&model, &input, 8, more);
+            (floats(&got, "last_logits"), floats(&got, "nll_per_token"), ids(&got, "greedy_ids"))
+        };
+        let got = of(&["--kv", "q8"]);
+        for (got, field) in [(&got.0, "last_logits"), (&got.1, "nll_per_token")] {
+            let off = distance(got, &floats(&expected, field));
+            // Control: it is another cache than those that hold what was computed, or 11 bits of it.
+            assert!((1e-4..0.05).contains(&off), "{name}: {field} is off by {off}");
+        }
+        for way in [&["--pp", "2"][..], &["--tp", "2"], &["--pp", "2", "--tp", "2"], &["--chunk", "3"], &["--isa", "scalar"]] {
+            assert!(of(&[&["--kv", "q8"], way].concat()) == got, "{name} {way:?}");
+        }
+        assert!(of(&["--kv", "f16"]).0 != got.0, "{name}: 16 bits give the numbers of 8");
+    }
+}
+
 /// A prompt, and the ids that follow greedily when weights are dequantized and activations are not quantized.
 struct Prompt {
     ids: &'static [u32],
