@@ -14,7 +14,7 @@ use super::{
 const LEAST_PIECE: usize = 128;
 
 /// What a step is built in.
-struct Draft {
+struct Outline {
     step: Step,
     entries: Vec<Entry>,
     budget: usize,
@@ -32,29 +32,29 @@ impl Scheduler {
         }
         let id = self.last_step + 1;
         let budget = self.options.limits.max_batch_tokens;
-        let mut draft = loop {
-            let mut draft = Draft { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false };
-            self.add_decodes(&mut draft);
-            self.add_prompts(&mut draft);
-            self.starved = draft.blocked;
-            if !draft.entries.is_empty() {
-                break draft;
+        let mut outline = loop {
+            let mut outline = Outline { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false };
+            self.add_decodes(&mut outline);
+            self.add_prompts(&mut outline);
+            self.starved = outline.blocked;
+            if !outline.entries.is_empty() {
+                break outline;
             }
             if !self.fail_what_never_fits() {
                 return None;
             }
         };
         self.last_step = id;
-        self.counters.sizes.record(draft.step.tokens());
-        draft.step.frees = std::mem::take(&mut self.frees);
-        let slots = draft.step.sequences.iter().map(|part| part.adapter).filter(|slot| *slot > 0).collect();
-        self.in_flight.push_back(StepRecord { id, entries: draft.entries, slots });
-        Some(draft.step)
+        self.counters.sizes.record(outline.step.tokens());
+        outline.step.frees = std::mem::take(&mut self.frees);
+        let slots = outline.step.sequences.iter().map(|part| part.adapter).filter(|slot| *slot > 0).collect();
+        self.in_flight.push_back(StepRecord { id, entries: outline.entries, slots });
+        Some(outline.step)
     }
 
     /// Sequences with one token to run. With several stages a step takes its share of them, those that waited longest first,
     /// so that every stage has a micro-batch to work on.
-    fn add_decodes(&mut self, draft: &mut Draft) {
+    fn add_decodes(&mut self, outline: &mut Outline) {
         let (context, stages) = (self.options.limits.max_context, self.options.stages);
         let mut decoding = 0;
         let mut ready: Vec<(u64, u64)> = Vec::new();
@@ -66,7 +66,7 @@ impl Scheduler {
             decoding += 1;
             if is_ready(sequence, admission, context) {
                 // A token drawn less than a pipeline's length ago would hold up the whole step.
-                let soon = admission.pending > 0 && admission.last_step + stages as u64 > draft.step.id;
+                let soon = admission.pending > 0 && admission.last_step + stages as u64 > outline.step.id;
                 if soon { &mut early } else { &mut ready }.push((admission.last_step, *arrival));
             }
         }
@@ -81,74 +81,74 @@ impl Scheduler {
         ready[..turn].sort_unstable_by_key(|(_, arrival)| *arrival);
         ready[turn..].sort_unstable_by_key(|(_, arrival)| *arrival);
         for (_, arrival) in ready {
-            if draft.budget == 0 || draft.entries.len() >= share {
+            if outline.budget == 0 || outline.entries.len() >= share {
                 return;
             }
             if !self.running.contains_key(&arrival) {
                 continue;
             }
-            if self.make_room(arrival, 1, draft.step.id) == 1 {
-                self.add(draft, arrival, 1);
+            if self.make_room(arrival, 1, outline.step.id) == 1 {
+                self.add(outline, arrival, 1);
             } else {
-                draft.blocked = true;
+                outline.blocked = true;
             }
         }
     }
 
     /// What of prompts fits the budget that decodes left: see the module's policy.
-    fn add_prompts(&mut self, draft: &mut Draft) {
+    fn add_prompts(&mut self, outline: &mut Outline) {
         let left =
             self.running.iter().map(|(arrival, (s, a))| (s.ids.len().saturating_sub(a.sent), *arrival)).filter(|(left, _)| *left > 1);
         let mut prompts: Vec<(usize, u64)> = left.collect();
         // A sequence that lacks blocks gets those that come free before any younger one does.
-        let long = prompts.first().is_some_and(|(left, _)| *left > draft.budget) && !self.starved && !draft.blocked;
+        let long = prompts.first().is_some_and(|(left, _)| *left > outline.budget) && !self.starved && !outline.blocked;
         if long {
-            let others = draft.budget / 2;
-            let own = draft.budget - others;
-            draft.budget = others;
-            self.admit(draft);
+            let others = outline.budget / 2;
+            let own = outline.budget - others;
+            outline.budget = others;
+            self.admit(outline);
             prompts[1..].sort_unstable();
-            self.add_prefills(draft, &prompts[1..]);
-            draft.budget += own;
-            self.add_prefills(draft, &prompts[..1]);
+            self.add_prefills(outline, &prompts[1..]);
+            outline.budget += own;
+            self.add_prefills(outline, &prompts[..1]);
         } else {
-            self.add_prefills(draft, &prompts);
-            if !draft.blocked {
-                self.admit(draft);
+            self.add_prefills(outline, &prompts);
+            if !outline.blocked {
+                self.admit(outline);
             }
         }
     }
 
     /// The next chunks of sequences whose prompt is not through.
-    fn add_prefills(&mut self, draft: &mut Draft, prompts: &[(usize, u64)]) {
+    fn add_prefills(&mut self, outline: &mut Outline, prompts: &[(usize, u64)]) {
         for &(_, arrival) in prompts {
-            if draft.budget == 0 || draft.entries.len() >= self.options.limits.max_batch_sequences {
+            if outline.budget == 0 || outline.entries.len() >= self.options.limits.max_batch_sequences {
                 return;
             }
-            let Some(tokens) = self.chunk(arrival, draft.budget) else { continue };
-            let tokens = self.make_room(arrival, tokens, draft.step.id);
+            let Some(tokens) = self.chunk(arrival, outline.budget) else { continue };
+            let tokens = self.make_room(arrival, tokens, outline.step.id);
             if tokens > 0 {
-                self.add(draft, arrival, tokens);
+                self.add(outline, arrival, tokens);
             } else {
-                draft.blocked = true;
+                outline.blocked = true;
             }
         }
     }
 
     /// Takes sequences from the queue, in order, while they fit.
-    fn admit(&mut self, draft: &mut Draft) {
+    fn admit(&mut self, outline: &mut Outline) {
         let limits = &self.options.limits;
         let (most, batch) = (limits.max_batch_sequences * self.options.stages, limits.max_batch_sequences);
-        while draft.budget > 0 && draft.entries.len() < batch && self.running.len() < most {
+        while outline.budget > 0 && outline.entries.len() < batch && self.running.len() < most {
             let Some(arrival) = self.waiting.first_key_value().map(|(arrival, _)| *arrival) else { return };
-            if !self.try_admit(arrival, draft.budget) {
+            if !self.try_admit(arrival, outline.budget) {
                 return;
             }
-            let Some(tokens) = self.chunk(arrival, draft.budget) else { continue };
+            let Some(tokens) = self.chunk(arrival, outline.budget) else { continue };
             let tokens = self.fit(arrival, tokens);
             if tokens > 0 {
                 self.grow(arrival, tokens);
-                self.add(draft, arrival, tokens);
+                self.add(outline, arrival, tokens);
             }
         }
     }
@@ -274,7 +274,7 @@ impl Scheduler {
     }
 
     /// Puts a sequence's next `tokens` tokens into the step.
-    fn add(&mut self, draft: &mut Draft, arrival: u64, tokens: usize) {
+    fn add(&mut self, outline: &mut Outline, arrival: u64, tokens: usize) {
         let (context, encoder) = (self.options.limits.max_context, self.reads_whole());
         let Some((sequence, admission)) = self.running.get_mut(&arrival) else { return };
         let (first, end) = (admission.sent, admission.sent + tokens);
@@ -315,7 +315,7 @@ impl Scheduler {
                 table.announced = table.end();
             }
         }
-        draft.step.sequences.push(SequenceStep {
+        outline.step.sequences.push(SequenceStep {
             sequence: admission.id,
             first_position: first as u32,
             input,
@@ -325,10 +325,10 @@ impl Scheduler {
             adapter: sequence.slot,
             second: sequence.submission.second,
         });
-        draft.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
-        draft.budget -= tokens;
+        outline.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
+        outline.budget -= tokens;
         admission.sent = end;
-        admission.last_step = draft.step.id;
+        admission.last_step = outline.step.id;
     }
 
     /// With nothing in flight and nothing to send, the oldest sequence needs more blocks than there are. Returns whether there
