@@ -82,7 +82,7 @@ impl ReplicaLimits {
     }
 }
 
-/// Settings of the API that are not the engine's.
+/// Settings that routers follow and workers know nothing of.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServingSettings {
     /// Chat template that replaces the model's own.
@@ -95,6 +95,8 @@ pub struct ServingSettings {
     pub queue_requests: usize,
     /// Longest wait in seconds.
     pub queue_seconds: u64,
+    /// Most tokens drafted for a sequence in a step by looking up where its last ones stood before; 0: none. Drafts change no token.
+    pub prompt_lookup: usize,
     /// What happens to requests while there is no replica; `None` refuses them, since nothing would wake one.
     pub hold: Option<HoldSettings>,
     /// Why there are no replicas, where none are wanted and no request changes that.

@@ -20,6 +20,9 @@
 //! - **Admission** is by arrival, when there are blocks for the whole prompt; a prompt whose next block another sequence is
 //!   just computing waits for it. While a running sequence lacks blocks, none is admitted.
 //! - **Encoders** have no KV cache: a sequence is in one step, whole, and waits for one with room for it.
+//! - **Drafts** ([`Scheduler::set_prompt_lookup`]): where a sequence repeats itself, ids that are guessed to come next are verified in one
+//!   step, while rows are few and no prompt has work. A sequence waits for its token then, and with one stage the others with it.
+//!   Drafts take no block that another sequence lacks, and draw no token that would not have been drawn.
 //! - **Blocks that run out** are taken from the youngest sequence. It keeps its place in the queue and goes on later from
 //!   prompt and emitted ids.
 //!
@@ -32,11 +35,13 @@
 mod batch;
 mod blocks;
 mod completion;
+mod lookup;
 mod prefix;
 mod sequence;
 mod sizes;
 #[cfg(test)]
 mod tests;
+mod worth;
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
@@ -138,6 +143,12 @@ pub struct Counters {
     pub prefix_hit_tokens: u64,
     /// Sequences sent back to the queue.
     pub preemptions: u64,
+    /// Times that drafts of a sequence were verified.
+    pub drafts: u64,
+    /// Tokens in them.
+    pub draft_tokens: u64,
+    /// Those that were what was drawn.
+    pub accepted_tokens: u64,
     /// Steps made, by size.
     pub sizes: StepSizes,
 }
@@ -151,6 +162,9 @@ impl std::ops::Add for Counters {
             prefix_query_tokens: self.prefix_query_tokens + other.prefix_query_tokens,
             prefix_hit_tokens: self.prefix_hit_tokens + other.prefix_hit_tokens,
             preemptions: self.preemptions + other.preemptions,
+            drafts: self.drafts + other.drafts,
+            draft_tokens: self.draft_tokens + other.draft_tokens,
+            accepted_tokens: self.accepted_tokens + other.accepted_tokens,
             sizes: self.sizes + other.sizes,
         }
     }
@@ -178,6 +192,8 @@ pub struct Scheduler {
     computing: HashMap<BlockHash, SequenceId>,
     /// In the last step a running sequence found no block.
     starved: bool,
+    /// Most tokens drafted for a sequence in a step; 0: none.
+    prompt_lookup: usize,
     events: Vec<Event>,
     counters: Counters,
 }
@@ -196,12 +212,14 @@ struct StepRecord {
 struct Entry {
     arrival: u64,
     sequence: SequenceId,
-    /// One past the last position of its input.
+    /// One past the last position of its input that is no draft.
     end: usize,
     /// Results before the draw, in order.
     results: Vec<Purpose>,
-    /// Whether a token is drawn at the last input token.
+    /// Whether a token is drawn at the last input token, and at each draft behind it.
     draws: bool,
+    /// Ids that are guessed to follow, which were run too.
+    drafts: Vec<TokenId>,
 }
 
 /// Where a result goes.
@@ -238,6 +256,7 @@ impl Scheduler {
             in_flight: VecDeque::new(),
             computing: HashMap::new(),
             starved: false,
+            prompt_lookup: 0,
             events: Vec::new(),
             counters: Counters::default(),
         }
@@ -283,6 +302,11 @@ impl Scheduler {
         self.tickets.insert(ticket, self.arrivals);
         self.waiting.insert(self.arrivals, Sequence::new(ticket, submission, slot, &self.options.revision));
         Ok(())
+    }
+
+    /// From now on at most `most` tokens of a sequence are drafted in a step; 0 (what it begins with): none. Drafts change no token.
+    pub fn set_prompt_lookup(&mut self, most: usize) {
+        self.prompt_lookup = most;
     }
 
     /// The workers have an adapter in `slot`, from 1 on: sequences may name it by its numerics id.
@@ -371,7 +395,7 @@ impl Scheduler {
             pool.check(&held).map_err(|e| format!("group {g}: {e}"))?;
             for (arrival, (_, admission)) in &self.running {
                 let table = &admission.tables[g];
-                let written = admission.sent / BLOCK_TOKENS;
+                let written = (admission.sent - admission.drafted) / BLOCK_TOKENS;
                 for entry in table.first.max(written)..table.end() {
                     let block = table.blocks[entry - table.first];
                     if held.get(&block).copied().unwrap_or(0) != 1 {

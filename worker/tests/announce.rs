@@ -27,6 +27,7 @@ async fn router(workers: &[Running]) -> (Edge, String) {
         policy: RoutingPolicy::default(),
         queue_requests: 1,
         queue_seconds: 1,
+        prompt_lookup: 0,
         hold: None,
         stopped: None,
     };

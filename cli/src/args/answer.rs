@@ -54,6 +54,9 @@ pub(crate) struct RunArgs {
     /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) context: Option<NonZeroUsize>,
+    /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
+    pub(crate) prompt_lookup: Option<u32>,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }
@@ -159,6 +162,9 @@ pub(crate) struct ServeArgs {
     /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) context: Option<NonZeroUsize>,
+    /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
+    pub(crate) prompt_lookup: Option<u32>,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }

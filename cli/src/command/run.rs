@@ -53,7 +53,8 @@ pub(crate) async fn run(global: &Global, args: RunArgs, stop: &Stop) -> Outcome 
         };
         let planned = deployment::plans(global, &target, adapters, &args.placement, args.context.map(Into::into)).await?;
         // One copy answers one person.
-        let planned = Planned { replicas: 1, ..choose(planned, args.deployment.as_deref())? };
+        let mut planned = Planned { replicas: 1, ..choose(planned, args.deployment.as_deref())? };
+        planned.look_up(args.prompt_lookup);
         called(&planned, adapted.as_ref())?;
         if fleet::workers(&planned.plan) > 1 {
             output::status(global.quiet, "Starting", &fleet::summary(&planned));

@@ -46,6 +46,13 @@ pub(crate) struct Planned {
     pub(crate) numerics: String,
 }
 
+impl Planned {
+    /// Drafts as the command line says, where it says anything.
+    pub(crate) fn look_up(&mut self, most: Option<u32>) {
+        self.serving.prompt_lookup = most.map_or(self.serving.prompt_lookup, |most| most as usize);
+    }
+}
+
 /// Opens and plans what `target` names; `adapters` are those of a model that no manifest describes. A plan that does not fit is not an error yet.
 ///
 /// # Errors
@@ -207,6 +214,7 @@ pub(crate) fn serving() -> ServingSettings {
         policy: RoutingPolicy::default(),
         queue_requests: QUEUE_REQUESTS,
         queue_seconds: QUEUE_SECONDS,
+        prompt_lookup: 0,
         hold: None,
         stopped: None,
     }

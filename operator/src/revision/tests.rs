@@ -28,6 +28,7 @@ fn a_revision_is_what_decides_workers() {
         changed(|s| s["rollout"] = json!({ "strategy": "Recreate", "paused": true })),
         changed(|s| s["suspend"] = json!(true)),
         changed(|s| s["model"]["aliases"] = json!(["other"])),
+        changed(|s| s["engine"] = json!({ "draft": { "promptLookup": 8 } })),
     ] {
         assert_eq!(revision(&same).name, one.name, "{same}");
     }

@@ -289,9 +289,9 @@ impl Manifest {
         planner::plan(&planner::Spec { adapters, ..self.planner_spec() }, header, capacity)
     }
 
-    /// Settings of the API.
+    /// Settings of its routers.
     pub fn serving(&self) -> ServingSettings {
-        let DeploymentSpec { chat, router, autoscaling, suspend, replicas, .. } = &self.deployment.spec;
+        let DeploymentSpec { chat, engine, router, autoscaling, suspend, replicas, .. } = &self.deployment.spec;
         let stopped = match autoscaling.mode {
             _ if *suspend => Some(Stopped::Suspended),
             AutoscalingMode::Disabled if *replicas == 0 => Some(Stopped::ScaledToZero),
@@ -303,6 +303,7 @@ impl Manifest {
             policy: router.policy,
             queue_requests: router.queue.max_requests as usize,
             queue_seconds: router.queue.timeout_seconds.into(),
+            prompt_lookup: engine.draft.prompt_lookup as usize,
             hold: autoscaling.hold().filter(|_| stopped.is_none()),
             stopped,
         }

@@ -31,6 +31,7 @@ fn six_lines_are_enough() {
     assert!(m.spec().engine.kv_cache.prefix_caching);
     let serving = m.serving();
     assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::PrefixAware, 1000, 60));
+    assert_eq!(serving.prompt_lookup, 0, "what guesses is asked for");
 }
 
 #[test]
@@ -52,6 +53,7 @@ fn every_field_has_an_effect() {
     maxBatchSequences: 5
     maxBatchTokens: 6
     kvCache: {{blockTokens: 16, memory: 1Gi, prefixCaching: false, dtype: F32}}
+    draft: {{promptLookup: 9}}
   parallelism:
     pipeline: 2
     tensor: 3
@@ -92,6 +94,7 @@ fn every_field_has_an_effect() {
     let serving = m.serving();
     assert_eq!((serving.chat_template, serving.system_prompt.as_deref()), (Some(ChatTemplate::Gemma), Some("be brief")));
     assert_eq!((serving.policy, serving.queue_requests, serving.queue_seconds), (RoutingPolicy::RoundRobin, 7, 8));
+    assert_eq!(serving.prompt_lookup, 9);
     assert!(!m.spec().engine.kv_cache.prefix_caching);
     let rollout = &m.spec().rollout;
     assert_eq!((rollout.strategy, rollout.bounds(5), rollout.paused), (RolloutStrategy::RollingUpdate, (2, 1), true));
@@ -139,6 +142,7 @@ fn errors_name_line_column_field_and_expectation() {
         ("  engine: {maxContextTokens: 4294967296}\n", &["m.yaml:8:30", "spec.engine.maxContextTokens", "4294967296"]),
         ("  engine: {maxContextTokens: 1.5}\n", &["spec.engine.maxContextTokens", "whole number", "1.5"]),
         ("  engine: {maxContextTokens: true}\n", &["spec.engine.maxContextTokens", "whole number", "true"]),
+        ("  engine: {draft: {promptLookup: 17}}\n", &["spec.engine.draft.promptLookup", "expected 0 to 16, got 17"]),
         ("  engine: {kvCache: {prefixCaching: yes}}\n", &["spec.engine.kvCache.prefixCaching", "true or false", "\"yes\""]),
         ("  rollout: {maxSurge: 2}\n", &["m.yaml:8:23", "spec.rollout.maxSurge", "strategy RollingUpdate", "Auto"]),
         ("  rollout: {strategy: RollingUpdate, maxSurge: 0}\n", &["spec.rollout", "maxSurge or maxUnavailable above 0"]),
@@ -306,7 +310,7 @@ fn fields_that_are_not_there_yet_say_so() {
         "model.caBundleRef",
         "model.tokenizerURI",
         "chat.defaults",
-        "engine.draft",
+        "engine.draft.model",
         "rollout.partition",
         "rollout.canary",
         "recovery.policy",

@@ -28,7 +28,7 @@ const LATER: [&str; 35] = [
     "spec.model.caBundleRef",
     "spec.model.tokenizerURI",
     "spec.chat.defaults",
-    "spec.engine.draft",
+    "spec.engine.draft.model",
     "spec.autoscaling.behavior.schedules",
     "spec.autoscaling.coldStart.progressEvents",
     "spec.rollout.partition",

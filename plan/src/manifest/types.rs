@@ -298,6 +298,19 @@ pub struct EngineSpec {
     pub quantization: QuantizationChoice,
     /// The KV cache.
     pub kv_cache: KvCacheSpec,
+    /// Tokens that are guessed and verified several at a time. Which tokens come out does not depend on it.
+    pub draft: DraftSpec,
+}
+
+/// How tokens are guessed.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", default, deny_unknown_fields)]
+pub struct DraftSpec {
+    /// Most tokens of a sequence guessed in a step, from where its last ones stood before; 0, the default, guesses none. It helps where
+    /// answers repeat the prompt or themselves (edits, summaries, code), and takes effect without a rollout.
+    #[cfg_attr(feature = "schema", schemars(range(max = 16)))]
+    pub prompt_lookup: u32,
 }
 
 /// Type that weights are converted to as they are loaded.

@@ -34,6 +34,8 @@ const MAX_WORKERS: u32 = 1024;
 /// Upper bounds that only keep sizes within reason.
 const MAX_CONTEXT: u32 = 1 << 27;
 const MAX_BATCH: u32 = 1 << 16;
+/// Most tokens drafted in a step.
+const MAX_LOOKUP: u32 = 16;
 
 /// Checks every field against its range.
 pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
@@ -61,6 +63,7 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
         ("spec.engine.maxContextTokens", engine.max_context_tokens, 1, MAX_CONTEXT),
         ("spec.engine.maxBatchSequences", engine.max_batch_sequences, 1, MAX_BATCH),
         ("spec.engine.maxBatchTokens", engine.max_batch_tokens, 1, MAX_BATCH),
+        ("spec.engine.draft.promptLookup", Some(engine.draft.prompt_lookup), 0, MAX_LOOKUP),
         ("spec.parallelism.pipeline", Some(parallelism.pipeline), 1, 256),
         ("spec.parallelism.tensor", Some(parallelism.tensor), 1, 64),
         ("spec.replicas", Some(spec.replicas), 0, 1000),

@@ -120,6 +120,7 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
             policy: policy.to_owned(),
             queue_requests: d.serving.queue_requests as u32,
             queue_seconds: d.serving.queue_seconds,
+            prompt_lookup: d.serving.prompt_lookup as u32,
             hold: d.serving.hold.map(|h| wire::Hold { requests: h.requests as u32, seconds: h.seconds }),
             stopped: match d.serving.stopped {
                 None => String::new(),
@@ -183,6 +184,7 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
             policy,
             queue_requests: serving.queue_requests as usize,
             queue_seconds: serving.queue_seconds,
+            prompt_lookup: serving.prompt_lookup as usize,
             hold: serving.hold.map(|h| HoldSettings { requests: h.requests as usize, seconds: h.seconds }),
             stopped,
         },

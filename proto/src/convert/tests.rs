@@ -254,6 +254,7 @@ fn stopped_fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dty
             policy,
             queue_requests: 7,
             queue_seconds: 8,
+            prompt_lookup: 12,
             hold: Some(HoldSettings { requests: 9, seconds: 10 }),
             stopped,
         },

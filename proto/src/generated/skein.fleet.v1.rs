@@ -98,6 +98,9 @@ pub struct Serving {
     /// Why there are no replicas, where none are wanted and no request changes that: suspended or scaled-to-zero; else empty.
     #[prost(string, tag = "8")]
     pub stopped: ::prost::alloc::string::String,
+    /// Most tokens drafted for a sequence in a step by looking up where its last ones stood before; 0: none.
+    #[prost(uint32, tag = "9")]
+    pub prompt_lookup: u32,
     #[prost(oneof = "serving::ChatTemplate", tags = "1, 2")]
     pub chat_template: ::core::option::Option<serving::ChatTemplate>,
 }

@@ -251,10 +251,13 @@ impl Collector for Loads {
             }
         }
         type Count = fn(&DeploymentLoad) -> u64;
-        let counters: [(&str, &str, Count); 9] = [
+        let counters: [(&str, &str, Count); 12] = [
             ("vllm:prompt_tokens", "Prompt tokens processed or found in the cache", |l| l.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens emitted", |l| l.tokens_total),
             ("vllm:num_preemptions", "Sequences put back into the queue because blocks ran out", |l| l.preemptions_total),
+            ("vllm:spec_decode_num_drafts", "Times that drafts of a sequence were verified", |l| l.drafts_total),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens in drafts", |l| l.draft_tokens_total),
+            ("vllm:spec_decode_num_accepted_tokens", "Drafted tokens that were what was drawn", |l| l.accepted_tokens_total),
             ("vllm:prefix_cache_queries", "Tokens looked up in the prefix cache", |l| l.prefix_query_tokens_total),
             ("vllm:prefix_cache_hits", "Tokens found in the prefix cache", |l| l.prefix_hit_tokens_total),
             ("vllm:gpu_prefix_cache_queries", "Older name of vllm:prefix_cache_queries", |l| l.prefix_query_tokens_total),

@@ -64,6 +64,7 @@ fn state(number: u64) -> FleetState {
         policy: RoutingPolicy::default(),
         queue_requests: 1,
         queue_seconds: 1,
+        prompt_lookup: 0,
         hold: None,
         stopped: None,
     };

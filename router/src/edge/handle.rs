@@ -276,6 +276,9 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         load.prefix_query_tokens_total += counters.prefix_query_tokens;
         load.prefix_hit_tokens_total += counters.prefix_hit_tokens;
         load.preemptions_total += counters.preemptions;
+        load.drafts_total += counters.drafts;
+        load.draft_tokens_total += counters.draft_tokens;
+        load.accepted_tokens_total += counters.accepted_tokens;
         load.step_sizes = load.step_sizes + counters.sizes;
     }
     load

@@ -56,6 +56,12 @@ pub struct DeploymentLoad {
     pub prefix_hit_tokens_total: u64,
     /// Sequences put back into the queue because blocks ran out.
     pub preemptions_total: u64,
+    /// Times that drafts of a sequence were verified.
+    pub drafts_total: u64,
+    /// Tokens in drafts.
+    pub draft_tokens_total: u64,
+    /// Drafted tokens that were what was drawn.
+    pub accepted_tokens_total: u64,
     /// Streams that went on after their replica was lost or drained.
     pub resumed_total: u64,
     /// Requests refused because the queue was full.

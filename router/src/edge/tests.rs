@@ -1,6 +1,7 @@
 //! Streams through an edge over simulated replicas, in virtual time.
 
 mod adapters;
+mod drafts;
 mod hold;
 
 use std::{sync::Arc, time::Duration};
@@ -16,7 +17,7 @@ use tokio::sync::watch;
 use super::*;
 use crate::replica::simulated::{CostModel, Fault, SimulatedConnector, SimulatedModel};
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0, period: 0 };
 const COST: CostModel = CostModel { step: Duration::from_millis(5), token: Duration::from_micros(50) };
 
 struct World {
@@ -61,6 +62,7 @@ fn state(replicas: &[FleetReplica]) -> FleetState {
             policy: RoutingPolicy::PrefixAware,
             queue_requests: 64,
             queue_seconds: 30,
+            prompt_lookup: 0,
             hold: None,
             stopped: None,
         },
@@ -71,7 +73,11 @@ fn state(replicas: &[FleetReplica]) -> FleetState {
 }
 
 fn world(state: FleetState) -> World {
-    let connector = Arc::new(SimulatedConnector::new(MODEL, 2, COST, Arc::new(ModelCard::default())));
+    world_of(MODEL, state)
+}
+
+fn world_of(model: SimulatedModel, state: FleetState) -> World {
+    let connector = Arc::new(SimulatedConnector::new(model, 2, COST, Arc::new(ModelCard::default())));
     let (fleet, receiver) = watch::channel(state);
     let options = EdgeOptions { connector: connector.clone(), resume: Duration::from_secs(10), deadline: None };
     World { edge: Edge::start(receiver, options), fleet, connector }

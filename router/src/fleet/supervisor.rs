@@ -114,6 +114,7 @@ impl Supervisor {
                 let member = self.member(replica, &spec.drivers, old.and_then(|d| d.members.iter().find(|m| m.spec.name == replica.name)));
                 if let Driver::Here(owner) = &member.driver {
                     kept.push(replica.name.clone());
+                    owner.set_prompt_lookup(spec.serving.prompt_lookup);
                     owner.want(spec.adapters.iter().map(|adapter| adapter.source.clone()).collect());
                 }
                 Arc::new(member)

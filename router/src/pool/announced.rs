@@ -119,6 +119,7 @@ mod tests {
             policy: RoutingPolicy::default(),
             queue_requests: 1,
             queue_seconds: 1,
+            prompt_lookup: 0,
             hold: None,
             stopped: None,
         };

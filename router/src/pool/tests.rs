@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0, period: 0 };
 /// Slow enough to look at streams in their midst.
 const COST: CostModel = CostModel { step: Duration::from_millis(4), token: Duration::ZERO };
 /// What anything but a dead router takes; far more than it should, on a busy machine.
@@ -94,6 +94,7 @@ fn state(number: u64, routers: &[(&str, SocketAddr)]) -> FleetState {
             policy: RoutingPolicy::LeastLoad,
             queue_requests: 64,
             queue_seconds: 30,
+            prompt_lookup: 0,
             hold: None,
             stopped: None,
         },

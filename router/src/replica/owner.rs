@@ -72,6 +72,8 @@ pub(crate) struct Owner {
     prefixes: Mutex<Prefixes>,
     /// Adapters that its workers are to have.
     wanted: Mutex<Vec<AdapterSource>>,
+    /// Most tokens drafted for a sequence in a step.
+    prompt_lookup: AtomicUsize,
     /// How they are doing in the present session, by numerics id.
     present: Mutex<HashMap<String, Presence>>,
 }
@@ -92,6 +94,7 @@ impl Owner {
             counters: Mutex::default(),
             prefixes: Mutex::default(),
             wanted: Mutex::default(),
+            prompt_lookup: AtomicUsize::new(0),
             present: Mutex::default(),
         }
     }
@@ -164,6 +167,11 @@ impl Owner {
             drop(wanted);
             self.wake.notify_one();
         }
+    }
+
+    /// Says how many tokens are drafted at most for a sequence in a step, from the next step on.
+    pub(crate) fn set_prompt_lookup(&self, most: usize) {
+        self.prompt_lookup.store(most, Ordering::Relaxed);
     }
 
     /// How an adapter is doing here.
@@ -299,6 +307,7 @@ impl Run<'_> {
             for command in owner.take() {
                 self.obey(command);
             }
+            self.scheduler.set_prompt_lookup(owner.prompt_lookup.load(Ordering::Relaxed));
             while let Some(step) = self.scheduler.next_step() {
                 if self.session.steps.try_send(step).is_err() {
                     return Some(self.closing_error().await);

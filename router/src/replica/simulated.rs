@@ -23,6 +23,8 @@ pub struct SimulatedModel {
     pub vocab: u32,
     /// Labels, where it is an encoder that classifies.
     pub labels: u32,
+    /// Its text repeats itself after so many tokens, but for one token in sixteen; 0: it does not.
+    pub period: u32,
 }
 
 impl SimulatedModel {
@@ -60,7 +62,9 @@ impl SimulatedModel {
             early && sampling.suppress.contains(&id) || sampling.logit_bias.iter().any(|(of, bias)| *of == id && *bias <= -100.0)
         };
         let forced = sampling.logit_bias.iter().find(|(id, bias)| *bias >= 100.0 && !barred(*id));
-        let mut id = forced.map_or_else(|| (mix(state ^ key) % u64::from(self.vocab)) as TokenId, |(id, _)| *id);
+        let free = mix(state ^ key);
+        let next = if self.period > 0 && free >> 60 > 0 { mix(u64::from((position + 1) % self.period)) } else { free };
+        let mut id = forced.map_or_else(|| (next % u64::from(self.vocab)) as TokenId, |(id, _)| *id);
         while barred(id) {
             id = (id + 1) % self.vocab;
         }
@@ -321,6 +325,9 @@ impl SimulatedEngine {
     fn compute(&mut self, step: u64, part: &SequenceStep, outputs: &mut Vec<Output>) -> Result<(), String> {
         let id = part.sequence;
         let tracked = self.sequences.get_mut(&id).ok_or_else(|| format!("sequence {id} never began"))?;
+        // Where drafts are verified: the positions that count, up to the first draw that is not the draft behind it.
+        let drafting = part.wants.iter().filter(|want| want.kind == WantKind::Sample).count() > 1;
+        let mut accepted = None;
         for want in &part.wants {
             let position = part.first_position + want.offset;
             let state = *tracked.states.get(position as usize + 1).ok_or_else(|| format!("sequence {id} wants behind its input"))?;
@@ -329,6 +336,10 @@ impl SimulatedEngine {
                     let emitted = position + 1 - tracked.prompt_len;
                     let token = self.model.draw(state, &tracked.sampling, position, emitted);
                     tracked.drawn.insert(step, token);
+                    let follows = tracked.states.get(position as usize + 2) == Some(&SimulatedModel::advance(state, token));
+                    if drafting && accepted.is_none() && !follows {
+                        accepted = Some(position as usize + 1);
+                    }
                     let logprobs = tracked.sampling.logprobs.map(|top| self.model.logprobs(state, token, top));
                     OutputValue::Token { id: token, logprobs }
                 }
@@ -340,6 +351,10 @@ impl SimulatedEngine {
                 },
             };
             outputs.push(Output { sequence: id, position, value });
+        }
+        if let Some(end) = accepted {
+            // The sequence goes on there, whatever its owner makes of the draws.
+            tracked.states.truncate(end + 1);
         }
         Ok(())
     }

@@ -2,12 +2,13 @@
 
 use plan::{
     shard::BLOCK_TOKENS,
-    step::{Begin, Input, SequenceStep, Step, TableChange, Want, WantKind},
+    step::{Begin, Input, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
 };
 
 use super::{
     Admission, Entry, Event, EventKind, Purpose, Scheduler, Sequence, StepRecord, Table,
     prefix::{first_needed, longest_hit},
+    worth::{ROWS, Worth},
 };
 
 /// Fewest tokens that a prompt is cut into for the sake of a pipeline: below this the products get slower than the pipeline gains.
@@ -70,10 +71,15 @@ impl Scheduler {
                 if soon { &mut early } else { &mut ready }.push((admission.last_step, *arrival));
             }
         }
+        let share = usize::div_ceil(decoding, stages).min(self.options.limits.max_batch_sequences);
+        let mut worth = self.may_draft(decoding, share).then(|| Worth::of(share));
+        if let Some(worth) = worth {
+            self.hold_for_drafts(worth, &mut ready);
+            self.hold_for_drafts(worth, &mut early);
+        }
         if ready.is_empty() {
             ready = early;
         }
-        let share = usize::div_ceil(decoding, stages).min(self.options.limits.max_batch_sequences);
         ready.sort_unstable();
         // The oldest of them first: blocks that run out are taken from the youngest, which are not in the step yet. Those behind
         // the share step in for what finds no block.
@@ -88,11 +94,54 @@ impl Scheduler {
                 continue;
             }
             if self.make_room(arrival, 1, outline.step.id) == 1 {
-                self.add(outline, arrival, 1);
+                let others = turn.saturating_sub(outline.entries.len());
+                let drafts = match &mut worth {
+                    Some(worth) => self.draft(arrival, worth, outline.budget.saturating_sub(others.max(1))),
+                    None => Vec::new(),
+                };
+                self.add(outline, arrival, 1, drafts);
             } else {
                 outline.blocked = true;
             }
         }
+    }
+
+    /// Whether drafts may be in a step for `share` of all `decoding` sequences: none take the place of a prompt, or of what a prompt waits for.
+    fn may_draft(&self, decoding: usize, share: usize) -> bool {
+        self.prompt_lookup > 0 && share < ROWS && decoding == self.running.len() && self.waiting.is_empty()
+    }
+
+    /// Takes out of `ready` those that rather wait for the token being drawn, since drafts can only follow one that is known. With one stage
+    /// all others wait with them, and read the weights together.
+    fn hold_for_drafts(&self, worth: Worth, ready: &mut Vec<(u64, u64)>) {
+        let drawing = |arrival: &u64| self.running.get(arrival).filter(|(_, admission)| admission.pending > 0);
+        let waits = |arrival: &u64| {
+            let trust = drawing(arrival).and_then(|(sequence, _)| sequence.lookup.trust(&sequence.ids));
+            trust.is_some_and(|trust| worth.repays_waiting(trust, self.prompt_lookup))
+        };
+        let together = self.options.stages == 1
+            && (self.running.values().any(|(_, admission)| admission.drafted > 0) || ready.iter().any(|(_, arrival)| waits(arrival)));
+        ready.retain(|(_, arrival)| if together { drawing(arrival).is_none() } else { !waits(arrival) });
+    }
+
+    /// Drafts that follow a sequence's next token, at most `most`; allocates their blocks.
+    fn draft(&mut self, arrival: u64, worth: &mut Worth, most: usize) -> Vec<TokenId> {
+        let (context, sequences) = (self.options.limits.max_context, self.running.len());
+        let Some((sequence, admission)) = self.running.get(&arrival) else { return Vec::new() };
+        let Some(trust) = sequence.lookup.trust(&sequence.ids).filter(|_| admission.sent + 1 == sequence.ids.len()) else {
+            return Vec::new();
+        };
+        // Behind the last draft one more token is drawn.
+        let room = sequence.room(0, context).saturating_sub(1);
+        let most = most.min(self.prompt_lookup).min(room).min(sequence.submission.chunk.map_or(usize::MAX, |most| most.saturating_sub(1)));
+        // A block more only where every sequence could have one.
+        let held = |(table, pool): (&Table, &super::BlockPool)| {
+            (table.end() + usize::from(pool.available() > sequences)) * BLOCK_TOKENS - (admission.sent + 1)
+        };
+        let most = admission.tables.iter().zip(&self.pools).map(held).fold(most, usize::min);
+        let drafts = sequence.lookup.guess(&sequence.ids, worth.add(trust, most));
+        self.grow(arrival, 1 + drafts.len());
+        drafts
     }
 
     /// What of prompts fits the budget that decodes left: see the module's policy.
@@ -128,7 +177,7 @@ impl Scheduler {
             let Some(tokens) = self.chunk(arrival, outline.budget) else { continue };
             let tokens = self.make_room(arrival, tokens, outline.step.id);
             if tokens > 0 {
-                self.add(outline, arrival, tokens);
+                self.add(outline, arrival, tokens, Vec::new());
             } else {
                 outline.blocked = true;
             }
@@ -148,7 +197,7 @@ impl Scheduler {
             let tokens = self.fit(arrival, tokens);
             if tokens > 0 {
                 self.grow(arrival, tokens);
-                self.add(outline, arrival, tokens);
+                self.add(outline, arrival, tokens, Vec::new());
             }
         }
     }
@@ -216,7 +265,7 @@ impl Scheduler {
             }
             self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Started });
         }
-        let admission = Admission { id, tables, sent, confirmed: sent, hashed: hit, begun: false, pending: 0, last_step: 0 };
+        let admission = Admission { id, tables, sent, confirmed: sent, hashed: hit, begun: false, pending: 0, drafted: 0, last_step: 0 };
         self.running.insert(arrival, (sequence, admission));
         true
     }
@@ -273,16 +322,16 @@ impl Scheduler {
         }
     }
 
-    /// Puts a sequence's next `tokens` tokens into the step.
-    fn add(&mut self, outline: &mut Outline, arrival: u64, tokens: usize) {
+    /// Puts a sequence's next `tokens` tokens into the step, and drafts behind them.
+    fn add(&mut self, outline: &mut Outline, arrival: u64, tokens: usize, drafts: Vec<TokenId>) {
         let (context, encoder) = (self.options.limits.max_context, self.reads_whole());
         let Some((sequence, admission)) = self.running.get_mut(&arrival) else { return };
         let (first, end) = (admission.sent, admission.sent + tokens);
         let known = sequence.ids.len();
         let input = if first < known {
-            Input::Ids(sequence.ids[first..end].to_vec())
+            Input::Ids([&sequence.ids[first..end], &drafts].concat())
         } else {
-            Input::Sampled { step: admission.last_step, drafts: Vec::new() }
+            Input::Sampled { step: admission.last_step, drafts: drafts.clone() }
         };
         let (mut wants, mut results) = (Vec::new(), Vec::new());
         if first < sequence.submission.prompt.len() {
@@ -295,7 +344,7 @@ impl Scheduler {
                 wants.push(Want { offset, kind: WantKind::Logits });
                 results.push(Purpose::Logits);
             }
-            wants.push(Want { offset, kind: WantKind::Sample });
+            wants.extend((0..=drafts.len() as u32).map(|draft| Want { offset: offset + draft, kind: WantKind::Sample }));
             admission.pending += 1;
         }
         let begin = (!admission.begun && !encoder).then(|| {
@@ -325,9 +374,10 @@ impl Scheduler {
             adapter: sequence.slot,
             second: sequence.submission.second,
         });
-        outline.entries.push(Entry { arrival, sequence: admission.id, end, results, draws });
-        outline.budget -= tokens;
-        admission.sent = end;
+        outline.budget -= tokens + drafts.len();
+        admission.sent = end + drafts.len();
+        admission.drafted = drafts.len();
+        outline.entries.push(Entry { arrival, sequence: admission.id, end, results, draws, drafts });
         admission.last_step = outline.step.id;
     }
 

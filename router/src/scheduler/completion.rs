@@ -5,7 +5,9 @@ use plan::{
     step::{Output, OutputValue},
 };
 
-use super::{Entry, Event, EventKind, Purpose, ReplyError, Scheduler, prefix::first_needed};
+use super::{
+    Entry, Event, EventKind, Purpose, ReplyError, Scheduler, blocks::BlockPool, prefix::first_needed, sequence::Admission, worth::ROWS,
+};
 use crate::edge::FinishReason;
 
 impl Scheduler {
@@ -23,7 +25,7 @@ impl Scheduler {
         };
         let mut outputs = outputs.into_iter().peekable();
         for entry in record.entries {
-            let mut own = Vec::with_capacity(entry.results.len() + usize::from(entry.draws));
+            let mut own = Vec::with_capacity(entry.wanted());
             while let Some(output) = outputs.next_if(|o| o.sequence == entry.sequence) {
                 own.push(output);
             }
@@ -49,13 +51,14 @@ impl Scheduler {
             self.fail(entry.arrival, message);
             return Ok(());
         }
-        let wanted = entry.results.len() + usize::from(entry.draws);
+        let wanted = entry.wanted();
         if outputs.len() != wanted {
             let detail = format!("{} results for sequence {}, expected {wanted}", outputs.len(), entry.sequence);
             return Err(ReplyError::Outputs { step, detail });
         }
+        let running = self.running.len();
         let Some((sequence, admission)) = self.running.get_mut(&entry.arrival) else { return Ok(()) };
-        let mut drawn = None;
+        let mut drawn = Vec::new();
         for (i, output) in outputs.into_iter().enumerate() {
             match (entry.results.get(i), output.value) {
                 (Some(Purpose::Score), OutputValue::Score(logprobs)) => sequence.scores.push(logprobs),
@@ -68,7 +71,7 @@ impl Scheduler {
                     let output = Output { value, ..output };
                     self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Output(output) });
                 }
-                (None, OutputValue::Token { id, logprobs }) => drawn = Some((id, logprobs)),
+                (None, OutputValue::Token { id, logprobs }) => drawn.push((id, logprobs)),
                 _ => {
                     let detail = format!("result {i} of sequence {} is of another kind than wanted", entry.sequence);
                     return Err(ReplyError::Outputs { step, detail });
@@ -82,14 +85,33 @@ impl Scheduler {
             self.events.push(Event { ticket: sequence.ticket, kind });
         }
         let mut end = None;
-        if let Some((id, logprobs)) = drawn {
+        if entry.draws {
             admission.pending -= 1;
-            sequence.ids.push(id);
-            self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Token { id, logprobs } });
-            if sequence.submission.end_ids.contains(&id) {
-                end = Some(FinishReason::Stop);
-            } else if sequence.room(0, self.options.limits.max_context) == 0 {
-                end = Some(FinishReason::Length);
+            let before = sequence.ids.len();
+            // What was drawn counts up to the first token that is not the draft behind it: those after it were drawn of another text.
+            let mut drafts = entry.drafts.iter();
+            for (id, logprobs) in drawn {
+                sequence.ids.push(id);
+                self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Token { id, logprobs } });
+                if sequence.submission.end_ids.contains(&id) {
+                    end = Some(FinishReason::Stop);
+                } else if sequence.room(0, self.options.limits.max_context) == 0 {
+                    end = Some(FinishReason::Length);
+                }
+                if end.is_some() || drafts.next() != Some(&id) {
+                    break;
+                }
+            }
+            if !entry.drafts.is_empty() {
+                let accepted = sequence.ids.len() - before - 1;
+                admission.go_back(entry.end + accepted, &mut self.pools);
+                self.counters.drafts += 1;
+                self.counters.draft_tokens += entry.drafts.len() as u64;
+                self.counters.accepted_tokens += accepted as u64;
+            }
+            // All logits at each draft would be many bytes for what may be refused.
+            if self.prompt_lookup > 0 && end.is_none() && running < ROWS * self.options.stages && !sequence.submission.logits {
+                sequence.lookup.follow(&sequence.ids);
             }
         } else if entry.end == sequence.ids.len() && admission.pending == 0 {
             end = Some(FinishReason::Length);
@@ -130,6 +152,29 @@ impl Scheduler {
                 table.first += 1;
                 pool.release(block);
             }
+        }
+    }
+}
+
+impl Entry {
+    /// Number of results.
+    fn wanted(&self) -> usize {
+        self.results.len() + if self.draws { 1 + self.drafts.len() } else { 0 }
+    }
+}
+
+impl Admission {
+    /// Goes on at `position` after the step with its drafts. Those behind were refused: their entries are overwritten, and blocks that held
+    /// nothing else are given back.
+    fn go_back(&mut self, position: usize, pools: &mut [BlockPool]) {
+        (self.sent, self.confirmed, self.drafted) = (position, position, 0);
+        let end = (position + 1).div_ceil(BLOCK_TOKENS);
+        for (table, pool) in self.tables.iter_mut().zip(pools) {
+            while table.end() > end {
+                let Some(block) = table.blocks.pop_back() else { break };
+                pool.release(block);
+            }
+            table.announced = table.announced.min(table.end());
         }
     }
 }

@@ -7,7 +7,7 @@ use plan::{
     step::{BlockId, Logprobs, Sampling, SequenceId, TokenId, Want},
 };
 
-use super::prefix::BlockHash;
+use super::{lookup::Lookup, prefix::BlockHash};
 
 /// What a scheduler is asked to run. A resumed sequence brings what was emitted before.
 #[derive(Clone, Debug)]
@@ -88,7 +88,7 @@ pub(super) struct Admission {
     pub(super) id: SequenceId,
     /// One table per KV group.
     pub(super) tables: Vec<Table>,
-    /// Positions whose input was sent, or found in the cache.
+    /// Positions whose input was sent, drafts too, or found in the cache.
     pub(super) sent: usize,
     /// Positions whose step was replied to, or found in the cache.
     pub(super) confirmed: usize,
@@ -96,8 +96,10 @@ pub(super) struct Admission {
     pub(super) hashed: usize,
     /// Whether the workers know it.
     pub(super) begun: bool,
-    /// Tokens being drawn in steps not yet replied to.
+    /// Tokens being drawn in steps not yet replied to; those that drafts may add are not counted.
     pub(super) pending: usize,
+    /// Drafts in a step not yet replied to.
+    pub(super) drafted: usize,
     /// The last step it was in.
     pub(super) last_step: u64,
 }
@@ -124,6 +126,8 @@ pub(super) struct Sequence {
     pub(super) cached: usize,
     /// Whether it was admitted before.
     pub(super) readmitted: bool,
+    /// What it may say next.
+    pub(super) lookup: Lookup,
 }
 
 impl Sequence {
@@ -143,6 +147,7 @@ impl Sequence {
             prompt_reported: false,
             cached: 0,
             readmitted: false,
+            lookup: Lookup::default(),
             submission,
         }
     }

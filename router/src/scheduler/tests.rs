@@ -1,6 +1,9 @@
 //! The scheduler against a worker that checks every KV slot it reads.
 
+mod drafts;
+
 use std::{
+    cell::Cell,
     collections::{BTreeMap, VecDeque},
     sync::Arc,
     time::Duration,
@@ -11,12 +14,12 @@ use plan::{
     shard::{KvDType, KvGeometry, KvGroup},
     step::{Output, OutputValue, Pooled, Sampling, Step, TokenId, Want, WantKind},
 };
-use proptest::prelude::*;
+use proptest::{prelude::*, test_runner::TestRunner};
 
 use super::*;
 use crate::replica::simulated::{CostModel, Pipeline, SimulatedEngine, SimulatedModel};
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 97, labels: 0 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 97, labels: 0, period: 0 };
 
 fn limits(groups: &[(Option<u32>, usize)], batch: usize, tokens: usize) -> ReplicaLimits {
     let groups = groups.iter().map(|(window, blocks)| KvGroup { window: *window, layers: vec![0], blocks: *blocks }).collect();
@@ -40,7 +43,11 @@ struct World {
 
 impl World {
     fn new(limits: ReplicaLimits, stages: usize) -> Self {
-        let engine = SimulatedEngine::new(MODEL, limits.kv.clone());
+        Self::of(MODEL, limits, stages)
+    }
+
+    fn of(model: SimulatedModel, limits: ReplicaLimits, stages: usize) -> Self {
+        let engine = SimulatedEngine::new(model, limits.kv.clone());
         let scheduler = Scheduler::new(SchedulerOptions { limits, stages, revision: b"r".to_vec() });
         Self { scheduler, engine, replies: VecDeque::new(), events: BTreeMap::new(), next: 0 }
     }
@@ -116,16 +123,29 @@ fn generate(prompt: Arc<[TokenId]>, seed: u64, max: u32) -> Submission {
 }
 
 fn solo(s: &Submission) -> Vec<TokenId> {
-    MODEL.solo(&s.prompt, &s.sampling, s.max_tokens as usize, &s.end_ids)
+    solo_of(&MODEL, s)
+}
+
+fn solo_of(model: &SimulatedModel, s: &Submission) -> Vec<TokenId> {
+    model.solo(&s.prompt, &s.sampling, s.max_tokens as usize, &s.end_ids)
 }
 
 #[derive(Clone, Debug)]
 enum Op {
-    Submit { kind: u32, len: usize, seed: u64, max: u32, chunk: Option<usize>, score: bool },
+    Submit {
+        kind: u32,
+        len: usize,
+        seed: u64,
+        max: u32,
+        chunk: Option<usize>,
+        score: bool,
+    },
     Step,
     Reply,
     Cancel(usize),
     Lose,
+    /// From now on, so many drafts at most.
+    Draft(usize),
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -136,83 +156,123 @@ fn op() -> impl Strategy<Value = Op> {
         10 => Just(Op::Reply),
         1 => (0..64usize).prop_map(Op::Cancel),
         1 => Just(Op::Lose),
+        1 => (0..17usize).prop_map(Op::Draft),
     ]
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
+/// What a scheduler is made of, and what its workers say.
+#[derive(Clone, Debug)]
+struct Shape {
+    stages: usize,
+    full: usize,
+    window: usize,
+    batch: usize,
+    tokens: usize,
+    /// See [`SimulatedModel::period`].
+    period: u32,
+    /// Most tokens drafted.
+    lookup: usize,
+}
 
-    /// Whatever is submitted, cancelled, pre-empted or lost, in whatever order replies come: no block is lost or shared wrongly,
-    /// and every stream has exactly the tokens of its solo run.
-    #[test]
-    fn any_order_of_operations_gives_solo_tokens(
-        ops in proptest::collection::vec(op(), 1..250),
-        stages in 1..4usize,
-        full in 14..40usize,
-        window in 12..40usize,
-        batch in 1..9usize,
-        tokens in 1..200usize,
-    ) {
-        let limits = limits(&[(None, full), (Some(40), window), (None, full + 3)], batch, tokens);
-        let mut world = World::new(limits.clone(), stages);
-        let mut live: BTreeMap<u64, Submission> = BTreeMap::new();
-        let mut streams: BTreeMap<u64, (Submission, Vec<TokenId>)> = BTreeMap::new();
-        for op in ops {
-            match op {
-                Op::Submit { kind, len, seed, max, chunk, score } => {
-                    let max = max.max(u32::from(!score));
-                    let submission =
-                        Submission { chunk, score_prompt: score.then_some(2), ..generate(prompt(kind, len), seed, max) };
-                    let ticket = world.submit(submission.clone());
-                    streams.insert(ticket, (submission.clone(), solo(&submission)));
-                    live.insert(ticket, submission);
-                }
-                Op::Step => { world.step(); }
-                Op::Reply => { world.reply(); }
-                Op::Cancel(n) => {
-                    if let Some(ticket) = live.keys().nth(n).copied() {
-                        world.scheduler.cancel(ticket);
-                        live.remove(&ticket);
-                        world.settle();
-                    }
-                }
-                Op::Lose => {
-                    // The session breaks: what is left is submitted to a fresh one with what it emitted.
-                    let left = world.scheduler.tickets();
-                    let mut fresh = World::new(limits.clone(), stages);
-                    fresh.next = world.next;
-                    for ticket in left {
-                        let mut submission = live[&ticket].clone();
-                        submission.emitted = world.tokens(ticket);
-                        fresh.scheduler.submit(ticket, submission).expect("admissible");
-                    }
-                    fresh.events = world.events;
-                    world = fresh;
+fn shape() -> impl Strategy<Value = Shape> {
+    let sizes = (1..4usize, 14..40usize, 12..40usize, 1..9usize, 1..200usize);
+    (sizes, prop_oneof![Just(0u32), 1..20u32], prop_oneof![Just(0usize), 1..17usize])
+        .prop_map(|((stages, full, window, batch, tokens), period, lookup)| Shape { stages, full, window, batch, tokens, period, lookup })
+}
+
+/// Whatever is submitted, cancelled, pre-empted or lost, in whatever order replies come, drafted or not: no block is lost or shared wrongly,
+/// and every stream has exactly the tokens of its solo run.
+#[test]
+fn any_order_of_operations_gives_solo_tokens() {
+    let config = ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() };
+    let (drafted, accepted) = (Cell::new(0), Cell::new(0));
+    let run = TestRunner::new(config).run(&(proptest::collection::vec(op(), 1..250), shape()), |(ops, shape)| {
+        let counters = run_operations(ops, &shape)?;
+        drafted.set(drafted.get() + counters.draft_tokens);
+        accepted.set(accepted.get() + counters.accepted_tokens);
+        Ok(())
+    });
+    if let Err(error) = run {
+        panic!("{error}");
+    }
+    let (drafted, accepted) = (drafted.get(), accepted.get());
+    assert!(accepted > 300 && drafted > accepted + 50, "{accepted} of {drafted} drafts accepted: both happen");
+}
+
+fn run_operations(ops: Vec<Op>, shape: &Shape) -> Result<Counters, TestCaseError> {
+    let Shape { stages, full, window, batch, tokens, period, lookup } = *shape;
+    let model = SimulatedModel { period, ..MODEL };
+    let limits = limits(&[(None, full), (Some(40), window), (None, full + 3)], batch, tokens);
+    let fresh = |lookup: usize| {
+        let mut world = World::of(model, limits.clone(), stages);
+        world.scheduler.set_prompt_lookup(lookup);
+        world
+    };
+    let mut world = fresh(lookup);
+    let mut live: BTreeMap<u64, Submission> = BTreeMap::new();
+    let mut streams: BTreeMap<u64, (Submission, Vec<TokenId>)> = BTreeMap::new();
+    let mut counters = Counters::default();
+    for op in ops {
+        match op {
+            Op::Submit { kind, len, seed, max, chunk, score } => {
+                let max = max.max(u32::from(!score));
+                let submission = Submission { chunk, score_prompt: score.then_some(2), ..generate(prompt(kind, len), seed, max) };
+                let ticket = world.submit(submission.clone());
+                streams.insert(ticket, (submission.clone(), solo_of(&model, &submission)));
+                live.insert(ticket, submission);
+            }
+            Op::Step => {
+                world.step();
+            }
+            Op::Reply => {
+                world.reply();
+            }
+            Op::Cancel(n) => {
+                if let Some(ticket) = live.keys().nth(n).copied() {
+                    world.scheduler.cancel(ticket);
+                    live.remove(&ticket);
+                    world.settle();
                 }
             }
-        }
-        world.run();
-        for ticket in live.keys() {
-            let (submission, expected) = &streams[ticket];
-            if let Some(EventKind::Failed(message)) = world.events[ticket].last() {
-                let blocks = (submission.prompt.len() + submission.max_tokens as usize).div_ceil(16);
-                prop_assert!(blocks > full.min(window), "{message}");
-                continue;
+            Op::Lose => {
+                // The session breaks: what is left is submitted to a fresh one with what it emitted.
+                let left = world.scheduler.tickets();
+                counters = counters + world.scheduler.counters();
+                let mut after = fresh(lookup);
+                after.next = world.next;
+                for ticket in left {
+                    let mut submission = live[&ticket].clone();
+                    submission.emitted = world.tokens(ticket);
+                    after.scheduler.submit(ticket, submission).expect("admissible");
+                }
+                after.events = world.events;
+                world = after;
             }
-            prop_assert_eq!(&world.tokens(*ticket), expected);
-            if submission.score_prompt.is_some() {
-                let scores = world.events[ticket].iter().find_map(|e| match e {
-                    EventKind::Prompt { scores, .. } => Some(scores.len()),
-                    _ => None,
-                });
-                prop_assert_eq!(scores, Some(submission.prompt.len() - 1));
-            }
-        }
-        prop_assert_eq!(world.scheduler.pools.iter().map(BlockPool::used).sum::<usize>(), 0);
-        for (pool, group) in world.scheduler.pools.iter().zip(&limits.kv.groups) {
-            prop_assert_eq!(pool.available(), group.blocks);
+            Op::Draft(most) => world.scheduler.set_prompt_lookup(if lookup > 0 { most } else { 0 }),
         }
     }
+    world.run();
+    for ticket in live.keys() {
+        let (submission, expected) = &streams[ticket];
+        if let Some(EventKind::Failed(message)) = world.events[ticket].last() {
+            let blocks = (submission.prompt.len() + submission.max_tokens as usize).div_ceil(16);
+            prop_assert!(blocks > full.min(window), "{message}");
+            continue;
+        }
+        prop_assert_eq!(&world.tokens(*ticket), expected);
+        if submission.score_prompt.is_some() {
+            let scores = world.events[ticket].iter().find_map(|e| match e {
+                EventKind::Prompt { scores, .. } => Some(scores.len()),
+                _ => None,
+            });
+            prop_assert_eq!(scores, Some(submission.prompt.len() - 1));
+        }
+    }
+    prop_assert_eq!(world.scheduler.pools.iter().map(BlockPool::used).sum::<usize>(), 0);
+    for (pool, group) in world.scheduler.pools.iter().zip(&limits.kv.groups) {
+        prop_assert_eq!(pool.available(), group.blocks);
+    }
+    Ok(counters + world.scheduler.counters())
 }
 
 #[test]

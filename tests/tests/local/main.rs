@@ -5,6 +5,7 @@
 mod adapters;
 mod clients;
 mod convert;
+mod drafts;
 mod encoders;
 mod exact;
 mod families;

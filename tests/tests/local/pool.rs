@@ -95,6 +95,7 @@ impl World {
             policy: RoutingPolicy::LeastLoad,
             queue_requests: 64,
             queue_seconds: 60,
+            prompt_lookup: 0,
             hold: None,
             stopped: None,
         };

@@ -69,7 +69,7 @@ async fn concurrent_streams_equal_their_solo_runs() {
 }
 
 /// The value of a counter in Prometheus' text form, summed over its labels.
-fn counter(metrics: &str, name: &str) -> f64 {
+pub(crate) fn counter(metrics: &str, name: &str) -> f64 {
     let lines = metrics.lines().filter(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
     lines.map(|line| line.rsplit(' ').next().and_then(|n| n.parse::<f64>().ok()).expect("a number")).sum()
 }

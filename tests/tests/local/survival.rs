@@ -16,7 +16,10 @@ use e2e::{
 use serde_json::Value;
 use tokio::task::JoinSet;
 
-use crate::streams::{alone, mixed};
+use crate::{
+    drafts,
+    streams::{alone, mixed},
+};
 
 const STREAMS: usize = 8;
 
@@ -80,6 +83,22 @@ async fn streams_survive_the_loss_of_any_worker() {
         println!("one replica, worker {victim} killed: longest gap {:?}", longest_gap(&streams));
         program::until("all workers", || Some(server.workers()).filter(|now| now.len() == 4 && *now != before));
     }
+}
+
+/// Streams with drafts in flight, too: what was drafted and not answered is drawn again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_with_drafts_survive_the_loss_of_a_worker() {
+    let requests = drafts::repeating("model", STREAMS, 64);
+    let expected = alone(&files::reference(), &requests).await;
+    let server = Server::start(&manifest("model", &files::reference(), &drafts::drafting(2, 2)));
+    for victim in [0, 3] {
+        let before = server.workers();
+        let streams = with_loss(&server, &requests, victim).await;
+        assert_same(&streams, &expected, victim);
+        program::until("all workers", || Some(server.workers()).filter(|now| now.len() == 4 && *now != before));
+    }
+    let [drafted, accepted, ..] = drafts::counts(&server.http).await;
+    assert!(accepted > 0.0 && accepted < drafted, "{accepted} of {drafted}");
 }
 
 /// With a second replica the streams move there; the gap that clients see is printed.

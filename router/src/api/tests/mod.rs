@@ -32,7 +32,7 @@ use crate::encode::Tokenizer;
 use crate::replica::simulated::{CostModel, Fault, SimulatedConnector, SimulatedModel, SimulatedReplica};
 
 /// Its vocabulary is the fixture's.
-const MODEL: SimulatedModel = SimulatedModel { vocab: 512, labels: 0 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 512, labels: 0, period: 0 };
 const PROMPT: &str = "The capital of France is";
 /// End tokens of the fixture.
 const ENDS: [TokenId; 2] = [1, 4];
@@ -154,6 +154,7 @@ impl World {
                 policy: RoutingPolicy::PrefixAware,
                 queue_requests: setup.queue_requests,
                 queue_seconds: setup.queue_seconds,
+                prompt_lookup: 0,
                 hold: None,
                 stopped: setup.stopped,
             },
