@@ -45,6 +45,11 @@ fn drafts_change_no_event_and_save_steps() {
             let (plain, without) = run(REPEATING, &limits, stages, 0, &all);
             let (drafted, with) = run(REPEATING, &limits, stages, 8, &all);
             assert_eq!(plain, drafted, "tokens, their log-probabilities, ends");
+            for context in 80..100 {
+                let short = ReplicaLimits { max_context: context, ..limits.clone() };
+                let cut = run(REPEATING, &short, stages, 0, &all).0;
+                assert_eq!(cut, run(REPEATING, &short, stages, 8, &all).0, "a context of {context} tokens");
+            }
             assert_eq!((without.draft_tokens, without.drafts), (0, 0));
             assert!(with.drafts <= with.sizes.steps() && with.accepted_tokens <= with.draft_tokens);
             let emitted = tokens(&plain[0]).len() as u64;
