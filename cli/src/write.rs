@@ -23,7 +23,7 @@ use plan::{
     header::{Made, Metadata, Target, target},
     model::{Format, ModelHeader, Role, TensorId},
 };
-use router::encode::Tokenizer;
+use router::encode::{Tokenizer, VectorSettings};
 use source::{Source, SourceOptions};
 
 use crate::{
@@ -141,6 +141,13 @@ impl Writing<'_> {
         let read = Source::open(name, SourceOptions::default()).context("what was written cannot be opened")?;
         read.header().context("what was written cannot be read")?;
         let card = read.card().context("what was written cannot be read")?;
+        if self.header.config.encoder.is_some() {
+            let settings = |card: &ModelCard| VectorSettings::from_card(card).map_err(|e| e.to_string());
+            let (before, after) = (settings(self.card), settings(&card));
+            if before != after {
+                return Err(bad_input!("vectors and labels would be made otherwise: {after:?}, not {before:?}"));
+            }
+        }
         let Ok(before) = Tokenizer::from_card(self.card) else { return Ok(()) };
         let after = Tokenizer::from_card(&card).context("the tokenizer that was written cannot be read")?;
         match unlike(&before, &after) {

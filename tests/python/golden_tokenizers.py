@@ -102,6 +102,7 @@ def of_sentencepiece(name, model, options):
 os.chdir(ROOT)
 for model in ["llama", "qwen2", "gpt2", "bert"]:
     of_json(f"random-{model}.json", MODELS / model / "tokenizer.json")
+of_json("random-bert-cased.json", MODELS / "bert" / "tokenizer.json", {"normalizer": {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True, "strip_accents": None, "lowercase": False}})
 boundary = GOLDEN / "boundary.tokenizer.json"
 prefixed = json.loads((GOLDEN / "boundary-prefixed.json").read_text())
 of_json("random-boundary.json", boundary)

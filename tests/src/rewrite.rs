@@ -332,7 +332,7 @@ fn tensors(folder: &Path) -> io::Result<BTreeMap<String, Tensor>> {
 }
 
 /// Hugging Face's names in GGUF, within layers and outside.
-const GGUF_NAMES: [(&str, &str); 57] = [
+const GGUF_NAMES: [(&str, &str); 59] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
     ("lm_head", "output"),
@@ -387,6 +387,8 @@ const GGUF_NAMES: [(&str, &str); 57] = [
     ("intermediate.dense", "ffn_up"),
     ("output.dense", "ffn_down"),
     ("output.LayerNorm", "layer_output_norm"),
+    ("pre_classifier", "cls"),
+    ("classifier", "cls.output"),
     ("block_sparse_moe.experts.w1", "ffn_gate_exps"),
     ("block_sparse_moe.experts.w2", "ffn_down_exps"),
     ("block_sparse_moe.experts.w3", "ffn_up_exps"),

@@ -9,7 +9,7 @@ use plan::{
     gguf::{self, Keep, Value, Writer},
     header::Metadata,
 };
-use router::encode::gguf_entries;
+use router::encode::{gguf_entries, vector_entries};
 
 use super::{Typed, Types, Writing, Written, gguf_metadata, parts, place};
 use crate::{
@@ -91,7 +91,11 @@ fn entries(writing: &Writing<'_>, metadata: Option<&Metadata>, tensors: &[Typed]
             let general =
                 [("general.type".to_owned(), Value::String("model".to_owned())), ("general.name".to_owned(), Value::String(name))];
             let tokenizer = gguf_entries(writing.card, writing.header.config.vocab).bad_input()?;
-            [entries.as_slice(), &general, &tokenizer].concat()
+            let vectors = match writing.header.config.encoder {
+                Some(_) => vector_entries(writing.card).bad_input()?,
+                None => Vec::new(),
+            };
+            [entries.as_slice(), &general, &vectors, &tokenizer].concat()
         }
         None => stored(writing)?,
     };

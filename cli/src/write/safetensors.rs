@@ -4,7 +4,7 @@ use std::{fs, io::Write, path::Path};
 
 use anyhow::Context;
 use plan::{card::CardFile, dtype::DType, header::Metadata};
-use router::encode::{Tokenizer, tokenizer_files};
+use router::encode::{Tokenizer, tokenizer_files, vector_files};
 use serde_json::{Map, Value, json};
 
 use super::{Typed, Types, Writing, Written, parts, place};
@@ -103,12 +103,18 @@ fn small_files(writing: &Writing<'_>, metadata: Option<&Metadata>, tensors: &[Ty
         return Ok(files);
     };
     let mut config = config.clone();
-    let tokenizer = Tokenizer::from_card(writing.card).bad_input()?;
     let most = tensors.iter().max_by_key(|t| t.bytes).map_or(DType::F32, |t| t.dtype);
     config.insert("torch_dtype".to_owned(), json!(torch(most)));
-    config.insert("bos_token_id".to_owned(), json!(tokenizer.bos()));
-    config.insert("eos_token_id".to_owned(), json!(tokenizer.eos()));
     let mut files = tokenizer_files(writing.card).bad_input()?;
+    if writing.header.config.encoder.is_some() {
+        let (more, fields) = vector_files(writing.card).bad_input()?;
+        files.extend(more);
+        config.extend(fields);
+    } else {
+        let tokenizer = Tokenizer::from_card(writing.card).bad_input()?;
+        config.insert("bos_token_id".to_owned(), json!(tokenizer.bos()));
+        config.insert("eos_token_id".to_owned(), json!(tokenizer.eos()));
+    }
     files.push(CardFile { name: "config.json".to_owned(), bytes: pretty(&Value::Object(config))?.into_bytes() });
     Ok(files)
 }

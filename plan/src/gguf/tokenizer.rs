@@ -56,6 +56,8 @@ pub struct Tokenizer {
     pub separator: Option<u32>,
     /// Padding.
     pub padding: Option<u32>,
+    /// Stands for a hidden word.
+    pub mask: Option<u32>,
     /// Put the first token before a text.
     pub add_bos: Option<bool>,
     /// Put the last token after a text.
@@ -116,6 +118,7 @@ impl Tokenizer {
             unknown: id("unknown")?,
             separator: id("seperator")?,
             padding: id("padding")?,
+            mask: id("mask")?,
             add_bos: f.flag("tokenizer.ggml.add_bos_token")?,
             add_eos: f.flag("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: f.flag("tokenizer.ggml.add_space_prefix")?,

@@ -29,6 +29,8 @@ pub(super) struct TokenizerConfig {
     pub(super) eos: Option<String>,
     /// Text of the padding token.
     pub(super) pad: Option<String>,
+    /// Text of the token that stands for a hidden word.
+    pub(super) mask: Option<String>,
     /// `add_bos_token`.
     pub(super) add_bos: Option<bool>,
     /// `add_eos_token`.
@@ -56,6 +58,7 @@ impl TokenizerConfig {
             bos: text("bos_token"),
             eos: text("eos_token"),
             pad: text("pad_token"),
+            mask: text("mask_token"),
             add_bos: flag("add_bos_token"),
             add_eos: flag("add_eos_token"),
             template: value.get("chat_template").and_then(Value::as_str).map(str::to_owned),

@@ -15,7 +15,7 @@ use super::pieces::named_byte;
 use super::pipeline::{self, pre_tokenization};
 use super::sentencepiece;
 use super::spm::BOUNDARY;
-use super::{Tokenizer, json as hf};
+use super::{Tokenizer, json as hf, wordpiece};
 
 /// Key of the generation settings that go along.
 const GENERATION: &str = plan::generation::GGUF_KEY;
@@ -30,29 +30,37 @@ pub fn gguf_entries(card: &ModelCard, vocab: usize) -> Result<Vec<(String, Gguf)
     if let (None, Some(bytes)) = (card.file("tokenizer.json"), card.file(sentencepiece::FILE)) {
         return pieces(bytes, card, vocab);
     }
-    let bytes = card.file("tokenizer.json").ok_or_else(|| {
-        let names: Vec<&str> = card.files.iter().map(|f| f.name.as_str()).collect();
-        TokenizerError::Missing(if names.is_empty() { "no files".to_owned() } else { names.join(", ") })
-    })?;
-    let file: Value = serde_json::from_slice(bytes).map_err(|e| wrong(e.to_string()))?;
     let (tokenizer, config) = (Tokenizer::from_card(card)?, TokenizerConfig::read(card)?);
-    let known = hf::Known::read(bytes)?;
+    let bytes = match (card.file("tokenizer.json"), card.file(wordpiece::FILE)) {
+        (Some(bytes), _) => bytes.to_vec(),
+        (None, Some(lines)) => wordpiece::of_lines(lines, card, &config)?,
+        (None, None) => {
+            let names: Vec<&str> = card.files.iter().map(|f| f.name.as_str()).collect();
+            return Err(TokenizerError::Missing(if names.is_empty() { "no files".to_owned() } else { names.join(", ") }));
+        }
+    };
+    let file: Value = serde_json::from_slice(&bytes).map_err(|e| wrong(e.to_string()))?;
+    let known = hf::Known::read(&bytes)?;
     let size = tokenizer.vocab().max(vocab);
     let (mut tokens, mut types) = (Vec::with_capacity(size), Vec::with_capacity(size));
     let score_merged = known.is_score_merged();
+    let word_pieces = known.is_word_pieces();
     for id in 0..size as TokenId {
         let (text, kind) = match (known.added(id), known.text(id)) {
             (Some((text, true)), _) => (text.to_owned(), TokenType::Control),
             (Some((text, false)), _) => (text.to_owned(), TokenType::UserDefined),
             (None, Some(text)) if score_merged && named_byte(&text).is_some() => (text, TokenType::Byte),
+            (None, Some(text)) if word_pieces => (wordpiece::to_gguf(&text), TokenType::Normal),
             (None, Some(text)) => (text, TokenType::Normal),
             (None, None) => (format!("[PAD{id}]"), TokenType::Unused),
         };
-        tokens.push(Gguf::String(text));
-        types.push(Gguf::I32(number(kind)));
+        tokens.push(text);
+        types.push(kind);
     }
     let merges = merges(&file);
-    let (model, exact) = if score_merged {
+    let (model, exact) = if word_pieces {
+        (wordpiece::MODEL, wordpiece::of_gguf(&tokens, &types).is_ok_and(|made| same(&made, &file)))
+    } else if score_merged {
         ("llama", false)
     } else if let Some(rule) = byte_level_rule(&file) {
         let overlap = overlapping(known.added_texts());
@@ -71,8 +79,8 @@ pub fn gguf_entries(card: &ModelCard, vocab: usize) -> Result<Vec<(String, Gguf)
         put("ggml.scores", list(Kind::F32, scores));
         put("ggml.add_space_prefix", Gguf::Bool(tokenizer.strips_space()));
     }
-    put("ggml.tokens", list(Kind::String, tokens));
-    put("ggml.token_type", list(Kind::I32, types));
+    put("ggml.tokens", list(Kind::String, tokens.into_iter().map(Gguf::String).collect()));
+    put("ggml.token_type", list(Kind::I32, types.into_iter().map(|kind| Gguf::I32(number(kind))).collect()));
     if !score_merged && !merges.is_empty() {
         put("ggml.merges", list(Kind::String, merges.iter().map(|(a, b)| Gguf::String(format!("{a} {b}"))).collect()));
     }
@@ -81,7 +89,12 @@ pub fn gguf_entries(card: &ModelCard, vocab: usize) -> Result<Vec<(String, Gguf)
     let padding = config.pad.as_deref().and_then(|text| known.id(text));
     // What begins a text is its first token, whether or not a file calls it so.
     let bos = tokenizer.bos().or(prefix.first().copied());
-    for (key, id) in [("bos", bos), ("eos", tokenizer.eos()), ("unknown", unknown), ("padding", padding)] {
+    let [cls, separator, mask] = match word_pieces {
+        true => [bos, suffix.last().copied(), config.mask.as_deref().and_then(|text| known.id(text))],
+        false => [None; 3],
+    };
+    let of_words = [("cls", cls), ("seperator", separator), ("mask", mask)];
+    for (key, id) in [("bos", bos), ("eos", tokenizer.eos()), ("unknown", unknown), ("padding", padding)].into_iter().chain(of_words) {
         if let Some(id) = id {
             put(&format!("ggml.{key}_token_id"), Gguf::U32(id));
         }
@@ -93,19 +106,25 @@ pub fn gguf_entries(card: &ModelCard, vocab: usize) -> Result<Vec<(String, Gguf)
     };
     let (add_bos, add_eos) = (around(prefix, bos), around(suffix, tokenizer.eos()));
     for (key, flag) in [("ggml.add_bos_token", add_bos), ("ggml.add_eos_token", add_eos)] {
-        if let Some(flag) = flag {
+        // Those of words are around every text.
+        if let Some(flag) = flag.filter(|_| !word_pieces) {
             put(key, Gguf::Bool(flag));
         }
     }
     entries.extend(templates(&config));
-    if !exact || add_bos.is_none() || add_eos.is_none() {
-        let text = String::from_utf8(bytes.to_vec()).map_err(|e| wrong(e.to_string()))?;
+    if !exact || (!word_pieces && (add_bos.is_none() || add_eos.is_none())) {
+        let text = String::from_utf8(bytes).map_err(|e| wrong(e.to_string()))?;
         entries.push((WHOLE.to_owned(), Gguf::String(text)));
     }
     if let Some(settings) = generation(card, &tokenizer) {
         entries.push((GENERATION.to_owned(), Gguf::String(settings)));
     }
     Ok(entries)
+}
+
+/// Whether two tokenizer.json say the same but for what cuts and fills texts.
+fn same(a: &Value, b: &Value) -> bool {
+    ["added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"].iter().all(|part| a[*part] == b[*part])
 }
 
 fn templates(config: &TokenizerConfig) -> impl Iterator<Item = (String, Gguf)> {
@@ -166,6 +185,7 @@ pub fn files(card: &ModelCard) -> Result<Vec<CardFile>, TokenizerError> {
     let mut json: Value = match &stored.huggingface {
         Some(text) => serde_json::from_str(text).map_err(|e| wrong(format!("{WHOLE}: {e}")))?,
         None if stored.model == "llama" => score_merged(&stored)?,
+        None if stored.model == wordpiece::MODEL => wordpiece::of_gguf(&stored.tokens, &stored.types)?,
         None => byte_level(&stored)?,
     };
     if stored.huggingface.is_none() || stored.add_bos.is_some() || stored.add_eos.is_some() {
@@ -183,6 +203,12 @@ pub fn files(card: &ModelCard) -> Result<Vec<CardFile>, TokenizerError> {
     put("eos_token", text(tokenizer.eos()));
     put("unk_token", text(stored.unknown));
     put("pad_token", text(stored.padding));
+    let word_pieces = stored.model == wordpiece::MODEL;
+    if word_pieces {
+        put("cls_token", text(stored.bos));
+        put("sep_token", text(stored.separator));
+        put("mask_token", text(stored.mask));
+    }
     if stored.named_templates.is_empty() {
         put("chat_template", stored.chat_template.clone().map_or(Value::Null, Value::from));
     } else {
@@ -194,11 +220,9 @@ pub fn files(card: &ModelCard) -> Result<Vec<CardFile>, TokenizerError> {
     let settings = json!({"bos_token_id": tokenizer.bos(), "eos_token_id": ends});
     let generation = stored.generation.clone().unwrap_or_else(|| settings.to_string());
     let file = |name: &str, text: String| CardFile { name: name.to_owned(), bytes: text.into_bytes() };
-    Ok(vec![
-        file("generation_config.json", generation),
-        file("tokenizer.json", json.to_string()),
-        file("tokenizer_config.json", Value::Object(config).to_string()),
-    ])
+    let files = [file("tokenizer.json", json.to_string()), file("tokenizer_config.json", Value::Object(config).to_string())];
+    // What cuts words generates nothing.
+    Ok((!word_pieces).then(|| file("generation_config.json", generation)).into_iter().chain(files).collect())
 }
 
 fn number(kind: TokenType) -> i32 {
@@ -273,13 +297,13 @@ fn overlapping<'a>(texts: impl Iterator<Item = &'a str>) -> bool {
 }
 
 /// Scores under which merging by score goes in the order of `merges`.
-fn scores(tokens: &[Gguf], merges: &[(String, String)]) -> Vec<f32> {
+fn scores(tokens: &[String], merges: &[(String, String)]) -> Vec<f32> {
     let mut ranks: HashMap<String, usize> = HashMap::new();
     for (rank, (left, right)) in merges.iter().enumerate() {
         ranks.entry(format!("{left}{right}")).or_insert(rank);
     }
     let last = merges.len();
-    tokens.iter().map(|t| -(t.as_str().and_then(|t| ranks.get(t)).copied().unwrap_or(last) as f32)).collect()
+    tokens.iter().map(|t| -(ranks.get(t).copied().unwrap_or(last) as f32)).collect()
 }
 
 /// Tokens that are matched whole, as tokenizer.json lists them.

@@ -181,6 +181,11 @@ impl Known {
         self.inner.token_to_id(text)
     }
 
+    /// Whether it cuts words into pieces, the longest first.
+    pub(super) fn is_word_pieces(&self) -> bool {
+        matches!(self.inner.get_model(), tokenizers::ModelWrapper::WordPiece(_))
+    }
+
     /// Whether it is of SentencePiece's kind, merged: boundaries for spaces, and bytes for what has no token.
     pub(super) fn is_score_merged(&self) -> bool {
         let bpe = matches!(self.inner.get_model(), tokenizers::ModelWrapper::BPE(model) if model.byte_fallback);

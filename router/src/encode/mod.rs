@@ -24,7 +24,7 @@ use serde_json::{Map, Value};
 pub use carry::{files as tokenizer_files, gguf_entries};
 pub use error::{ChatError, EncodeError, TokenizerError};
 pub use plan::generation::Defaults as GenerationDefaults;
-pub use vectors::{Activation, Classes, Embedding, VectorSettings};
+pub use vectors::{Activation, Classes, Embedding, VectorSettings, vector_entries, vector_files};
 
 use card::TokenizerConfig;
 use guard::Guard;

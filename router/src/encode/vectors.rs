@@ -1,8 +1,9 @@
 //! What a model's files say of the vectors and labels that it gives: pooling, normalisation, prompts, names of labels.
 
+mod gguf;
+
 use plan::{
     card::{GGUF_HEADER, ModelCard},
-    gguf::{Keep, read},
     header::HfConfig,
     model::ModelConfig,
     step::Pooling,
@@ -10,6 +11,7 @@ use plan::{
 use serde_json::{Map, Value};
 
 use super::error::TokenizerError;
+pub use gguf::{vector_entries, vector_files};
 
 /// Settings of an encoder's answers.
 #[derive(Clone, Debug, PartialEq)]
@@ -89,7 +91,7 @@ impl VectorSettings {
     /// When a file cannot be read.
     pub fn from_card(card: &ModelCard) -> Result<Self, TokenizerError> {
         if let Some(header) = card.file(GGUF_HEADER) {
-            return from_gguf(header);
+            return gguf::settings(header);
         }
         const CONFIG: &str = "config.json";
         let json = card.file(CONFIG).ok_or_else(|| wrong(CONFIG, "it is missing".to_owned()))?;
@@ -125,19 +127,6 @@ fn array(card: &ModelCard, file: &'static str) -> Result<Option<Vec<Value>>, Tok
         Some(Value::Array(list)) => Ok(Some(list)),
         Some(_) => Err(wrong(file, "expected a list".to_owned())),
     }
-}
-
-/// GGUF files have no heads that classify.
-fn from_gguf(header: &[u8]) -> Result<VectorSettings, TokenizerError> {
-    let parsed = read(&mut &*header, header.len() as u64, Keep::Short, false).map_err(|e| wrong(GGUF_HEADER, e.to_string()))?;
-    let number = |end: &str| parsed.metadata.iter().find(|e| e.key.ends_with(end)).and_then(|e| e.value.as_u64());
-    let width = number(".embedding_length").ok_or_else(|| wrong(GGUF_HEADER, "it tells no embedding_length".to_owned()))? as usize;
-    let embedding = match number(".pooling_type") {
-        None | Some(0 | 1) => Ok(Embedding::usual(Pooling::Mean)),
-        Some(2) => Ok(Embedding::usual(Pooling::First)),
-        Some(other) => Err(format!("pooling_type {other} of the GGUF file is not supported, expected 1 (mean) or 2 (first token)")),
-    };
-    Ok(VectorSettings { width, embedding, classes: None })
 }
 
 /// The steps of a sentence model: a transformer, how its states are pooled, and whether the vector is normalised.
@@ -190,6 +179,11 @@ fn pooling_mode(card: &ModelCard) -> Result<Result<Pooling, String>, TokenizerEr
     })
 }
 
+/// What becomes of a head's values where no file says it.
+fn usual_activation(labels: usize) -> Activation {
+    if labels == 1 { Activation::Sigmoid } else { Activation::Softmax }
+}
+
 /// How a model classifies; `fields` are those of its `config.json`.
 fn classes(config: &ModelConfig, fields: &Map<String, Value>) -> Option<Result<Classes, String>> {
     let encoder = config.encoder?;
@@ -198,8 +192,8 @@ fn classes(config: &ModelConfig, fields: &Map<String, Value>) -> Option<Result<C
     let activation = match text("problem_type") {
         Some("multi_label_classification") => Activation::Sigmoid,
         Some("regression") => Activation::Identity,
-        None if count == 1 => Activation::Sigmoid,
-        None | Some("single_label_classification") => Activation::Softmax,
+        None => usual_activation(count),
+        Some("single_label_classification") => Activation::Softmax,
         Some(other) => return Some(Err(format!("problem_type of config.json is {other:?}, which is not supported"))),
     };
     let nested = fields.get("sentence_transformers").and_then(|s| s.get("activation_fn")).and_then(Value::as_str);

@@ -17,6 +17,8 @@ pub(super) const FILE: &str = "vocab.txt";
 pub(super) const MODEL: &str = "bert";
 /// Begins a word in GGUF, where a token that continues one has no mark.
 const WORD: char = '\u{2581}';
+/// Begins a token that continues a word.
+const CONTINUES: &str = "##";
 /// Classes of tokenizer_config.json whose vocab.txt is of this kind.
 const CLASSES: [&str; 4] = ["BertTokenizer", "BertTokenizerFast", "DistilBertTokenizer", "DistilBertTokenizerFast"];
 /// Longest word in characters that is cut; longer ones are unknown.
@@ -76,6 +78,14 @@ impl Default for Rules {
 /// # Errors
 /// When it, or tokenizer_config.json, cannot be read or is of another kind, or a special token is not in it.
 pub(super) fn from_lines(bytes: &[u8], card: &ModelCard, config: &TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
+    json::vocabulary(&of_lines(bytes, card, config)?, config)
+}
+
+/// The tokenizer.json of `bytes`, the contents of a card's vocab.txt.
+///
+/// # Errors
+/// As [`from_lines`].
+pub(super) fn of_lines(bytes: &[u8], card: &ModelCard, config: &TokenizerConfig) -> Result<Vec<u8>, TokenizerError> {
     let wrong = |file, problem: String| TokenizerError::File { file, problem };
     if let Some(class) = config.class.as_deref().filter(|class| !CLASSES.contains(class)) {
         return Err(wrong(FILE, format!("tokenizer_class is {class:?}, expected {} or a tokenizer.json", CLASSES.join(", "))));
@@ -86,7 +96,7 @@ pub(super) fn from_lines(bytes: &[u8], card: &ModelCard, config: &TokenizerConfi
         None => Rules::default(),
     };
     let file = file(&text.lines().map(str::to_owned).collect::<Vec<_>>(), &rules).map_err(|problem| wrong(FILE, problem))?;
-    json::vocabulary(&file, config)
+    serde_json::to_vec(&file).map_err(|e| wrong(FILE, e.to_string()))
 }
 
 /// Builds the vocabulary that a GGUF header has. Its text is lower-cased, as the file cannot say otherwise.
@@ -94,22 +104,43 @@ pub(super) fn from_lines(bytes: &[u8], card: &ModelCard, config: &TokenizerConfi
 /// # Errors
 /// When a special token is not in it.
 pub(super) fn from_gguf(stored: &Stored, config: &TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
+    let file = of_gguf(&stored.tokens, &stored.types)?;
+    json::vocabulary(&serde_json::to_vec(&file).map_err(|e| TokenizerError::Vocabulary(e.to_string()))?, config)
+}
+
+/// A token as GGUF has it: what begins a word has a mark, what continues one has none, and what stands in brackets is as it is.
+pub(super) fn to_gguf(token: &str) -> String {
+    match token.strip_prefix(CONTINUES) {
+        Some(more) => more.to_owned(),
+        None if is_bracketed(token) => token.to_owned(),
+        None => format!("{WORD}{token}"),
+    }
+}
+
+fn is_bracketed(token: &str) -> bool {
+    token.starts_with('[') && token.ends_with(']')
+}
+
+/// The tokenizer.json of the tokens of a GGUF header and their types.
+///
+/// # Errors
+/// When a special token is not among them.
+pub(super) fn of_gguf(tokens: &[String], types: &[TokenType]) -> Result<Value, TokenizerError> {
     let special = |id: usize, token: &str| {
-        let kind = stored.types.get(id).copied().unwrap_or(TokenType::Normal);
-        matches!(kind, TokenType::Control | TokenType::Unknown) || (token.starts_with('[') && token.ends_with(']'))
+        let kind = types.get(id).copied().unwrap_or(TokenType::Normal);
+        matches!(kind, TokenType::Control | TokenType::Unknown) || is_bracketed(token)
     };
     let token = |(id, token): (usize, &String)| match token.strip_prefix(WORD) {
         Some(word) => word.to_owned(),
         None if special(id, token) => token.clone(),
-        None => format!("##{token}"),
+        None => format!("{CONTINUES}{token}"),
     };
-    let tokens: Vec<String> = stored.tokens.iter().enumerate().map(token).collect();
-    let file = file(&tokens, &Rules::default()).map_err(TokenizerError::Vocabulary)?;
-    json::vocabulary(&file, config)
+    let tokens: Vec<String> = tokens.iter().enumerate().map(token).collect();
+    file(&tokens, &Rules::default()).map_err(TokenizerError::Vocabulary)
 }
 
 /// A tokenizer.json.
-fn file(tokens: &[String], rules: &Rules) -> Result<Vec<u8>, String> {
+fn file(tokens: &[String], rules: &Rules) -> Result<Value, String> {
     let (cls, sep) = (find(tokens, &rules.cls_token)?, find(tokens, &rules.sep_token)?);
     let unknown = find(tokens, &rules.unk_token)?;
     // Padding and masks have no part in what is served; where they are, they are tokens of their own.
@@ -122,8 +153,10 @@ fn file(tokens: &[String], rules: &Rules) -> Result<Vec<u8>, String> {
     let of = |(_, text): (usize, &str), kind: u32| json!({"SpecialToken": {"id": text, "type_id": kind}});
     let sequence = |name: &str, kind: u32| json!({"Sequence": {"id": name, "type_id": kind}});
     let vocab: serde_json::Map<String, Value> = tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
-    let file = json!({
+    Ok(json!({
         "version": "1.0",
+        "truncation": null,
+        "padding": null,
         "added_tokens": added,
         "normalizer": {
             "type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": rules.tokenize_chinese_chars,
@@ -136,13 +169,12 @@ fn file(tokens: &[String], rules: &Rules) -> Result<Vec<u8>, String> {
             "pair": [of(cls, 0), sequence("A", 0), of(sep, 0), sequence("B", 1), of(sep, 1)],
             "special_tokens": {cls.1: special(cls), sep.1: special(sep)},
         },
-        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        "decoder": {"type": "WordPiece", "prefix": CONTINUES, "cleanup": true},
         "model": {
-            "type": "WordPiece", "unk_token": unknown.1, "continuing_subword_prefix": "##",
+            "type": "WordPiece", "unk_token": unknown.1, "continuing_subword_prefix": CONTINUES,
             "max_input_chars_per_word": LONGEST_WORD, "vocab": vocab,
         },
-    });
-    serde_json::to_vec(&file).map_err(|e| e.to_string())
+    }))
 }
 
 /// A token's id and text.

@@ -166,6 +166,130 @@ fn phi3_round_trip() {
     assert_eq!(says(&gguf, &input).1, says(&like, &input).1);
 }
 
+/// Vectors and labels of every text of a fixture.
+fn vectors(model: &Path, like: &str) -> Vec<Value> {
+    let texts = files::expected(like)["texts"].clone();
+    let model = model.display().to_string();
+    let of = |text: &Value| json(&["eval", "logits", &model, "--input-ids", &id_list(&ids(text, "input_ids")), "--json"]);
+    texts.as_object().expect("texts").values().map(of).collect()
+}
+
+/// How far vectors are from a fixture's reference outputs.
+fn off(got: &[Value], like: &str) -> f32 {
+    let expected = files::expected(like)["texts"].clone();
+    let fields = ["cls_hidden", "mean_pooled_l2"];
+    let texts = got.iter().zip(expected.as_object().expect("texts").values());
+    let of = |(got, expected): (&Value, &Value)| {
+        let pairs = fields.iter().flat_map(|field| floats(got, field).into_iter().zip(floats(expected, field)).collect::<Vec<_>>());
+        pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max)
+    };
+    texts.map(of).fold(0.0, f32::max)
+}
+
+/// A file of a folder, as JSON.
+fn read(folder: &Path, name: &str) -> Value {
+    serde_json::from_slice(&fs::read(folder.join(name)).expect("a file")).expect("JSON")
+}
+
+/// Whether a field of two folders' `config.json` is the same.
+fn same_fields(a: &Path, b: &Path, fields: &[&str]) {
+    let (a, b) = (read(a, "config.json"), read(b, "config.json"));
+    fields.iter().for_each(|field| assert_eq!(a[field], b[field], "{field}"));
+}
+
+#[test]
+fn bert_round_trip() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let fixture = files::fixture("bert");
+    let [first, gguf, second] = round_trip("bert", &fixture, place.path());
+    let mut original = Folder::read(&fixture).expect("the fixture");
+    // The pooler of a model that does not classify is no part of it.
+    original.tensors.retain(|name, _| !name.starts_with("pooler."));
+    equal("bert", &original.tensors, &Folder::read(&first).expect("a folder").tensors, false);
+    let counts = ["hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "max_position_embeddings", "vocab_size"];
+    same_fields(&fixture, &second, &counts);
+    same_fields(&fixture, &second, &["architectures", "model_type", "type_vocab_size", "layer_norm_eps", "hidden_act"]);
+    assert_eq!(read(&second, "tokenizer.json"), read(&fixture, "tokenizer.json"));
+    assert!(!second.join("modules.json").exists(), "nobody said how it is pooled");
+    let expected = vectors(&fixture, "bert");
+    for model in [&first, &gguf, &second] {
+        let got = vectors(model, "bert");
+        assert!(got == expected && off(&got, "bert") <= 1e-5, "{}: off by {}", model.display(), off(&got, "bert"));
+    }
+    // The control: a value of its one table of token types shows.
+    let mut other = Folder::read(&second).expect("a folder");
+    other.tensors.get_mut("embeddings.token_type_embeddings.weight").expect("a tensor").data[3] ^= 1;
+    let changed = place.path().join("changed");
+    fs::create_dir(&changed).expect("a folder");
+    other.write(&changed, &second).expect("a writable folder");
+    assert!(off(&vectors(&changed, "bert"), "bert") > 1e-5);
+}
+
+/// DistilBERT without its head is BERT in GGUF; with it GGUF would say tanh where the model has relu.
+#[test]
+fn distilbert_round_trip() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let fixture = files::fixture("distilbert-sst2");
+    let (whole, bare) = (place.path().join("whole"), place.path().join("bare"));
+    convert(&fixture, &whole, &[]);
+    let out = place.path().join("refused.gguf");
+    let done = program::run(&["convert", &whole.display().to_string(), &out.display().to_string()]);
+    assert!(done.status.code() == Some(2) && done.stderr.contains("head with relu") && !out.exists(), "{}", done.stderr);
+    let mut folder = Folder::read(&whole).expect("a folder");
+    folder.config["architectures"] = serde_json::json!(["DistilBertModel"]);
+    folder.tensors = folder.tensors.into_iter().filter_map(|(name, t)| Some((name.strip_prefix("distilbert.")?.to_owned(), t))).collect();
+    fs::create_dir(&bare).expect("a folder");
+    folder.write(&bare, &whole).expect("a writable folder");
+    let [first, gguf, second] = round_trip("distilbert", &bare, place.path());
+    equal("distilbert", &folder.tensors, &Folder::read(&first).expect("a folder").tensors, false);
+    same_fields(&bare, &second, &["architectures", "model_type", "dim", "n_layers", "n_heads", "hidden_dim", "max_position_embeddings"]);
+    for model in [&first, &gguf, &second] {
+        let got = vectors(model, "distilbert-sst2");
+        assert!(off(&got, "distilbert-sst2") <= 1e-5, "{}: off by {}", model.display(), off(&got, "distilbert-sst2"));
+    }
+}
+
+/// A head that classifies, its labels, and how texts are pooled, where GGUF's keys or ours can say it.
+#[test]
+fn labels_and_pooling_round_trip() {
+    let place = tempfile::tempdir().expect("a temporary folder");
+    let (like, original) = (files::fixture("bert"), place.path().join("head"));
+    let mut folder = Folder::read(&like).expect("the fixture");
+    let base = |(name, tensor): (String, Tensor)| (format!("bert.{name}"), tensor);
+    folder.tensors = folder.tensors.into_iter().map(base).collect();
+    // Three rows of a table stand for a trained head.
+    let rows = |n: usize, width: usize| -> Vec<u8> { (0..n * width).flat_map(|i| ((i % 31) as f32 / 31.0 - 0.5).to_le_bytes()).collect() };
+    for (name, shape) in [("classifier.weight", vec![3, 128]), ("classifier.bias", vec![3])] {
+        let data = rows(3, *shape.get(1).unwrap_or(&1));
+        folder.tensors.insert(name.to_owned(), Tensor { shape, dtype: DType::F32, data });
+    }
+    folder.config["architectures"] = serde_json::json!(["BertForSequenceClassification"]);
+    folder.config["id2label"] = serde_json::json!({"0": "ink", "1": "paper", "2": "thread"});
+    folder.config["problem_type"] = "multi_label_classification".into();
+    fs::create_dir_all(original.join("1_Pooling")).expect("a folder");
+    folder.write(&original, &like).expect("a writable folder");
+    let kind = |i: usize, path: &str, kind: &str| serde_json::json!({"idx": i, "path": path, "type": format!("sentence_transformers.models.{kind}")});
+    let modules = Value::from(vec![kind(0, "", "Transformer"), kind(1, "1_Pooling", "Pooling")]);
+    fs::write(original.join("modules.json"), modules.to_string()).expect("a file");
+    fs::write(original.join("1_Pooling/config.json"), r#"{"pooling_mode_cls_token": true}"#).expect("a file");
+    let prompts = r#"{"prompts": {"q": "query: "}, "default_prompt_name": "q"}"#;
+    fs::write(original.join("config_sentence_transformers.json"), prompts).expect("a file");
+    // What is written is compared by the program itself; a folder that cannot be said would not be there.
+    let [_, gguf, second] = round_trip("head", &original, place.path());
+    equal("head", &folder.tensors, &Folder::read(&second).expect("a folder").tensors, false);
+    same_fields(&original, &second, &["architectures", "id2label", "problem_type"]);
+    assert_eq!(read(&second, "1_Pooling/config.json")["pooling_mode_cls_token"], true);
+    assert_eq!(read(&second, "modules.json").as_array().map(Vec::len), Some(2), "not made of length 1");
+    assert_eq!(read(&second, "config_sentence_transformers.json")["prompts"]["default"], "query: ");
+    let (expected, there) = (vectors(&original, "bert"), vectors(&gguf, "bert"));
+    assert!(there == expected && vectors(&second, "bert") == expected && floats(&there[0], "logits").len() == 3);
+    // What no reader here does is not written as if it did.
+    fs::write(original.join("1_Pooling/config.json"), r#"{"pooling_mode_max_tokens": true}"#).expect("a file");
+    let out = place.path().join("refused.gguf");
+    let done = program::run(&["convert", &original.display().to_string(), &out.display().to_string()]);
+    assert!(done.status.code() == Some(2) && done.stderr.contains("pooling_mode_max_tokens") && !out.exists(), "{}", done.stderr);
+}
+
 /// Parts are one model; nothing is written over; what cannot be said is refused.
 #[test]
 fn parts_and_refusals() {

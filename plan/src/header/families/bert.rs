@@ -8,14 +8,17 @@
 //! ```
 //! Every product has a bias. GELU is the form with erf, from either kind of file: it is what the models were trained with.
 
+use serde_json::{Map, Value, json};
+
 use super::Family;
 use crate::{
     header::{
-        HeaderError,
+        HeaderError, MAX_COUNT,
         fields::Fields,
         gguf, hf,
         hf::{EncoderFields, HfConfig},
         metadata::Meta,
+        target,
         tensors::{self, Biases, Name},
     },
     model::{Activation, Architecture, Classifier, Encoder, ModelConfig, PoolerActivation, Role},
@@ -30,7 +33,7 @@ pub(super) const BERT: Family = Family {
     also: &[CLASSIFIES, "BertForMaskedLM"],
     model_type: "bert",
     from_hf,
-    to_hf: None,
+    to_hf,
     hf_base: "bert.",
     hf_layers: "bert.encoder.layer.",
     hf_name,
@@ -61,6 +64,14 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let encoder = Encoder { token_types: fields.count("type_vocab_size")?.unwrap_or(2), classifier };
     let config = hf::encoder(fields, &FIELDS, Architecture::Bert, eps as f32, encoder)?;
     Ok(HfConfig { config, biases: Biases { qkv: true, o: true, mlp: true } })
+}
+
+fn to_hf(family: &Family, config: &ModelConfig, _: &Biases) -> Map<String, Value> {
+    let encoder = config.encoder;
+    target::encoder(family, config, &FIELDS, CLASSIFIES)
+        .chain([("layer_norm_eps", target::number(config.norm_eps)), ("type_vocab_size", json!(encoder.map_or(0, |e| e.token_types)))])
+        .map(|(name, value)| (name.to_owned(), value))
+        .collect()
 }
 
 fn hf_name(role: Role) -> Name {
@@ -94,18 +105,30 @@ fn hf_name(role: Role) -> Name {
 
 fn from_gguf(meta: &Meta<'_>) -> Result<ModelConfig, HeaderError> {
     let config = gguf::unrotated(meta, Architecture::Bert)?;
-    // 3, the last token, is for decoders; 4, a rank, needs a head that files name in several ways.
-    if let Some(kind) = meta.count(&meta.key("pooling_type"))?.filter(|&kind| kind > 2) {
-        return Err(meta.unsupported("pooling_type", "0 (none), 1 (mean) or 2 (first token)", &kind.to_string()));
+    let rows = |name: &str| meta.header.tensors.iter().find(|t| t.name == name).map(|t| t.dims.get(1).copied().unwrap_or(1));
+    let types = rows("token_types.weight").unwrap_or(0).min(2) as usize;
+    // DistilBERT, which has no token types, was trained with relu in its head; files do not say.
+    let activation = if types == 0 { PoolerActivation::Relu } else { PoolerActivation::Tanh };
+    let classifier = rows("cls.output.weight").map(|labels| Classifier { labels: labels.min(MAX_COUNT) as usize, activation });
+    // 3, the last token, is for decoders; 4, a rank, is what a head gives.
+    let kind = meta.count(&meta.key("pooling_type"))?.filter(|&kind| kind > 2 && !(kind == 4 && classifier.is_some()));
+    if let Some(kind) = kind {
+        let expected = "0 (none), 1 (mean) or 2 (first token); 4 (rank) with the tensor cls.output.weight";
+        return Err(meta.unsupported("pooling_type", expected, &kind.to_string()));
     }
-    let types = meta.header.tensors.iter().find(|t| t.name == "token_types.weight").and_then(|t| t.dims.get(1).copied());
+    let labels = meta.header.get(&meta.key("classifier.output_labels")).map(|value| (value, value.as_array().map(|a| a.len)));
+    if let Some((value, got)) = labels.filter(|(_, got)| *got != Some(classifier.map_or(0, |c| c.labels as u64))) {
+        let got = got.map_or_else(|| value.kind().name().to_owned(), |n| format!("a list of {n}"));
+        let expected = format!("a name for each of the {} rows of cls.output.weight", classifier.map_or(0, |c| c.labels));
+        return Err(meta.wrong("classifier.output_labels", &expected, &got));
+    }
     Ok(ModelConfig {
         activation: Activation::Gelu,
         gated: false,
         learned_positions: true,
         embedding_norm: true,
         post_norms: true,
-        encoder: Some(Encoder { token_types: types.unwrap_or(0).min(2) as usize, classifier: None }),
+        encoder: Some(Encoder { token_types: types, classifier }),
         tied_embeddings: false,
         ..config
     })

@@ -34,7 +34,7 @@ pub(super) const DEEPSEEK_V2: Family = Family {
     class: "DeepseekV2ForCausalLM",
     model_type: "deepseek_v2",
     from_hf,
-    to_hf: Some(to_hf),
+    to_hf,
     gguf: Some("deepseek2"),
     from_gguf,
     ..LLAMA

@@ -18,15 +18,8 @@ use crate::{
     model::{Architecture, ModelConfig, RopeLayout, Scoring},
 };
 
-pub(super) const DEEPSEEK_V3: Family = Family {
-    name: "deepseek_v3",
-    class: "DeepseekV3ForCausalLM",
-    model_type: "deepseek_v3",
-    from_hf,
-    to_hf: Some(to_hf),
-    gguf: None,
-    ..DEEPSEEK_V2
-};
+pub(super) const DEEPSEEK_V3: Family =
+    Family { name: "deepseek_v3", class: "DeepseekV3ForCausalLM", model_type: "deepseek_v3", from_hf, to_hf, gguf: None, ..DEEPSEEK_V2 };
 
 fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let layout = if fields.flag("rope_interleave")?.unwrap_or(true) { RopeLayout::Adjacent } else { RopeLayout::Halves };

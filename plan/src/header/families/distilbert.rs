@@ -1,7 +1,9 @@
 //! DistilBERT: Sanh et al. 2019, arXiv:1910.01108. [BERT](super::bert) without token types, whose classification head is
 //! `Wclassifier · relu(Wpooler x[0])`.
 //!
-//! GGUF has no architecture of its own for it.
+//! GGUF has no architecture of its own for it: it is BERT's without a table of token types.
+
+use serde_json::{Map, Value};
 
 use super::{Family, bert::BERT};
 use crate::{
@@ -10,9 +12,10 @@ use crate::{
         fields::Fields,
         hf,
         hf::{EncoderFields, HfConfig},
+        target,
         tensors::{self, Biases, Name},
     },
-    model::{Architecture, Classifier, Encoder, PoolerActivation, Role},
+    model::{Architecture, Classifier, Encoder, ModelConfig, PoolerActivation, Role},
 };
 
 /// The class with a classification head.
@@ -26,6 +29,7 @@ pub(super) const DISTILBERT: Family = Family {
     also: &[CLASSIFIES, "DistilBertForMaskedLM"],
     model_type: "distilbert",
     from_hf,
+    to_hf,
     hf_base: "distilbert.",
     hf_layers: "distilbert.transformer.layer.",
     hf_name,
@@ -41,6 +45,10 @@ fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let encoder = Encoder { token_types: 0, classifier };
     let config = hf::encoder(fields, &FIELDS, Architecture::DistilBert, EPS, encoder)?;
     Ok(HfConfig { config, biases: Biases { qkv: true, o: true, mlp: true } })
+}
+
+fn to_hf(family: &Family, config: &ModelConfig, _: &Biases) -> Map<String, Value> {
+    target::encoder(family, config, &FIELDS, CLASSIFIES).map(|(name, value)| (name.to_owned(), value)).collect()
 }
 
 fn hf_name(role: Role) -> Name {

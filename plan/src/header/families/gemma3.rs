@@ -32,7 +32,7 @@ pub(super) const GEMMA3: Family = Family {
     also: &[],
     model_type: "gemma3_text",
     from_hf,
-    to_hf: Some(to_hf),
+    to_hf,
     hf_name,
     gguf: Some("gemma3"),
     from_gguf,

@@ -31,7 +31,7 @@ pub(super) const GPT2: Family = Family {
     also: &[],
     model_type: "gpt2",
     from_hf,
-    to_hf: Some(to_hf),
+    to_hf,
     hf_base: "transformer.",
     hf_layers: "transformer.h.",
     hf_name,

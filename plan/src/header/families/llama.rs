@@ -20,7 +20,7 @@ pub(super) const LLAMA: Family = Family {
     also: &[],
     model_type: "llama",
     from_hf,
-    to_hf: Some(target::decoder),
+    to_hf: target::decoder,
     hf_base: "model.",
     hf_layers: "model.layers.",
     hf_name: tensors::hf_name,

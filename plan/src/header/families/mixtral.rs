@@ -21,16 +21,8 @@ use crate::{
     model::{Architecture, Experts, ModelConfig, Role},
 };
 
-pub(super) const MIXTRAL: Family = Family {
-    name: "mixtral",
-    class: "MixtralForCausalLM",
-    model_type: "mixtral",
-    from_hf,
-    to_hf: Some(to_hf),
-    hf_name,
-    gguf: None,
-    ..LLAMA
-};
+pub(super) const MIXTRAL: Family =
+    Family { name: "mixtral", class: "MixtralForCausalLM", model_type: "mixtral", from_hf, to_hf, hf_name, gguf: None, ..LLAMA };
 
 fn from_hf(fields: &Fields<'_>) -> Result<HfConfig, HeaderError> {
     let mut config = hf::decoder(fields, Architecture::Mixtral)?;

@@ -43,8 +43,8 @@ pub(super) struct Family {
     pub(super) model_type: &'static str,
     /// Its shape from `config.json`.
     pub(super) from_hf: fn(&Fields<'_>) -> Result<HfConfig, HeaderError>,
-    /// `config.json` of its models, its layers rotated as files of that kind have them; none where models stay in the format they have.
-    pub(super) to_hf: Option<ToHf>,
+    /// `config.json` of its models, its layers rotated as files of that kind have them.
+    pub(super) to_hf: ToHf,
     /// What comes before the names of the model without its head; files of such a model may leave it out.
     pub(super) hf_base: &'static str,
     /// What comes before a layer's number in Hugging Face's names.
@@ -125,12 +125,16 @@ pub(super) fn of_gguf(meta: &Meta<'_>) -> Result<&'static Family, HeaderError> {
     })
 }
 
-/// The family whose files of a format hold a model: files of Mistral and Mixtral are Llama's in GGUF, those of DeepSeek V3 are V2's.
+/// The family whose files of a format hold a model: files of Mistral and Mixtral are Llama's in GGUF, those of DeepSeek V3 are V2's, and those
+/// of DistilBERT are BERT's.
 pub(super) fn in_format(config: &ModelConfig, format: Format) -> &'static Family {
     let own = of(config.architecture);
     let llama = config.architecture == Architecture::Llama;
+    let untyped = config.encoder.is_some_and(|e| e.token_types == 0);
     let sigmoid = config.experts.is_some_and(|e| e.scoring == Scoring::Sigmoid);
     match format {
+        Format::GGUF if config.encoder.is_some() => &bert::BERT,
+        Format::Safetensors if untyped => &distilbert::DISTILBERT,
         Format::GGUF if config.latent.is_some() => &deepseek_v2::DEEPSEEK_V2,
         Format::GGUF if own.gguf.is_none() => &llama::LLAMA,
         Format::Safetensors if config.latent.is_some() && sigmoid => &deepseek_v3::DEEPSEEK_V3,

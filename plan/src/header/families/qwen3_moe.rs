@@ -14,7 +14,7 @@ pub(super) const QWEN3_MOE: Family = Family {
     class: "Qwen3MoeForCausalLM",
     model_type: "qwen3_moe",
     from_hf,
-    to_hf: Some(to_hf),
+    to_hf,
     gguf: Some("qwen3moe"),
     from_gguf,
     ..LLAMA

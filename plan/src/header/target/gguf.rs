@@ -30,6 +30,11 @@ pub(super) fn entries(family: &Family, config: &ModelConfig) -> Vec<(String, Val
         put("attention.key_length", count(config.head_dim));
         put("attention.value_length", count(config.value_dim()));
     }
+    if let Some(encoder) = config.encoder {
+        put("attention.causal", Value::Bool(false));
+        entries.push(("tokenizer.ggml.token_type_count".to_owned(), count(encoder.token_types.max(1))));
+        return entries;
+    }
     if let Some(latent) = config.latent {
         if let Some(rank) = latent.q_rank {
             put("attention.q_lora_rank", count(rank));

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::{
-    header::{families::Family, tensors::Biases},
+    header::{families::Family, hf::EncoderFields, tensors::Biases},
     model::{Activation, ModelConfig, Rope, RopeScaling},
 };
 
@@ -39,6 +39,34 @@ pub(in crate::header) fn decoder(family: &Family, config: &ModelConfig, biases: 
         rope(config, &layer.rope, &mut put);
     }
     map
+}
+
+/// The fields of an encoder under its family's names; `classifies` is its class with a head.
+pub(in crate::header) fn encoder(
+    family: &Family,
+    config: &ModelConfig,
+    names: &EncoderFields,
+    classifies: &str,
+) -> impl Iterator<Item = (&'static str, Value)> {
+    let labels = config.encoder.and_then(|e| e.classifier).map(|c| c.labels);
+    let class = if labels.is_some() { classifies } else { family.class };
+    let name = |label: usize| format!("LABEL_{label}");
+    let by_id = |n| (0..n).map(|i| (i.to_string(), json!(name(i)))).collect::<Map<_, _>>();
+    let by_name = |n| (0..n).map(|i| (name(i), json!(i))).collect::<Map<_, _>>();
+    let head = labels.map(|n| [("id2label", json!(by_id(n))), ("label2id", json!(by_name(n)))]);
+    [
+        ("architectures", json!([class])),
+        ("model_type", json!(family.model_type)),
+        (names.activation, json!(activation(config.activation))),
+        (names.hidden, json!(config.hidden)),
+        (names.ffn, json!(config.ffn)),
+        (names.layers, json!(config.layers.len())),
+        (names.heads, json!(config.heads)),
+        ("max_position_embeddings", json!(config.context)),
+        ("vocab_size", json!(config.vocab)),
+    ]
+    .into_iter()
+    .chain(head.into_iter().flatten())
 }
 
 fn activation(activation: Activation) -> &'static str {

@@ -7,7 +7,7 @@ mod hf;
 #[cfg(test)]
 mod tests;
 
-pub(super) use hf::{decoder, number};
+pub(super) use hf::{decoder, encoder, number};
 
 use std::collections::BTreeMap;
 
@@ -16,7 +16,7 @@ use serde_json::{Map, Value as Json};
 use super::{Biases, HeaderError, families, from_gguf, from_safetensors, tensors};
 use crate::{
     gguf::{GgmlType, Header as GgufHeader, Tensor as GgufTensor, Value},
-    model::{Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, Role, RopeLayout, RopeScaling, TensorId},
+    model::{Format, LayerConfig, ModelConfig, ModelFile, ModelHeader, PoolerActivation, Role, RopeLayout, RopeScaling, TensorId},
     safetensors,
 };
 
@@ -93,8 +93,6 @@ impl Turn {
 pub enum TargetError {
     #[error("{format:?} files of {family} do not tell {what}")]
     Inexpressible { format: Format, family: &'static str, what: String },
-    #[error("models of {family} cannot be written as {format:?} yet, only in the format they have")]
-    OneFormat { format: Format, family: &'static str },
     #[error("what {format:?} files of {family} would say is not this model")]
     Other { format: Format, family: &'static str, source: Box<HeaderError> },
 }
@@ -104,13 +102,14 @@ pub enum TargetError {
 /// # Errors
 /// When that format cannot say what the model is.
 pub fn target(model: &ModelHeader, format: Format) -> Result<Target, TargetError> {
-    let own = families::of(model.config.architecture);
-    if format != model.format && own.to_hf.is_none() {
-        return Err(TargetError::OneFormat { format, family: own.name });
-    }
     let family = families::in_format(&model.config, format);
     if model.config.latent.is_some_and(|l| l.apart) {
         let what = "keys and values that are unpacked apart".to_owned();
+        return Err(TargetError::Inexpressible { format, family: family.name, what });
+    }
+    let relu = model.config.encoder.and_then(|e| e.classifier).is_some_and(|c| c.activation == PoolerActivation::Relu);
+    if relu && format == Format::GGUF && model.format != format {
+        let what = "a classification head with relu, in place of which programs compute tanh".to_owned();
         return Err(TargetError::Inexpressible { format, family: family.name, what });
     }
     let mut config = model.config.clone();
@@ -124,7 +123,12 @@ pub fn target(model: &ModelHeader, format: Format) -> Result<Target, TargetError
     let held = |id: &TensorId| model.tensors.contains_key(id) || is_divisors(id.role);
     let mut made: Vec<Made> = Vec::new();
     let mut places: BTreeMap<String, usize> = BTreeMap::new();
-    for want in wanted.into_iter().filter(|want| held(&want.id)) {
+    // Files of an encoder without a head have its names alone.
+    let bare = format == Format::Safetensors && model.config.encoder.is_some_and(|e| e.classifier.is_none());
+    for mut want in wanted.into_iter().filter(|want| held(&want.id)) {
+        if bare && let Some(rest) = want.name.strip_prefix(family.hf_base) {
+            want.name = rest.to_owned();
+        }
         let place = *places.entry(want.name.clone()).or_insert_with(|| {
             made.push(Made { name: want.name, shape: want.stored, columns: want.columns, parts: Vec::new() });
             made.len() - 1
@@ -136,10 +140,7 @@ pub fn target(model: &ModelHeader, format: Format) -> Result<Target, TargetError
     }
     let metadata = match format {
         Format::GGUF => Metadata::Gguf(gguf::entries(family, &config)),
-        Format::Safetensors => {
-            let to_hf = family.to_hf.ok_or(TargetError::OneFormat { format, family: family.name })?;
-            Metadata::Hf(to_hf(family, &config, &biases(model)))
-        }
+        Format::Safetensors => Metadata::Hf((family.to_hf)(family, &config, &biases(model))),
     };
     let read =
         read_back(&metadata, &made).map_err(|source| TargetError::Other { format, family: family.name, source: Box::new(source) })?;

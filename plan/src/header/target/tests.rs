@@ -113,14 +113,49 @@ fn rotary_scalings_are_said_in_both_formats_or_refused_by_name() {
 }
 
 #[test]
-fn encoders_stay_in_their_format() {
-    for name in ["bert", "distilbert-sst2"] {
-        let model = fixture(name);
-        let refused = target(&model, Format::GGUF).unwrap_err().to_string();
-        assert!(refused.contains(&name[..4]) && refused.contains("cannot be written as GGUF yet"), "{refused}");
+fn encoders_are_the_same_models_in_gguf_and_back() {
+    let with = |name: &str, change: &[(&str, Json)]| {
+        let mut config = config(name);
+        change.iter().for_each(|(field, value)| config[*field] = value.clone());
+        parsed(&config.to_string())
+    };
+    let head = json!({"0": "a", "1": "b", "2": "c"});
+    for model in [
+        fixture("bert"),
+        with("bert", &[("architectures", json!(["BertForSequenceClassification"])), ("id2label", head)]),
+        with("bert", &[("type_vocab_size", json!(1)), ("layer_norm_eps", json!(1e-5))]),
+        with("distilbert-sst2", &[("architectures", json!(["DistilBertModel"]))]),
+    ] {
+        let there = target(&model, Format::GGUF).unwrap();
+        let gguf = made(&there);
+        assert_eq!((gguf.config.architecture, difference(&model.config, &gguf.config)), (Architecture::Bert, None));
+        let back = target(&gguf, Format::Safetensors).unwrap();
+        let again = made(&back);
+        assert_eq!(again.config, model.config);
+        assert!(again.tensors.keys().eq(model.tensors.keys()));
+        assert!(there.tensors.iter().chain(&back.tensors).flat_map(|t| &t.parts).all(|p| p.turn.is_none() && p.add == 0.0));
+        // Names of the files that transformers writes of the same class.
+        let base = back.tensors.iter().all(|t| t.name.starts_with("bert.") || t.name.starts_with("classifier."));
+        assert_eq!(base, model.config.encoder.unwrap().classifier.is_some());
         let kept = target(&model, Format::Safetensors).unwrap();
-        assert_eq!(kept.tensors.len(), model.tensors.len(), "{name}");
+        assert!(kept.tensors.iter().map(|t| &t.name).eq(back.tensors.iter().map(|t| &t.name)));
     }
+}
+
+#[test]
+fn what_gguf_does_not_say_of_encoders_is_refused_by_name() {
+    let refused = |model: &ModelHeader| target(model, Format::GGUF).unwrap_err().to_string();
+    assert!(refused(&fixture("distilbert-sst2")).contains("head with relu"));
+    let mut tanh = fixture("bert");
+    tanh.config.activation = crate::model::Activation::GeluTanh;
+    assert!(refused(&tanh).contains("activation = \"GeluTanh\""), "{}", refused(&tanh));
+    // Without token types a file is DistilBERT's, whose epsilon its config.json does not state.
+    let mut odd = fixture("bert");
+    odd.config.norm_eps = 1e-5;
+    odd.config.encoder.as_mut().unwrap().token_types = 0;
+    odd.tensors.retain(|id, _| id.role != Role::TokenTypes);
+    let said = target(&made(&target(&odd, Format::GGUF).unwrap()), Format::Safetensors).unwrap_err().to_string();
+    assert!(said.contains("norm_eps"), "{said}");
 }
 
 #[test]

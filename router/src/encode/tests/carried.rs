@@ -72,6 +72,52 @@ fn a_boundary_tokenizer_goes_to_gguf_and_back() {
     }
 }
 
+/// By the keys where they say all there is; whole where text keeps its case, which they cannot say.
+#[test]
+fn word_pieces_go_to_gguf_and_back() {
+    let mut files = card("bert");
+    for (golden, exact) in [("random-bert.json", true), ("random-bert-cased.json", false)] {
+        let there = header(&files);
+        assert_eq!(without_json(&there) == there, exact, "{golden}");
+        let back = folder(&there);
+        assert_eq!(back.files.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["tokenizer.json", "tokenizer_config.json"]);
+        let before = tokenizer(&files);
+        for (name, card) in [("header", &there), ("folder", &back)] {
+            let after = tokenizer(card);
+            random::matches(golden, &after);
+            let (ends, vocab) = ((before.end_ids(), before.eos()), before.vocab());
+            assert_eq!(((after.end_ids(), after.eos()), after.vocab()), (ends, vocab), "{name}");
+            let ids = |t: &Tokenizer| (t.encode_prompt("the fox", true).unwrap(), t.encode_pair("the fox", "geese", true).unwrap());
+            assert_eq!(ids(&after), ids(&before), "{name}");
+        }
+        let file = files.files.iter_mut().find(|f| f.name == "tokenizer.json").unwrap();
+        let mut json: Value = serde_json::from_slice(&file.bytes).unwrap();
+        json["normalizer"]["lowercase"] = false.into();
+        file.bytes = json.to_string().into_bytes();
+    }
+    // vocab.txt says the same as its tokenizer.json.
+    let mut lines = card("bert");
+    let json: Value = serde_json::from_slice(lines.file("tokenizer.json").unwrap()).unwrap();
+    let mut tokens: Vec<(&String, u64)> =
+        json["model"]["vocab"].as_object().unwrap().iter().map(|(t, id)| (t, id.as_u64().unwrap())).collect();
+    tokens.sort_by_key(|t| t.1);
+    let text: String = tokens.iter().map(|(token, _)| format!("{token}\n")).collect();
+    lines.files.retain(|f| f.name != "tokenizer.json");
+    lines.files.push(CardFile { name: "vocab.txt".to_owned(), bytes: text.into_bytes() });
+    assert_eq!(header(&lines), header(&card("bert")));
+}
+
+#[test]
+#[should_panic(expected = "random-bert-cased.json")]
+fn keys_alone_lose_the_case() {
+    let mut card = card("bert");
+    let file = card.files.iter_mut().find(|f| f.name == "tokenizer.json").unwrap();
+    let mut json: Value = serde_json::from_slice(&file.bytes).unwrap();
+    json["normalizer"]["lowercase"] = false.into();
+    file.bytes = json.to_string().into_bytes();
+    random::matches("random-bert-cased.json", &tokenizer(&without_json(&header(&card))));
+}
+
 /// Every way to make a piece of two others is a merge; so the reference's ids come from a tokenizer.json too.
 #[test]
 fn the_reference_models_tokenizer_goes_to_tokenizer_json() {

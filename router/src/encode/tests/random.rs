@@ -63,7 +63,7 @@ fn string(number: u64) -> String {
 }
 
 /// Asserts that `tokenizer` gives the ids of a golden file, and decodes to themselves the texts that the reference does.
-fn matches(name: &str, tokenizer: &Tokenizer) {
+pub(super) fn matches(name: &str, tokenizer: &Tokenizer) {
     let golden: Golden = serde_json::from_value(golden_json(name)).unwrap();
     for One { text, ids, decoded } in &golden.cases {
         assert_eq!(tokenizer.encode(text, false).unwrap(), *ids, "{name}: {text:?}");
