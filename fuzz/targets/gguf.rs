@@ -3,6 +3,8 @@
 
 use e2e::parsers::Parser;
 
-libfuzzer_sys::fuzz_target!(|file: &[u8]| {
-    Parser::named("gguf").loads(file);
+libfuzzer_sys::fuzz_target!(init: fuzz::let_be_caught(), |file: &[u8]| {
+    fuzz::escaping(|| {
+        Parser::named("gguf").loads(file);
+    });
 });

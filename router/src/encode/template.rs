@@ -11,14 +11,14 @@ use serde::Serialize;
 
 use super::error::ChatError;
 
-/// Work a template may do in one rendering: instructions, and 64 bytes of text each.
-const FUEL: u64 = 1_000_000;
+/// Work a template may do in one rendering: instructions, and 64 bytes of text each. A sanitizer's frames are larger, and slower: less of them.
+const FUEL: u64 = if cfg!(fuzzing) { 100_000 } else { 1_000_000 };
 /// Bytes a template may write.
 const OUTPUT_BYTES: usize = 16 << 20;
 /// Longest template in bytes; those of models have tens of thousands.
 const SOURCE_BYTES: usize = 64 << 10;
 /// Stack for each byte of a template. Its parser calls itself for each `not`, `-` and `elif`, however many there are; what is not used costs nothing.
-const STACK_PER_BYTE: usize = 4 << 10;
+const STACK_PER_BYTE: usize = if cfg!(fuzzing) { 64 << 10 } else { 4 << 10 };
 /// Stack of a rendering. All of its work can go into lists within lists, which are written and dropped level by level.
 const RENDER_STACK: usize = 512 << 20;
 
