@@ -107,7 +107,9 @@ struct Settings {
     padding: u64,
     dummy_prefix: bool,
     extra_spaces_removed: bool,
-    charsmap: usize,
+    /// What comes after a word rather than before it is marked.
+    suffix: bool,
+    escaped: bool,
 }
 
 /// An id of the settings; −1 stands for none.
@@ -115,10 +117,10 @@ fn id(number: u64) -> Option<u32> {
     u32::try_from(number).ok()
 }
 
-/// Reads a model that merges by score, as what a GGUF header would say of it.
+/// Reads a model that merges by score (`llama`) or takes the likeliest pieces (`t5`), as what a GGUF header would say of it.
 ///
 /// # Errors
-/// When it is damaged, or does what is not supported: another algorithm, a table of normalization.
+/// When it is damaged, or does what is not supported: another algorithm, marks behind words, a table for texts that are put together.
 pub fn read(bytes: &[u8]) -> Result<Tokenizer, SentencePieceError> {
     let mut settings = Settings {
         model_type: 1,
@@ -129,7 +131,8 @@ pub fn read(bytes: &[u8]) -> Result<Tokenizer, SentencePieceError> {
         padding: u64::MAX,
         dummy_prefix: true,
         extra_spaces_removed: true,
-        charsmap: 0,
+        suffix: false,
+        escaped: true,
     };
     let mut tokenizer = Tokenizer { model: "llama".to_owned(), ..Tokenizer::default() };
     let mut model = Message { bytes, at: 0, start: 0, name: "tokenizer.model" };
@@ -141,6 +144,7 @@ pub fn read(bytes: &[u8]) -> Result<Tokenizer, SentencePieceError> {
                 while let Some((number, _, field)) = spec.next()? {
                     match (number, field) {
                         (3, Field::Number(n)) => settings.model_type = n,
+                        (24, Field::Number(n)) => settings.suffix = n != 0,
                         (35, Field::Number(n)) => settings.byte_fallback = n != 0,
                         (40, Field::Number(n)) => settings.unknown = n,
                         (41, Field::Number(n)) => settings.bos = n,
@@ -154,10 +158,21 @@ pub fn read(bytes: &[u8]) -> Result<Tokenizer, SentencePieceError> {
                 let mut spec = Message { bytes, at: 0, start, name: "normalizer_spec" };
                 while let Some((number, _, field)) = spec.next()? {
                     match (number, field) {
-                        (2, Field::Bytes(map)) => settings.charsmap = map.len(),
+                        (2, Field::Bytes(map)) => tokenizer.charsmap = map.to_vec(),
                         (3, Field::Number(n)) => settings.dummy_prefix = n != 0,
                         (4, Field::Number(n)) => settings.extra_spaces_removed = n != 0,
+                        (5, Field::Number(n)) => settings.escaped = n != 0,
                         _ => {}
+                    }
+                }
+            }
+            (5, Field::Bytes(bytes)) => {
+                let mut spec = Message { bytes, at: 0, start, name: "denormalizer_spec" };
+                while let Some((number, _, field)) = spec.next()? {
+                    if let (2, Field::Bytes(map)) = (number, field)
+                        && !map.is_empty()
+                    {
+                        return Err(spec.wrong(&format!("a precompiled_charsmap of {} bytes is not supported, expected none", map.len())));
                     }
                 }
             }
@@ -209,22 +224,27 @@ fn finish(mut tokenizer: Tokenizer, settings: &Settings) -> Result<Tokenizer, Se
         return Err(wrong("tokenizer.model", "it has no pieces".to_owned()));
     }
     let kind = match settings.model_type {
-        2 => None,
-        1 => Some("unigram"),
+        1 | 2 => None,
         3 => Some("word"),
         4 => Some("char"),
         _ => Some("unknown"),
     };
     if let Some(kind) = kind {
-        return Err(wrong("trainer_spec.model_type", format!("{kind} is not supported, expected bpe; tokenizer.json can say more")));
+        return Err(wrong(
+            "trainer_spec.model_type",
+            format!("{kind} is not supported, expected unigram or bpe; tokenizer.json can say more"),
+        ));
     }
-    if settings.charsmap > 0 {
-        let problem = format!("a table of {} bytes is not supported, expected none; tokenizer.json can say more", settings.charsmap);
-        return Err(wrong("normalizer_spec.precompiled_charsmap", problem));
-    }
-    if settings.extra_spaces_removed {
+    if settings.suffix {
         let problem = "true is not supported, expected false; tokenizer.json can say more".to_owned();
-        return Err(wrong("normalizer_spec.remove_extra_whitespaces", problem));
+        return Err(wrong("trainer_spec.treat_whitespace_as_suffix", problem));
+    }
+    if !settings.escaped {
+        let problem = "false is not supported, expected true; tokenizer.json can say more".to_owned();
+        return Err(wrong("normalizer_spec.escape_whitespaces", problem));
+    }
+    if settings.model_type == 1 {
+        tokenizer.model = "t5".to_owned();
     }
     for (field, number) in [("unk_id", settings.unknown), ("bos_id", settings.bos), ("eos_id", settings.eos), ("pad_id", settings.padding)]
     {
@@ -237,6 +257,7 @@ fn finish(mut tokenizer: Tokenizer, settings: &Settings) -> Result<Tokenizer, Se
     (tokenizer.unknown, tokenizer.bos) = (id(settings.unknown), id(settings.bos));
     (tokenizer.eos, tokenizer.padding) = (id(settings.eos), id(settings.padding));
     tokenizer.add_space_prefix = Some(settings.dummy_prefix);
+    tokenizer.remove_extra_whitespaces = Some(settings.extra_spaces_removed);
     if !settings.byte_fallback {
         // Byte pieces without fallback are plain text.
         tokenizer.types.iter_mut().filter(|t| **t == TokenType::Byte).for_each(|t| *t = TokenType::Normal);
@@ -292,11 +313,20 @@ mod tests {
     }
 
     #[test]
+    fn how_text_is_prepared_is_read() {
+        let t = read(&model(&[number(3, 1)], &[bytes(2, b"map")])).unwrap();
+        assert_eq!((t.model.as_str(), &t.charsmap[..], t.remove_extra_whitespaces), ("t5", &b"map"[..], Some(true)));
+        assert_eq!(t.types[3], TokenType::Normal, "a byte without fallback is text");
+        let back = [usual(), bytes(5, &bytes(2, b"map"))].concat();
+        assert!(read(&back).unwrap_err().to_string().contains("denormalizer_spec"));
+    }
+
+    #[test]
     fn what_is_not_supported_is_named() {
         let said = |trainer: &[Vec<u8>], normalizer: &[Vec<u8>]| read(&model(trainer, normalizer)).unwrap_err().to_string();
-        assert!(said(&[number(3, 1)], &[number(4, 0)]).contains("model_type"));
-        assert!(said(&[number(3, 2)], &[number(4, 0), bytes(2, b"map")]).contains("precompiled_charsmap"));
-        assert!(said(&[number(3, 2)], &[]).contains("remove_extra_whitespaces"));
+        assert!(said(&[number(3, 3)], &[number(4, 0)]).contains("model_type"));
+        assert!(said(&[number(3, 2), number(24, 1)], &[number(4, 0)]).contains("treat_whitespace_as_suffix"));
+        assert!(said(&[number(3, 2)], &[number(5, 0)]).contains("escape_whitespaces"));
         assert!(said(&[number(3, 2), number(41, 900)], &[number(4, 0)]).contains("bos_id"));
     }
 

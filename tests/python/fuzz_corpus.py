@@ -393,6 +393,11 @@ def tokenizer_files():
     usual = whole(3, 2) + whole(35, 1)
     put = lambda name, content: write("sentencepiece", name, content)
     put("good-spm.model", model(usual, whole(3, 1) + whole(4, 0)))
+    # "A" becomes "a": its place in the array, and behind it the place of the text.
+    units = [0] * 0x142
+    units[0], units[0x141], units[0x140] = 256 << 10, 0x41 | 1 << 8 | 1 << 10, 1 << 31
+    table = u32(4 * len(units)) + struct.pack(f"<{len(units)}I", *units) + b"a\0"
+    put("good-unigram.model", model(whole(3, 1) + whole(35, 1), field(2, table)))
     put("length.model", body + b"\x0a\xff\xff\xff\xff\xff\xff\xff\xff\xff\x01")
     put("varint.model", b"\xff" * 11)
     put("group.model", body + b"\x0b")

@@ -3,10 +3,11 @@
     python tests/python/golden_tokenizers.py [--train]
 
 Needs `pip install tokenizers==0.23.3 sentencepiece==0.2.3`. Writes router/src/encode/golden/random-*.json: fixed texts with their ids, and the
-SHA-256 of the ids of 10,000 strings that the tests make again by the same rule; bit n of `same` says that string n is decoded to itself. `--train` makes the two
+SHA-256 of the ids of 10,000 strings that the tests make again by the same rule; bit n of `same` says that string n is decoded to itself. `--train` makes the
 SentencePiece models anew, of the text in tests/fixtures/text; other machines may get other ones.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -90,9 +91,9 @@ def of_json(name, file, change=None):
 def of_sentencepiece(name, model, options):
     path = GOLDEN / model
     if "--train" in sys.argv:
-        sentencepiece.SentencePieceTrainer.train(
-            input=str(TEXT.relative_to(ROOT)), model_prefix=str(path.with_suffix("").relative_to(ROOT)), model_type="bpe", normalization_rule_name="identity",
-            remove_extra_whitespaces=False, num_threads=1, minloglevel=2, **options)
+        usual = dict(model_type="bpe", normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+        prefix = str(path.with_suffix("").relative_to(ROOT))
+        sentencepiece.SentencePieceTrainer.train(input=str(TEXT.relative_to(ROOT)), model_prefix=prefix, **{**usual, **options})
         path.with_suffix(".vocab").unlink()
     processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     about = f"{path.relative_to(ROOT)}; Python package sentencepiece {sentencepiece.__version__}: encode(text), decode"
@@ -113,3 +114,55 @@ of_sentencepiece("random-spm-bytes.json", "spm-bytes.model", dict(vocab_size=600
 of_sentencepiece(
     "random-spm-plain.json", "spm-plain.model",
     dict(vocab_size=400, add_dummy_prefix=False, character_coverage=0.999, pad_id=3, user_defined_symbols=["<tool>", "\n"]))
+of_sentencepiece("random-spm-unigram.json", "spm-unigram.model", dict(
+    vocab_size=600, model_type="unigram", byte_fallback=True, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True, user_defined_symbols=["<tool>", "▁▁", "ab", "\u30a2"]))
+of_sentencepiece("random-spm-unigram-plain.json", "spm-unigram-plain.model", dict(
+    vocab_size=400, model_type="unigram", add_dummy_prefix=False, character_coverage=0.999, pad_id=3, user_defined_symbols=["<tool>", "\n"]))
+# A table of replacements that overlap, some with nothing, some with spaces, in a model that merges.
+RULES = [("ﬁ", "fi"), ("ﬁ ", "F"), ("ab", "x y"), ("abc", " "), ("é", "e"), ("e\u0301", "e"), ("\u00a0", " "), ("\u3000", "  "), ("\u200b", ""), ("日本", "Japan"), ("<t", "<")]
+table = GOLDEN.relative_to(ROOT) / "rules.tsv"
+points = lambda text: " ".join(f"{ord(c):X}" for c in text)
+table.write_text("".join(f"{points(a)}\t{points(b)}\n" for a, b in RULES))
+of_sentencepiece("random-spm-table.json", "spm-table.model", dict(
+    vocab_size=500, normalization_rule_name="", normalization_rule_tsv=str(table), remove_extra_whitespaces=True, byte_fallback=True, user_defined_symbols=["<tool>"]))
+table.unlink()
+
+
+def fields(data):
+    """The fields of a protocol buffer that are bytes: their numbers and contents."""
+    def number(at):
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, shift, at = value | (byte & 0x7F) << shift, shift + 7, at + 1
+            if byte < 0x80:
+                return value, at
+
+    at = 0
+    while at < len(data):
+        key, at = number(at)
+        if key & 7 == 2:
+            length, at = number(at)
+            yield key >> 3, data[at:at + length]
+            at += length
+        elif key & 7 == 0:
+            _, at = number(at)
+        else:
+            at += {1: 8, 5: 4}[key & 7]
+
+
+# The tokenizer.json that transformers makes of a unigram model, with the table of the model that has a small one.
+pieces = sentencepiece.SentencePieceProcessor(model_file=str(GOLDEN / "spm-unigram.model"))
+normalizer = next(content for number, content in fields((GOLDEN / "spm-table.model").read_bytes()) if number == 3)
+charsmap = next(content for number, content in fields(normalizer) if number == 2)
+added = [{"id": i, "content": pieces.id_to_piece(i), "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": i < 3} for i in range(4)]
+space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+made = {
+    "version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+    "normalizer": {"type": "Sequence", "normalizers": [
+        {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()}, {"type": "NFKC"}, {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]},
+    "pre_tokenizer": space, "post_processor": None, "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, space]},
+    "model": {"type": "Unigram", "unk_id": 0, "vocab": [[pieces.id_to_piece(i), pieces.get_score(i)] for i in range(pieces.get_piece_size())], "byte_fallback": True},
+}
+(GOLDEN / "unigram.tokenizer.json").write_text(json.dumps(made, ensure_ascii=False))
+of_json("random-unigram-json.json", GOLDEN / "unigram.tokenizer.json")

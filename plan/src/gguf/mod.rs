@@ -10,7 +10,7 @@ mod types;
 mod write;
 
 pub use read::{Keep, read};
-pub use tokenizer::{HUGGINGFACE_KEY, TokenType, Tokenizer};
+pub use tokenizer::{CHARSMAP, HUGGINGFACE_KEY, TokenType, Tokenizer};
 pub use types::{GgmlType, Kind};
 pub use write::{ALIGNMENT, Writer};
 

@@ -5,7 +5,11 @@ use std::collections::BTreeMap;
 use super::{Array, GgufError, GgufProblem, Header, Keep, Kind, Value, read};
 
 /// Arrays of the tokenizer that are kept.
-const ARRAYS: [&str; 4] = ["tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges"];
+const ARRAYS: [&str; 5] =
+    ["tokenizer.ggml.tokens", "tokenizer.ggml.scores", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", CHARSMAP];
+
+/// How text is prepared: SentencePiece's table, byte by byte.
+pub const CHARSMAP: &str = "tokenizer.ggml.precompiled_charsmap";
 
 /// Key of a whole tokenizer.json, as `docs/gguf.md` of ggml names it.
 pub const HUGGINGFACE_KEY: &str = "tokenizer.huggingface.json";
@@ -64,6 +68,10 @@ pub struct Tokenizer {
     pub add_eos: Option<bool>,
     /// Put a space before a text.
     pub add_space_prefix: Option<bool>,
+    /// Drop spaces at both ends of a text, and all but one within.
+    pub remove_extra_whitespaces: Option<bool>,
+    /// How text is prepared: SentencePiece's table; empty where there is none.
+    pub charsmap: Vec<u8>,
     /// `tokenizer.chat_template`.
     pub chat_template: Option<String>,
     /// `tokenizer.chat_template.<name>`, by name.
@@ -122,6 +130,8 @@ impl Tokenizer {
             add_bos: f.flag("tokenizer.ggml.add_bos_token")?,
             add_eos: f.flag("tokenizer.ggml.add_eos_token")?,
             add_space_prefix: f.flag("tokenizer.ggml.add_space_prefix")?,
+            remove_extra_whitespaces: f.flag("tokenizer.ggml.remove_extra_whitespaces")?,
+            charsmap: f.bytes(CHARSMAP)?,
             chat_template: f.text("tokenizer.chat_template")?,
             named_templates,
             huggingface: f.text(HUGGINGFACE_KEY)?,
@@ -189,6 +199,17 @@ impl Fields<'_> {
             list.push(convert(value).ok_or_else(|| self.wrong(key, "known values", format!("{value:?} in an array of {}", got.name())))?);
         }
         Ok(Some(list))
+    }
+
+    /// Bytes, in a list of them; some writers call them signed.
+    fn bytes(&self, key: &str) -> Result<Vec<u8>, GgufError> {
+        let kind = self.header.get(key).and_then(Value::as_array).map_or(Kind::U8, |array| array.kind);
+        let byte = |value: &Value| match value {
+            Value::U8(byte) => Some(*byte),
+            Value::I8(byte) => Some(byte.cast_unsigned()),
+            _ => None,
+        };
+        Ok(self.list(key, kind, byte)?.unwrap_or_default())
     }
 
     fn same_length(&self, key: &str, got: usize, tokens: usize) -> Result<(), GgufError> {

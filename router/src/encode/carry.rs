@@ -142,12 +142,12 @@ fn pieces(bytes: &[u8], card: &ModelCard, vocab: usize) -> Result<Vec<(String, G
         stored.types.push(TokenType::Unused);
     }
     let text = |(token, kind): (&String, &TokenType)| match kind {
-        TokenType::UserDefined => Gguf::String(token.replace(BOUNDARY, " ")),
+        TokenType::UserDefined if stored.model != sentencepiece::LIKELIEST => Gguf::String(token.replace(BOUNDARY, " ")),
         _ => Gguf::String(token.clone()),
     };
     let key = |name: &str| format!("tokenizer.ggml.{name}");
     let mut entries = vec![
-        (key("model"), Gguf::String("llama".to_owned())),
+        (key("model"), Gguf::String(stored.model.clone())),
         (key("pre"), Gguf::String("default".to_owned())),
         (key("tokens"), list(Kind::String, stored.tokens.iter().zip(&stored.types).map(text).collect())),
         (key("scores"), list(Kind::F32, stored.scores.iter().map(|&s| Gguf::F32(s)).collect())),
@@ -155,7 +155,21 @@ fn pieces(bytes: &[u8], card: &ModelCard, vocab: usize) -> Result<Vec<(String, G
     ];
     let ids = [("bos", stored.bos), ("eos", stored.eos), ("unknown", stored.unknown), ("padding", stored.padding)];
     entries.extend(ids.into_iter().filter_map(|(name, id)| Some((key(&format!("{name}_token_id")), Gguf::U32(id?)))));
-    let flags = [("add_bos_token", stored.add_bos), ("add_eos_token", stored.add_eos), ("add_space_prefix", stored.add_space_prefix)];
+    let likeliest = stored.model == sentencepiece::LIKELIEST;
+    if !likeliest && (!stored.charsmap.is_empty() || stored.remove_extra_whitespaces == Some(true)) {
+        let problem = "a table of normalization, or spaces that are removed, have no key in GGUF beside pieces that are merged".to_owned();
+        return Err(TokenizerError::File { file: sentencepiece::FILE, problem });
+    }
+    if !stored.charsmap.is_empty() {
+        let table = stored.charsmap.iter().map(|&byte| Gguf::U8(byte)).collect();
+        entries.push((plan::gguf::CHARSMAP.to_owned(), list(Kind::U8, table)));
+    }
+    let flags = [
+        ("add_bos_token", stored.add_bos),
+        ("add_eos_token", stored.add_eos),
+        ("add_space_prefix", stored.add_space_prefix),
+        ("remove_extra_whitespaces", stored.remove_extra_whitespaces.filter(|_| likeliest)),
+    ];
     entries.extend(flags.into_iter().filter_map(|(name, flag)| Some((key(name), Gguf::Bool(flag?)))));
     entries.extend(templates(&config));
     let settings = generation(card, &Tokenizer::from_card(card)?);
@@ -185,6 +199,10 @@ pub fn files(card: &ModelCard) -> Result<Vec<CardFile>, TokenizerError> {
     let mut json: Value = match &stored.huggingface {
         Some(text) => serde_json::from_str(text).map_err(|e| wrong(format!("{WHOLE}: {e}")))?,
         None if stored.model == "llama" => score_merged(&stored)?,
+        None if stored.model == sentencepiece::LIKELIEST => {
+            let problem = "likeliest pieces as SentencePiece takes them, which a tokenizer.json does not say exactly".to_owned();
+            return Err(wrong(problem));
+        }
         None if stored.model == wordpiece::MODEL => wordpiece::of_gguf(&stored.tokens, &stored.types)?,
         None => byte_level(&stored)?,
     };

@@ -15,7 +15,7 @@ pub enum TokenizerError {
         problem: String,
     },
     /// A GGUF tokenizer of a kind that is not known.
-    #[error("tokenizer.ggml.model {0:?} is not supported, expected \"llama\", \"gpt2\" or \"bert\"")]
+    #[error("tokenizer.ggml.model {0:?} is not supported, expected \"llama\", \"gpt2\", \"t5\" or \"bert\"")]
     Model(String),
     /// A pre-tokenizer whose splitting rule is not known; guessing one would change ids silently.
     #[error("pre-tokenizer tokenizer.ggml.pre {0:?} is not known")]

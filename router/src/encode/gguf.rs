@@ -6,6 +6,7 @@ use plan::step::TokenId;
 use super::error::TokenizerError;
 use super::pieces::{Pieces, byte_level, named_byte};
 use super::pipeline::{Pipeline, pre_tokenization};
+use super::sentencepiece;
 use super::specials::{Special, Specials};
 use super::spm::{BOUNDARY, Rules, Spm};
 use super::vocabulary::{END_TEXTS, Encoder, Vocabulary};
@@ -15,9 +16,11 @@ use super::vocabulary::{END_TEXTS, Encoder, Vocabulary};
 /// # Errors
 /// When its kind or pre-tokenizer is not known, or its parts contradict each other.
 pub(super) fn vocabulary(stored: Stored) -> Result<Vocabulary, TokenizerError> {
-    let score_merged = match stored.model.as_str() {
+    let likeliest = stored.model == sentencepiece::LIKELIEST;
+    let boundaries = match stored.model.as_str() {
         "llama" => true,
         "gpt2" => false,
+        _ if likeliest => true,
         other => return Err(TokenizerError::Model(other.to_owned())),
     };
     let kind = |id: usize| {
@@ -37,16 +40,18 @@ pub(super) fn vocabulary(stored: Stored) -> Result<Vocabulary, TokenizerError> {
                 pieces.push(token.as_bytes());
             }
             TokenType::Byte if named_byte(token).is_some() => pieces.push(&[named_byte(token).unwrap_or(b'?')]),
-            _ if score_merged => pieces.push(token.replace(BOUNDARY, " ").as_bytes()),
+            _ if boundaries => pieces.push(token.replace(BOUNDARY, " ").as_bytes()),
             _ => pieces.push(&byte_level(token)),
         }
     }
     let mut ends: Vec<TokenId> = [stored.eos, stored.eot, stored.eom].into_iter().flatten().collect();
     ends.extend(specials.iter().filter(|s| END_TEXTS.contains(&s.text.as_str())).map(|s| s.id));
     let specials = Specials::new(specials);
-    let (encoder, add_bos, bos, eos) = if score_merged {
+    // What llama.cpp takes where a file does not say.
+    let (add_eos, usual) = if likeliest { (true, (None, None)) } else { (false, (Some(1), Some(2))) };
+    let (encoder, add_bos, bos, eos) = if boundaries {
         let spm = score_merged_encoder(&stored, kind, specials)?;
-        (Encoder::Spm(Box::new(spm)), true, stored.bos.or(Some(1)), stored.eos.or(Some(2)))
+        (Encoder::Spm(Box::new(spm)), !likeliest, stored.bos.or(usual.0), stored.eos.or(usual.1))
     } else {
         let pre = stored.pre.as_deref().unwrap_or("(absent)");
         let rule = pre_tokenization(pre)?;
@@ -65,7 +70,7 @@ pub(super) fn vocabulary(stored: Stored) -> Result<Vocabulary, TokenizerError> {
         pieces,
         control,
         prefix: bos.filter(|_| stored.add_bos.unwrap_or(add_bos)).into_iter().collect(),
-        suffix: eos.filter(|_| stored.add_eos.unwrap_or(false)).into_iter().collect(),
+        suffix: eos.filter(|_| stored.add_eos.unwrap_or(add_eos)).into_iter().collect(),
         pair: None,
         bos,
         eos,

@@ -6,12 +6,14 @@ mod error;
 mod gguf;
 mod guard;
 mod json;
+mod normalizer;
 mod pieces;
 mod pipeline;
 mod sentencepiece;
 mod specials;
 mod spm;
 mod template;
+mod unigram;
 mod vectors;
 mod vocabulary;
 mod wordpiece;
@@ -87,6 +89,7 @@ impl Tokenizer {
             match stored.huggingface.take() {
                 Some(json) => json::of_gguf(&json, &stored, config.clone())?,
                 None if stored.model == wordpiece::MODEL => wordpiece::from_gguf(&stored, &config)?,
+                None if stored.model == sentencepiece::LIKELIEST => sentencepiece::from_gguf(stored)?,
                 None => gguf::vocabulary(stored)?,
             }
         } else if let Some(bytes) = card.file(sentencepiece::FILE) {

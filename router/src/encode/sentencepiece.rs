@@ -1,4 +1,4 @@
-//! Vocabularies from SentencePiece's tokenizer.model.
+//! Vocabularies from SentencePiece's tokenizer.model, and from GGUF keys of a model that takes the likeliest pieces.
 
 use plan::card::ModelCard;
 use plan::gguf::{TokenType, Tokenizer as Stored};
@@ -7,12 +7,16 @@ use serde_json::Value;
 
 use super::card::TokenizerConfig;
 use super::error::TokenizerError;
+use super::normalizer::{Charsmap, Normalizer};
 use super::specials::{Special, Specials};
-use super::spm::{BOUNDARY, Rules};
+use super::spm::{BOUNDARY, Cut, Rules};
+use super::unigram::Unigram;
 use super::vocabulary::{Encoder, Vocabulary};
 
 /// Name of the file.
 pub(super) const FILE: &str = "tokenizer.model";
+/// Value of `tokenizer.ggml.model` of a vocabulary whose likeliest pieces are taken.
+pub(super) const LIKELIEST: &str = "t5";
 /// Most tokens that are added behind the pieces; far above any model's.
 const MOST_ADDED: usize = 1 << 16;
 
@@ -27,6 +31,10 @@ pub(super) fn stored(bytes: &[u8], card: &ModelCard, config: &TokenizerConfig) -
     let (bos, eos, padding) = (id(&config.bos), id(&config.eos), id(&config.pad));
     (stored.bos, stored.eos, stored.padding) = (bos.or(stored.bos), eos.or(stored.eos), padding.or(stored.padding));
     (stored.add_bos, stored.add_eos) = (config.add_bos, config.add_eos);
+    // Where its files do not say, T5's class ends texts and begins none, and others begin them alone.
+    if stored.model == LIKELIEST && !config.class.as_deref().is_some_and(|class| class.starts_with("T5")) {
+        (stored.add_bos, stored.add_eos) = (stored.add_bos.or(Some(true)), stored.add_eos.or(Some(false)));
+    }
     Ok(stored)
 }
 
@@ -39,21 +47,50 @@ fn read(bytes: &[u8]) -> Result<Stored, TokenizerError> {
 /// # Errors
 /// As [`stored`].
 pub(super) fn vocabulary(bytes: &[u8], card: &ModelCard, config: &TokenizerConfig) -> Result<Vocabulary, TokenizerError> {
-    let mut stored = stored(bytes, card, config)?;
     // What tokenizer_config.json adds behind the pieces is no part of the model: it is taken out of the text first.
     let pieces = read(bytes)?.tokens.len();
+    of_pieces(stored(bytes, card, config)?, pieces)
+}
+
+/// Builds the vocabulary of a header whose likeliest pieces are taken.
+///
+/// # Errors
+/// When its parts contradict each other.
+pub(super) fn from_gguf(stored: Stored) -> Result<Vocabulary, TokenizerError> {
+    let pieces = stored.tokens.len();
+    of_pieces(stored, pieces)
+}
+
+/// Builds a vocabulary, the first `pieces` tokens of which are those of the model.
+fn of_pieces(mut stored: Stored, pieces: usize) -> Result<Vocabulary, TokenizerError> {
     let fallback = stored.types.contains(&TokenType::Byte);
-    let defined = |(id, kind): (usize, &TokenType)| {
-        let text = stored.tokens[id].replace(BOUNDARY, " ");
-        let special = Special { text, id: id as TokenId, control: false, lstrip: false, rstrip: false, single_word: false };
-        (*kind == TokenType::UserDefined).then_some(special)
+    let defined = |spelled: fn(&str) -> String| {
+        let special = |(id, kind): (usize, &TokenType)| {
+            let text = spelled(&stored.tokens[id]);
+            let special = Special { text, id: id as TokenId, control: false, lstrip: false, rstrip: false, single_word: false };
+            (*kind == TokenType::UserDefined).then_some(special)
+        };
+        Specials::new(stored.types.iter().enumerate().take(pieces).filter_map(special).collect())
     };
-    let defined = Specials::new(stored.types.iter().enumerate().take(pieces).filter_map(defined).collect());
+    let normalizer = Normalizer {
+        table: Charsmap::read(&stored.charsmap)?,
+        kept: defined(str::to_owned),
+        space_prefix: stored.add_space_prefix.unwrap_or(true),
+        single_spaces: stored.remove_extra_whitespaces.unwrap_or(false),
+    };
+    if stored.scores.len() != stored.tokens.len() {
+        let problem = format!("expected a score for each of {} tokens, got {}", stored.tokens.len(), stored.scores.len());
+        return Err(TokenizerError::Vocabulary(problem));
+    }
+    let cut = match stored.model == LIKELIEST {
+        true => Cut::Likeliest(Box::new(Unigram::new(&stored, pieces))),
+        false => Cut::Merged(Box::new(defined(|text| text.replace(BOUNDARY, " ")))),
+    };
     // They are not matched before the space is put there.
     stored.types.iter_mut().take(pieces).filter(|kind| **kind == TokenType::UserDefined).for_each(|kind| *kind = TokenType::Normal);
     let mut vocabulary = super::gguf::vocabulary(stored)?;
     if let Encoder::Spm(spm) = &mut vocabulary.encoder {
-        spm.rules = Rules::SentencePiece { defined: Box::new(defined), bytes: fallback };
+        spm.rules = Rules::SentencePiece { normalizer: Box::new(normalizer), cut, bytes: fallback };
     }
     Ok(vocabulary)
 }

@@ -101,7 +101,13 @@ impl Specials {
     }
 
     /// The longest special of at most `limit` bytes that starts at `at` and that `keep` accepts.
-    fn longest_at(&self, text: &[u8], at: usize, limit: usize, keep: impl Fn(&Special, Range<usize>) -> bool) -> Option<&Special> {
+    pub(super) fn longest_at(
+        &self,
+        text: &[u8],
+        at: usize,
+        limit: usize,
+        keep: impl Fn(&Special, Range<usize>) -> bool,
+    ) -> Option<&Special> {
         if !self.first[usize::from(*text.get(at)?)] {
             return None;
         }

@@ -1,4 +1,5 @@
-//! SentencePiece vocabularies merged by score (`tokenizer.ggml.model` = `llama`, and `tokenizer.model`).
+//! SentencePiece vocabularies (`tokenizer.ggml.model` = `llama` and `t5`, and `tokenizer.model`): how text becomes pieces, merged by score here,
+//! or taken by their probability from [`Unigram`].
 
 use std::cmp::Ordering;
 use std::collections::BinaryHeap;
@@ -6,12 +7,14 @@ use std::collections::BinaryHeap;
 use ahash::AHashMap;
 use plan::step::TokenId;
 
+use super::normalizer::Normalizer;
 use super::specials::{Parse, Specials};
+use super::unigram::Unigram;
 
 /// The word boundary of SentencePiece; here a plain space stands for it in text and vocabulary alike.
 pub(super) const BOUNDARY: char = '\u{2581}';
 
-/// A vocabulary merged by score.
+/// A vocabulary of pieces.
 pub(super) struct Spm {
     /// Tokens that merging may produce, boundary as space.
     pub(super) ids: AHashMap<Box<str>, TokenId>,
@@ -35,14 +38,24 @@ pub(super) struct Spm {
 pub(super) enum Rules {
     /// Tokens matched whole are taken out of the text first, the longest ones first; what is left is text with a space before it.
     LlamaCpp,
-    /// Control tokens alone are taken out first. The space goes before the text; then these tokens are matched from the left. Neighbours
-    /// without a token are one unknown.
+    /// Control tokens alone are taken out first. The text is prepared, with the space before it; then it is cut. Neighbours without a token
+    /// are one unknown.
     SentencePiece {
-        /// Tokens that are always matched, boundary as space.
-        defined: Box<Specials>,
+        /// How the text is prepared.
+        normalizer: Box<Normalizer>,
+        /// How it is cut.
+        cut: Cut,
         /// What has no token is spelled in bytes.
         bytes: bool,
     },
+}
+
+/// How a prepared text is cut.
+pub(super) enum Cut {
+    /// Tokens that are always matched, boundary as space, from the left; what is between them is merged by score.
+    Merged(Box<Specials>),
+    /// The likeliest pieces.
+    Likeliest(Box<Unigram>),
 }
 
 struct Symbol {
@@ -104,12 +117,25 @@ impl Spm {
         if text.is_empty() {
             return;
         }
-        let mut plain = String::with_capacity(text.len() + 1);
-        if self.space_prefix {
-            plain.push(' ');
-        }
-        plain.extend(text.chars().map(|c| if c == BOUNDARY { ' ' } else { c }));
-        let Rules::SentencePiece { defined, .. } = &self.rules else { return self.merge(&plain, ids) };
+        let (normalizer, cut) = match &self.rules {
+            Rules::SentencePiece { normalizer, cut, .. } => (normalizer, cut),
+            Rules::LlamaCpp => {
+                let mut plain = String::with_capacity(text.len() + 1);
+                plain.extend(self.space_prefix.then_some(' '));
+                plain.extend(text.chars().map(|c| if c == BOUNDARY { ' ' } else { c }));
+                return self.merge(&plain, ids);
+            }
+        };
+        let plain = normalizer.normalize(text);
+        let defined = match cut {
+            Cut::Merged(defined) => defined,
+            Cut::Likeliest(unigram) => {
+                for (range, id) in unigram.cut(&plain) {
+                    self.token(&plain[range], id, ids);
+                }
+                return;
+            }
+        };
         let mut at = 0;
         for found in defined.find_leftmost(&plain, Parse::Never, Some) {
             self.merge(&plain[at..found.range.start], ids);
@@ -151,13 +177,18 @@ impl Spm {
         }
         for symbol in symbols.iter().filter(|s| s.len > 0) {
             let token = &text[symbol.start as usize..(symbol.start + symbol.len) as usize];
-            match self.ids.get(token) {
-                Some(&id) => ids.push(id),
-                None if matches!(self.rules, Rules::SentencePiece { bytes: false, .. }) => {
-                    ids.extend(self.unknown.filter(|unknown| ids.last() != Some(unknown)));
-                }
-                None => ids.extend(token.bytes().filter_map(|b| self.bytes[usize::from(b)].or(self.unknown))),
+            self.token(token, self.ids.get(token).copied(), ids);
+        }
+    }
+
+    /// Appends a token, or what stands for text that has none.
+    fn token(&self, text: &str, id: Option<TokenId>, ids: &mut Vec<TokenId>) {
+        match id {
+            Some(id) => ids.push(id),
+            None if matches!(self.rules, Rules::SentencePiece { bytes: false, .. }) => {
+                ids.extend(self.unknown.filter(|unknown| ids.last() != Some(unknown)));
             }
+            None => ids.extend(text.bytes().filter_map(|b| self.bytes[usize::from(b)].or(self.unknown))),
         }
     }
 

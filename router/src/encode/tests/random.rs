@@ -86,7 +86,7 @@ pub(super) fn matches(name: &str, tokenizer: &Tokenizer) {
     let hex: String = digest.finalize().iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(hex, golden.ids, "{name}");
     assert!(
-        same * 3 > golden.strings || name.contains("plain") || name.contains("bert"),
+        same * 3 > golden.strings || ["plain", "bert", "unigram", "table"].iter().any(|kind| name.contains(kind)),
         "{name}: {same} strings are decoded to themselves"
     );
 }
@@ -154,6 +154,98 @@ fn tokenizer_model_gives_the_ids_of_sentencepiece() {
     let tokenizer = Tokenizer::from_card(&spm("spm-plain.model")).unwrap();
     assert!(!tokenizer.strips_space());
     matches("random-spm-plain.json", &tokenizer);
+}
+
+/// Pieces that are taken by their probability, with the table of NFKC, bytes for what has no piece, pieces that are always matched, and
+/// spaces that are removed; and without any of these. Then pieces that are merged, with a table of rules that overlap.
+#[test]
+fn other_kinds_of_tokenizer_model_give_the_ids_of_sentencepiece() {
+    for name in ["unigram", "unigram-plain", "table"] {
+        let tokenizer = Tokenizer::from_card(&spm(&format!("spm-{name}.model"))).unwrap();
+        assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos()), (Some(1), Some(2), true), "{name}");
+        matches(&format!("random-spm-{name}.json"), &tokenizer);
+    }
+    let json = golden_json("unigram.tokenizer.json");
+    matches("random-unigram-json.json", &Tokenizer::from_card(&card_of(&[("tokenizer.json", &json)])).unwrap());
+}
+
+/// The header of a GGUF file with the entries that `change` leaves.
+fn header_of(name: &str, change: impl Fn(&str) -> bool) -> ModelCard {
+    let mut file = Writer::new();
+    for (key, value) in gguf_entries(&spm(name), 0).unwrap().into_iter().filter(|(key, _)| change(key)) {
+        file.metadata(&key, value);
+    }
+    ModelCard { files: vec![CardFile { name: GGUF_HEADER.to_owned(), bytes: file.to_bytes().unwrap() }] }
+}
+
+/// GGUF's keys of such a model say all there is.
+#[test]
+fn likeliest_pieces_go_to_gguf() {
+    for name in ["unigram", "unigram-plain"] {
+        let card = header_of(&format!("spm-{name}.model"), |_| true);
+        let (before, after) = (Tokenizer::from_card(&spm(&format!("spm-{name}.model"))).unwrap(), Tokenizer::from_card(&card).unwrap());
+        matches(&format!("random-spm-{name}.json"), &after);
+        let ids = |t: &Tokenizer| t.encode_prompt("The geese <s> ab", true).unwrap();
+        assert_eq!(ids(&after), ids(&before));
+        assert!(tokenizer_files(&card).unwrap_err().to_string().contains("likeliest pieces"));
+    }
+    // Where nothing says what is around a text, llama.cpp ends it and does not begin it.
+    let bare = header_of("spm-unigram.model", |key| !key.contains("add_bos") && !key.contains("add_eos"));
+    let ids = Tokenizer::from_card(&bare).unwrap().encode_prompt("a", true).unwrap();
+    assert!(ids[0] != 1 && ids.ends_with(&[2]), "{ids:?}");
+    // Files of T5 leave it to their class too.
+    let mut files = spm("spm-unigram.model");
+    files.files.push(CardFile { name: "tokenizer_config.json".to_owned(), bytes: br#"{"tokenizer_class": "T5Tokenizer"}"#.to_vec() });
+    assert_eq!(Tokenizer::from_card(&files).unwrap().encode_prompt("a", true).unwrap(), ids);
+    // A table beside merged pieces has no key.
+    assert!(gguf_entries(&spm("spm-table.model"), 0).unwrap_err().to_string().contains("table of normalization"));
+}
+
+#[test]
+#[should_panic(expected = "random-spm-unigram.json")]
+fn the_comparison_sees_a_missing_table() {
+    let card = header_of("spm-unigram.model", |key| key != plan::gguf::CHARSMAP);
+    matches("random-spm-unigram.json", &Tokenizer::from_card(&card).unwrap());
+}
+
+#[test]
+#[should_panic(expected = "random-spm-unigram.json")]
+fn the_comparison_sees_spaces_that_stay() {
+    let card = header_of("spm-unigram.model", |key| !key.ends_with("remove_extra_whitespaces"));
+    matches("random-spm-unigram.json", &Tokenizer::from_card(&card).unwrap());
+}
+
+#[test]
+#[should_panic(expected = "random-spm-unigram.json")]
+fn the_comparison_sees_pieces_that_are_merged() {
+    let mut card = spm("spm-unigram.model");
+    // Field 3 of the settings says how: 1, the likeliest.
+    let bytes = &mut card.files[0].bytes;
+    let at = bytes.windows(4).rposition(|w| w == [0x18, 1, 0x20, 0xd8]).unwrap();
+    bytes[at + 1] = 2;
+    matches("random-spm-unigram.json", &Tokenizer::from_card(&card).unwrap());
+}
+
+/// Tables whose parts do not fit, or whose tree leads out of it.
+#[test]
+fn damaged_tables_are_refused_or_replace_nothing() {
+    let whole = plan::sentencepiece::read(spm("spm-table.model").file("tokenizer.model").unwrap()).unwrap().charsmap;
+    let read = normalizer::Charsmap::read;
+    assert!(read(&whole).is_ok_and(|table| table.is_some()) && read(&[]).is_ok_and(|table| table.is_none()));
+    for wrong in [&whole[..3], &whole[..40], &whole[..whole.len() - 1], &[1, 0, 0, 0, 0, 0], &[0, 0, 0, 0, 0]] {
+        assert!(read(wrong).is_err_and(|e| e.to_string().contains("precompiled_charsmap")), "{} bytes", wrong.len());
+    }
+    for at in 0..whole.len() {
+        for bit in [0, 3, 7] {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 1 << bit;
+            if let Ok(Some(table)) = read(&damaged) {
+                for text in ["ab abc \u{fb01} e\u{301} \u{65e5}\u{672c}\u{3000}<t", "\u{10ffff}"] {
+                    text.char_indices().for_each(|(i, _)| assert!(table.longest(&text[i..]).is_none_or(|(_, len)| len <= text.len() - i)));
+                }
+            }
+        }
+    }
 }
 
 /// What GGUF's keys say of a tokenizer.model gives the same ids, but where tokens that are always matched meet the space before a text.
