@@ -76,7 +76,7 @@ macro_rules! line {
     };
 }
 
-/// A deployment, its conditions that are not true, and its replicas down to the ranks.
+/// A deployment, its conditions that are not true, its adapters, and its replicas down to the ranks.
 fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
     let (name, status) = (text(deployment, "/metadata/name"), &deployment["status"]);
     let conditions = || status["conditions"].as_array().into_iter().flatten();
@@ -107,6 +107,9 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
         let left = status.pointer("/cache/etaSeconds").and_then(Value::as_u64).map(|s| format!(", about {s} s left")).unwrap_or_default();
         let percent = u128::from(fetched) * 100 / u128::from(all);
         line!(out, "│  weights: {} of {} fetched ({percent} %){left}", output::bytes(fetched), output::bytes(all));
+    }
+    for adapter in status["adapters"].as_array().into_iter().flatten() {
+        line!(out, "│  adapter {}  {}: {}", text(adapter, "/name"), text(adapter, "/state"), text(adapter, "/message"));
     }
     let stages = || status.pointer("/plan/stages").and_then(Value::as_array).into_iter().flatten();
     let replicas = status["replicaStates"].as_array().map_or(&[][..], Vec::as_slice);
@@ -222,6 +225,10 @@ mod tests {
             "status": {
                 "observedGeneration": 2, "readyReplicas": 1, "desiredReplicas": 2, "currentRevision": "cafe",
                 "cache": {"bytesDownloaded": 10 << 20, "bytesTotal": 40 << 20, "etaSeconds": 9},
+                "adapters": [
+                    {"name": "law", "state": "Ready", "message": "1 of 1 replicas that answer have it"},
+                    {"name": "songs", "state": "Failed", "message": "m-1-r0: no tensor"},
+                ],
                 "plan": {"stages": [{"index": 0, "firstLayer": 0, "lastLayer": 8}]},
                 "conditions": [
                     {"type": "Scheduled", "status": "True", "reason": "AllReplicasScheduled", "message": "x"},
@@ -251,6 +258,8 @@ mod tests {
 m  not Ready: CrashLooping  1 of 2 replicas  hf://a/b
 │  ReplicasReady is False: CrashLooping: 1 of 2 replicas answer
 │  weights: 10.0 MiB of 40.0 MiB fetched (25 %), about 9 s left
+│  adapter law  Ready: 1 of 1 replicas that answer have it
+│  adapter songs  Failed: m-1-r0: no tensor
 ├─ m-1-r0  Ready  2 of 2 workers run  revision cafe
 │  └─ stage 0  layers 0 to 8
 │     ├─ rank 0  Ready  n0  10.0.0.1
