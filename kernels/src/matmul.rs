@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::layout::{Layout, ROWS};
 use crate::memory::AlignedBytes;
-use crate::pool::{Disjoint, split};
+use crate::pool::{Disjoint, Shares};
 use crate::quantized::{PANEL, Panel};
 use crate::scalar::{blocks, dot};
 use crate::{Isa, Matrix, Pool, Quantized};
@@ -49,19 +49,28 @@ pub fn matmul_group(pool: &Pool, isa: Isa, products: &mut [Product<'_>], input: 
     for product in &*products {
         check(product, input, tokens);
     }
+    let threads = pool.threads();
     let jobs: Vec<Job<'_>> = products
         .iter_mut()
         .map(|product| Job {
             weights: product.weights,
             rows: product.rows.clone(),
             out: Output::new(&mut *product.out, product.rows.len(), tokens),
+            shares: Shares::new(product.rows.len().div_ceil(ROWS), threads),
+            grain: grain(product.weights, tokens),
         })
         .collect();
     pool.run(&|thread| {
         for job in &jobs {
-            let part = split(job.rows.len(), pool.threads(), thread, ROWS);
-            if !part.is_empty() {
-                compute(isa, job, part, input, tokens);
+            while let Some(units) = job.shares.own(thread, job.grain) {
+                compute(isa, job, job.columns(units), input, tokens);
+            }
+        }
+        for other in (thread + 1..threads).chain(0..thread) {
+            for job in jobs.iter().rev() {
+                while let Some(units) = job.shares.of(other, job.grain) {
+                    compute(isa, job, job.columns(units), input, tokens);
+                }
             }
         }
     });
@@ -71,6 +80,23 @@ struct Job<'a> {
     weights: &'a Matrix,
     rows: Range<usize>,
     out: Output<'a>,
+    /// Runs of 16 columns of the output, of each thread.
+    shares: Shares,
+    /// Fewest of them that a thread takes at a time.
+    grain: usize,
+}
+
+impl Job<'_> {
+    /// The columns of runs.
+    fn columns(&self, units: Range<usize>) -> Range<usize> {
+        units.start * ROWS..(units.end * ROWS).min(self.rows.len())
+    }
+}
+
+/// Fewest runs of 16 rows worth taking: those whose way from memory is long beside the taking, or, with many columns, a block of tiles.
+fn grain(weights: &Matrix, tokens: usize) -> usize {
+    let row = weights.dtype().row_bytes(weights.k()).unwrap_or(0).max(1);
+    if tokens <= PANEL { TAKEN_BYTES / (row * ROWS) } else { BLOCK_BYTES / (weights.k().max(1) * ROWS) }.max(1)
 }
 
 /// The output of a product, of which threads write different columns (rows of the matrix).
@@ -155,6 +181,9 @@ pub(crate) trait Tiles {
     fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results);
 }
 
+/// Bytes of weights that a thread takes at a time, or more.
+const TAKEN_BYTES: usize = 32 << 10;
+
 /// Bytes of weights a thread keeps in its second-level cache while all panels pass over them.
 const BLOCK_BYTES: usize = 256 << 10;
 
@@ -194,7 +223,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
                     let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);
                     for (token, results) in tokens.clone().zip(&results) {
                         let results = &results[lanes.start - tile * ROWS..lanes.end - tile * ROWS];
-                        // SAFETY: `matmul_group` gives every thread columns of its own.
+                        // SAFETY: `matmul_group` gives every column to one thread.
                         unsafe { job.out.store(token, lanes.start - job.rows.start, results) };
                     }
                 }
@@ -215,7 +244,7 @@ fn floats(job: &Job<'_>, part: Range<usize>, x: &[f32], multiply: impl Fn(&[&[u8
         let Some(stored) = job.weights.stored_rows(rows.clone()) else { return };
         let rows: Vec<&[u8]> = stored.chunks_exact(stored.len() / rows.len()).collect();
         multiply(&rows, &mut |row, token, result| {
-            // SAFETY: `matmul_group` gives every thread columns of its own.
+            // SAFETY: `matmul_group` gives every column to one thread.
             unsafe { job.out.store(token, start + row, &[result]) };
         });
     }
@@ -246,7 +275,7 @@ fn scalar(job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
                         dot::quantized(job.weights.dtype(), stored, activation)
                     }
                 };
-                // SAFETY: `matmul_group` gives every thread columns of its own.
+                // SAFETY: `matmul_group` gives every column to one thread.
                 unsafe { job.out.store(token, column, &[result]) };
             }
         });

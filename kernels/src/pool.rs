@@ -33,6 +33,64 @@ pub fn split(len: usize, parts: usize, part: usize, align: usize) -> Range<usize
     border(part)..border(part + 1)
 }
 
+/// Units of work that every thread has a run of, from whose end others take when theirs are done: threads end together though one of them is
+/// slower, and each goes through memory in order.
+pub(crate) struct Shares(Vec<Padded<AtomicU64>>);
+
+impl Shares {
+    /// Units `0..len`, of `threads` threads.
+    ///
+    /// # Panics
+    /// If they are more than 2^32 - 1.
+    pub(crate) fn new(len: usize, threads: usize) -> Self {
+        assert!(u32::try_from(len).is_ok(), "{len} units");
+        Self((0..threads).map(|thread| Padded(AtomicU64::new(packed(&split(len, threads, thread, 1))))).collect())
+    }
+
+    /// The next units of `thread` itself: an eighth of what is left, at least `grain` and a multiple of it, or the rest.
+    pub(crate) fn own(&self, thread: usize, grain: usize) -> Option<Range<usize>> {
+        self.take(thread, |left| {
+            let n = piece(left.len(), grain);
+            (left.start..left.start + n, left.start + n..left.end)
+        })
+    }
+
+    /// As [`Shares::own`], from the end of another thread's.
+    pub(crate) fn of(&self, other: usize, grain: usize) -> Option<Range<usize>> {
+        self.take(other, |left| {
+            let n = piece(left.len(), grain);
+            (left.end - n..left.end, left.start..left.end - n)
+        })
+    }
+
+    fn take(&self, thread: usize, cut: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>)) -> Option<Range<usize>> {
+        let left = &self.0[thread].0;
+        let mut seen = left.load(Ordering::Relaxed);
+        loop {
+            let range = (seen >> 32) as usize..(seen & u64::from(u32::MAX)) as usize;
+            if range.is_empty() {
+                return None;
+            }
+            let (taken, rest) = cut(range);
+            // Only the numbers are shared: what they stand for was there before the region, and is looked at after it.
+            match left.compare_exchange_weak(seen, packed(&rest), Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(taken),
+                Err(now) => seen = now,
+            }
+        }
+    }
+}
+
+fn packed(range: &Range<usize>) -> u64 {
+    (range.start as u64) << 32 | range.end as u64
+}
+
+/// How many of `left` units are taken at a time.
+fn piece(left: usize, grain: usize) -> usize {
+    let grain = grain.max(1);
+    (left / 8 / grain * grain).max(grain).min(left)
+}
+
 type Region = *const (dyn Fn(usize) + Sync);
 
 /// Keeps what different threads write in different cache lines.
@@ -301,6 +359,44 @@ impl<'a, T> Disjoint<'a, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn shares_are_taken_once_in_order_and_from_the_ends_of_others() {
+        for (len, threads, grain) in [(0, 2, 1), (1, 3, 4), (100, 2, 1), (1000, 3, 7), (64, 1, 16)] {
+            let shares = Shares::new(len, threads);
+            let mut seen = vec![0; len];
+            let mut last = 0;
+            while let Some(part) = shares.own(0, grain) {
+                assert!(part.start == last && !part.is_empty());
+                last = part.end;
+                seen[part].iter_mut().for_each(|n| *n += 1);
+            }
+            assert_eq!(last, split(len, threads, 0, 1).end);
+            for other in 1..threads {
+                let mut end = split(len, threads, other, 1).end;
+                while let Some(part) = shares.of(other, grain) {
+                    assert!(part.end == end && part.len() <= grain.max(len));
+                    end = part.start;
+                    seen[part].iter_mut().for_each(|n| *n += 1);
+                }
+            }
+            assert!(seen.iter().all(|&n| n == 1), "{len} units of {threads} threads");
+        }
+        // All at once: whoever comes.
+        let pool = Pool::new(3);
+        let shares = Shares::new(10_000, 3);
+        let seen: Vec<AtomicUsize> = (0..10_000).map(|_| AtomicUsize::new(0)).collect();
+        pool.run(&|thread| {
+            for victim in (thread..3).chain(0..thread) {
+                while let Some(part) = if victim == thread { shares.own(victim, 2) } else { shares.of(victim, 2) } {
+                    seen[part].iter().for_each(|n| {
+                        n.fetch_add(1, Ordering::Relaxed);
+                    });
+                }
+            }
+        });
+        assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1));
+    }
 
     #[test]
     fn every_thread_runs_each_region_once() {

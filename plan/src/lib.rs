@@ -12,6 +12,7 @@ pub mod header;
 pub mod manifest;
 pub mod model;
 pub mod planner;
+pub mod predict;
 pub mod pytorch;
 pub mod safetensors;
 #[cfg(test)]

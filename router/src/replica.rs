@@ -9,7 +9,7 @@ pub(crate) mod owner;
 pub mod simulated;
 mod workers;
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 pub use loading::{Loading, loading};
 use plan::{
@@ -39,8 +39,32 @@ pub trait Replica: Send + Sync + 'static {
         Fetching::default()
     }
 
+    /// Where the time of its workers went so far, by stage, then rank; none where they do not say.
+    fn times(&self) -> Vec<WorkerTimes> {
+        Vec::new()
+    }
+
     /// The files the router needs to tokenize for the model.
     fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>>;
+}
+
+/// Where a worker's time went in the steps that it answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct WorkerTimes {
+    /// Pipeline stage, from 0.
+    pub stage: usize,
+    /// Rank in the stage, from 0.
+    pub rank: usize,
+    /// Steps answered.
+    pub steps: u64,
+    /// Computing.
+    pub compute: Duration,
+    /// Exchanges with the ranks of its stage.
+    pub collective: Duration,
+    /// Sending to other stages.
+    pub link: Duration,
+    /// Waiting for its input: the stage before, or tokens that are drawn.
+    pub wait: Duration,
 }
 
 /// Bytes that the workers of a replica bring from servers.

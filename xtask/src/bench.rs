@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: the engine and llama-cpp-python in turns, in one run, on the same file and threads.
 //!
-//! The last column says how much of the machine's limit a decode reaches: reading every byte of the weights once for each token.
+//! One column says how much of what the machine allows a decode reaches: reading every byte of the weights once for each token.
 
 use std::{collections::BTreeMap, path::PathBuf, process::Command, thread};
 
@@ -76,7 +76,7 @@ impl Subject {
 struct Samples {
     /// Tokens per second.
     rates: BTreeMap<String, Vec<f64>>,
-    /// Tokens per second at which every weight is read once a token, where the program says how fast memory was.
+    /// Tokens per second that memory and arithmetic allow, where the program says so.
     limits: BTreeMap<String, Vec<f64>>,
 }
 
@@ -119,8 +119,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         for (isa, samples) in options.isa.iter().zip(&ours) {
             let rates = row(&samples.rates, test)?;
             let share = match row(&samples.limits, test) {
-                Ok(limits) if test.starts_with("tg") => format!("{:.2}", median(&rates) / median(&limits)),
-                _ => String::new(),
+                Ok(limits) => format!("{:.2}", median(&rates) / median(&limits)),
+                Err(_) => String::new(),
             };
             print!("| {test} | {isa} | {} | {share} |", shown(&rates));
             for samples in &theirs {
@@ -141,8 +141,8 @@ fn collect(program: &mut Command, samples: &mut Samples) -> Result<()> {
         let rate = result["tok_s"].as_f64().with_context(|| format!("no tok_s in {line}"))?;
         eprintln!("    {test}: {rate:.1} tokens/s");
         samples.rates.entry(test.to_owned()).or_default().push(rate);
-        if let (Some(gb_s), Some(bytes)) = (result["read_gb_s"].as_f64(), result["weight_bytes"].as_f64()) {
-            samples.limits.entry(test.to_owned()).or_default().push(gb_s * 1e9 / bytes);
+        if let Some(most) = result["allowed_tok_s"].as_f64() {
+            samples.limits.entry(test.to_owned()).or_default().push(most);
         }
     }
     Ok(())

@@ -43,6 +43,15 @@ impl BenchTest {
         }
     }
 
+    /// Tokens in the cache of each sequence before it decodes; nothing where it does not.
+    pub(crate) fn depth(&self) -> Option<usize> {
+        match *self {
+            Self::Prefill { .. } => None,
+            Self::Decode { depth, .. } => Some(depth),
+            Self::Batch { .. } => Some(0),
+        }
+    }
+
     /// Longest sequence in tokens.
     pub(crate) fn context(&self) -> usize {
         match *self {

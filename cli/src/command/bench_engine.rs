@@ -4,6 +4,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::Timings;
+use plan::predict;
+use router::replica::WorkerTimes;
 use serde::Serialize;
 
 use crate::{
@@ -40,6 +42,46 @@ struct Measured {
     repetitions: usize,
     /// Bytes of weights in the files.
     weight_bytes: u64,
+    /// Tokens per second that memory and arithmetic allow this plan; decodes only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    allowed_tok_s: Option<f64>,
+    /// Where the time of worker processes went.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    workers: Vec<PerToken>,
+}
+
+/// Where a worker's time went, in microseconds for each token of the test.
+#[derive(Clone, Copy, Debug, Serialize)]
+struct PerToken {
+    stage: usize,
+    rank: usize,
+    compute_us: f64,
+    /// Exchanges with the ranks of its stage.
+    collective_us: f64,
+    /// Sending to other stages.
+    link_us: f64,
+    /// Waiting for its input within a step: what the stage before computes, and its way.
+    wait_us: f64,
+    /// Without a step.
+    idle_us: f64,
+}
+
+impl PerToken {
+    /// Of what passed between two readings, `elapsed` and `tokens` long.
+    fn new(before: &WorkerTimes, after: &WorkerTimes, elapsed: Duration, tokens: usize) -> Self {
+        let per = |time: Duration| time.as_secs_f64() * 1e6 / tokens.max(1) as f64;
+        let spent = |of: fn(&WorkerTimes) -> Duration| of(after).saturating_sub(of(before));
+        let (compute, collective, link, wait) = (spent(|t| t.compute), spent(|t| t.collective), spent(|t| t.link), spent(|t| t.wait));
+        Self {
+            stage: after.stage,
+            rank: after.rank,
+            compute_us: per(compute),
+            collective_us: per(collective),
+            link_us: per(link),
+            wait_us: per(wait),
+            idle_us: per(elapsed.saturating_sub(compute + collective + link + wait)),
+        }
+    }
 }
 
 /// Runs the command.
@@ -115,11 +157,12 @@ fn print_loading(args: &BenchEngineArgs, loaded: &Loaded, read: Duration, ready:
 async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench: &mut EngineBench) -> Outcome {
     let chunk = args.placement.chunk();
     let (pp, tp) = args.placement.parallelism();
-    let read = loaded.read_bandwidth() / 1e9;
+    let machine = loaded.probe();
     for &test in &args.tests {
         let blocks = Blocks::new(&loaded.plan.kv, test.sequences(), test.context(), chunk).bad_input()?;
-        let before = loaded.timings();
+        let (before, workers, started) = (loaded.timings(), loaded.worker_times(), Instant::now());
         let rates = repeat(global, bench, test, &blocks, args.repetitions.get()).await?;
+        let (elapsed, tokens) = (started.elapsed(), test.counted() * (args.repetitions.get() + 1));
         let Some(spread) = Spread::of(&rates) else { continue };
         let measured = Measured {
             test: test.to_string(),
@@ -127,12 +170,18 @@ async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench
             tok_s: spread.median,
             min: spread.min,
             max: spread.max,
-            read_gb_s: read,
+            read_gb_s: machine.read / 1e9,
             isa: loaded.isa.name(),
             pp,
             tp,
             repetitions: rates.len(),
             weight_bytes: loaded.plan.file_bytes,
+            allowed_tok_s: test.depth().map(|depth| predict::decode(&loaded.plan, &machine, test.sequences(), depth)),
+            workers: workers
+                .iter()
+                .zip(&loaded.worker_times())
+                .map(|(before, after)| PerToken::new(before, after, elapsed, tokens))
+                .collect(),
         };
         if args.json {
             output::json(&measured)?
@@ -142,7 +191,7 @@ async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench
         if args.profile {
             match (before, loaded.timings()) {
                 (Some(before), Some(after)) => profile(test, &before, &after),
-                _ => output::note(false, "--profile shows engines of this process only; worker processes log theirs with -vv"),
+                _ => profile_workers(&measured),
             }
         }
     }
@@ -178,10 +227,32 @@ fn profile(test: BenchTest, before: &Timings, after: &Timings) {
     }
 }
 
+/// Prints where the time of worker processes went, on stderr.
+fn profile_workers(measured: &Measured) {
+    output::note(false, &format!("{}: µs a token", measured.test));
+    for worker in &measured.workers {
+        let PerToken { stage, rank, compute_us, collective_us, link_us, wait_us, idle_us } = worker;
+        output::note(
+            false,
+            &format!(
+                "  stage {stage} rank {rank}: computing {compute_us:.1}, exchanges of ranks {collective_us:.1}, sending {link_us:.1}, waiting for input {wait_us:.1}, idle {idle_us:.1}"
+            ),
+        );
+    }
+}
+
 /// The result for a person.
 fn print(measured: &Measured) -> Outcome {
+    let allowed = measured.allowed_tok_s.map(|most| format!(", {:.2} of what this machine allows the plan", measured.tok_s / most));
     output::line(&format!(
-        "{:<12} {:>10.1} tok/s  (min {:.1}, max {:.1}; {} threads, {}, memory reads {:.1} GB/s)",
-        measured.test, measured.tok_s, measured.min, measured.max, measured.threads, measured.isa, measured.read_gb_s
+        "{:<12} {:>10.1} tok/s  (min {:.1}, max {:.1}; {} threads, {}, memory reads {:.1} GB/s{})",
+        measured.test,
+        measured.tok_s,
+        measured.min,
+        measured.max,
+        measured.threads,
+        measured.isa,
+        measured.read_gb_s,
+        allowed.unwrap_or_default()
     ))
 }

@@ -8,9 +8,10 @@ use kernels::{Isa, Pool, probe};
 use plan::{
     adapter::{AdapterHeader, AdapterSource},
     planner,
+    predict::Machine,
     shard::{ExecutionPlan, KvDType, Shard},
 };
-use router::replica::{Connector, Replica, WorkersConnector};
+use router::replica::{Connector, Replica, WorkerTimes, WorkersConnector};
 
 use super::{
     deployment::{self, Planned},
@@ -153,9 +154,20 @@ impl Loaded {
         self.here.as_ref().map(|replica| replica.timings())
     }
 
-    /// Bytes per second that this machine's memory yields to as many threads as the engines have.
-    pub(crate) fn read_bandwidth(&self) -> f64 {
-        probe::read_bandwidth(&Pool::new(self.threads), PROBES)
+    /// Where the time of worker processes went so far, if there are any.
+    pub(crate) fn worker_times(&self) -> Vec<WorkerTimes> {
+        self.replica.times()
+    }
+
+    /// What this machine yields to as many threads as the engines have, measured now.
+    pub(crate) fn probe(&self) -> Machine {
+        let all = Pool::new(self.threads);
+        let one = Pool::new((self.threads / fleet::workers(&self.plan)).max(1));
+        Machine {
+            read: probe::read_bandwidth(&all, PROBES),
+            read_alone: probe::read_bandwidth(&one, PROBES),
+            products: probe::int8_peak(&all, self.isa, PROBES),
+        }
     }
 
     /// Ends the workers, where there are any, and waits for them.

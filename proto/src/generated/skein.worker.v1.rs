@@ -480,8 +480,12 @@ pub struct Timing {
     pub compute_us: u32,
     #[prost(uint32, tag = "2")]
     pub collective_us: u32,
+    /// Waiting for its input: what the stage before computes, or tokens that are drawn, and their way.
     #[prost(uint32, tag = "3")]
     pub wait_us: u32,
+    /// Sending what it computed to other stages.
+    #[prost(uint32, tag = "4")]
+    pub link_us: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct Output {

@@ -22,7 +22,7 @@ use proto::{bearer::Bearer, worker::WorkerAddress};
 use tokio::{task::JoinHandle, time::timeout};
 
 use self::dial::Remote;
-use super::{BoxFuture, Connector, Fetching, Replica, ReplicaError, Session};
+use super::{BoxFuture, Connector, Fetching, Replica, ReplicaError, Session, WorkerTimes};
 
 /// How long the driver of the last session may take to say goodbye before the next session is opened regardless.
 const GOODBYE: std::time::Duration = std::time::Duration::from_secs(2);
@@ -69,6 +69,8 @@ struct Workers {
     workers: Vec<Arc<Remote>>,
     /// What the workers said last of what they bring from servers.
     fetching: Mutex<Fetching>,
+    /// Where their time went, in all sessions.
+    times: Arc<Mutex<Vec<WorkerTimes>>>,
     /// The driver of the last session.
     driver: Mutex<Option<JoinHandle<()>>>,
 }
@@ -79,13 +81,16 @@ impl Workers {
             let remote = |(rank, address): (usize, &String)| Arc::new(Remote::new(&replica.name, (stage, rank), address, connector));
             ranks.iter().enumerate().map(remote).collect::<Vec<_>>()
         };
+        let workers: Vec<Arc<Remote>> = replica.workers.iter().enumerate().flat_map(ranks).collect();
+        let times = workers.iter().map(|w| WorkerTimes { stage: w.stage, rank: w.rank, ..WorkerTimes::default() }).collect();
         Self {
             name: replica.name.clone(),
             router: connector.router.clone(),
             stages: replica.workers.len(),
             layers,
-            workers: replica.workers.iter().enumerate().flat_map(ranks).collect(),
+            workers,
             fetching: Mutex::default(),
+            times: Arc::new(Mutex::new(times)),
             driver: Mutex::new(None),
         }
     }
@@ -124,6 +129,10 @@ impl Replica for Workers {
 
     fn fetching(&self) -> Fetching {
         *self.fetching.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn times(&self) -> Vec<WorkerTimes> {
+        self.times.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn card(&self) -> BoxFuture<'_, Result<Arc<ModelCard>, ReplicaError>> {

@@ -46,6 +46,7 @@ pub(super) fn run(worker: &Worker, engine: &mut Engine, live: &Live, links: &Out
         let output = engine.run(&step, &hidden, &mut Masks::new(live, worker.deadlines.mask)).map_err(Failure::from)?;
         let collective = engine.timings().collective.saturating_sub(gathered);
         let compute = begun.elapsed().saturating_sub(waited + collective);
+        let sending = Instant::now();
         let mut outputs = Vec::new();
         match output {
             StageOutput::Hidden(values) if !shard.is_last() => {
@@ -62,8 +63,10 @@ pub(super) fn run(worker: &Worker, engine: &mut Engine, live: &Live, links: &Out
             }
             _ => return Err(Failure::new(Reason::Engine, "the engine's output is not that of its stage").into()),
         }
-        trace!(step = step.id, tokens = step.tokens(), ?waited, ?collective, ?compute, "step");
-        let timing = wire::Timing { compute_us: micros(compute), collective_us: micros(collective), wait_us: micros(waited) };
+        let sent = sending.elapsed();
+        trace!(step = step.id, tokens = step.tokens(), ?waited, ?collective, ?compute, ?sent, "step");
+        let timing =
+            wire::Timing { compute_us: micros(compute), collective_us: micros(collective), wait_us: micros(waited), link_us: micros(sent) };
         live.answer(&worker.runtime, Message::Step(wire::StepReply { step: step.id, outputs, timing: Some(timing) }))?;
     }
     Ok(())

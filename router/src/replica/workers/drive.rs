@@ -1,6 +1,10 @@
 //! Drives a session: steps to every worker, replies to the scheduler.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use futures_util::{Stream, StreamExt, stream};
 use plan::{step::Step, worker::Epoch};
@@ -22,7 +26,7 @@ use super::{
     open::{Line, Opened, failed},
     pace::{Pace, TICK, Trouble},
 };
-use crate::replica::{AdapterEnd, AdapterLine, AdapterOrder, Session, StepReply};
+use crate::replica::{AdapterEnd, AdapterLine, AdapterOrder, Session, StepReply, WorkerTimes};
 
 /// The first version of the protocol with adapters.
 const ADAPTERS: u32 = 2;
@@ -80,6 +84,7 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
         places: VecDeque::new(),
         loading: Loading::new(answers),
         room: needed(stages),
+        times: replica.times.clone(),
     };
     let events = streams.into_iter().enumerate().map(|(worker, stream)| {
         let end = stream::once(std::future::ready(None));
@@ -130,6 +135,8 @@ struct Driver {
     loading: Loading,
     /// Places of a worker's queue that are kept for other messages than those about adapters.
     room: usize,
+    /// Where the workers' time went.
+    times: Arc<Mutex<Vec<WorkerTimes>>>,
 }
 
 impl Driver {
@@ -250,9 +257,19 @@ impl Driver {
             return Err(watched.remote.protocol(format!("it answered step {}, expected {expected} of {}", reply.step, self.sent)));
         }
         watched.answered = expected;
-        if let (Some(timing), Some(due)) = (reply.timing, self.flight.iter().find(|d| d.id == expected)) {
-            let time = u64::from(timing.compute_us) + u64::from(timing.collective_us);
-            watched.pace.answered(due.tokens, Duration::from_micros(time));
+        if let Some(timing) = reply.timing {
+            let micros = |time: u32| Duration::from_micros(time.into());
+            let (compute, collective) = (micros(timing.compute_us), micros(timing.collective_us));
+            if let Some(due) = self.flight.iter().find(|d| d.id == expected) {
+                watched.pace.answered(due.tokens, compute + collective);
+            }
+            if let Some(times) = self.times.lock().unwrap_or_else(PoisonError::into_inner).get_mut(worker) {
+                times.steps += 1;
+                times.compute += compute;
+                times.collective += collective;
+                times.link += micros(timing.link_us);
+                times.wait += micros(timing.wait_us);
+            }
         }
         if worker == self.sampler {
             let outputs = reply.outputs.into_iter().map(decode_output).collect::<Result<_, _>>();
