@@ -1,6 +1,6 @@
 //! A worker that no fleet state names at its address is found, because it says where it is.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
 use plan::{
     fleet::{FleetDeployment, FleetState, RoutingPolicy, ServingSettings},
@@ -14,7 +14,7 @@ use router::{
 };
 use tokio::{net::TcpListener, time::timeout};
 
-use crate::fleet::{LONG, Running, TOKEN, fleet, plan, specs};
+use crate::fleet::{LONG, Running, TOKEN, fleet, own_address, plan, specs};
 
 /// A router that has the state at first told of `workers`, and where its pool listens.
 async fn router(workers: &[Running]) -> (Edge, String) {
@@ -61,7 +61,7 @@ async fn router(workers: &[Running]) -> (Edge, String) {
 
 async fn start(routers: Vec<String>) -> Running {
     let spec = specs(&plan(1, 1), CollectiveKind::Tcp).remove(0);
-    let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+    let listen = own_address();
     Running::start_announced(spec, listen, routers).await
 }
 

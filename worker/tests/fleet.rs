@@ -1,6 +1,11 @@
 //! Harness: workers of a small model as tasks of this process, and clients that speak to them by hand.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
 
 use identity::{Dialer, Identity};
 use kernels::Isa;
@@ -96,8 +101,10 @@ impl Running {
         options.identity = identity.clone();
         options.announce = announce;
         let serve = worker::serve(options, move |at| listening.send(at).expect("a listener"), stop.clone());
-        let task = tokio::spawn(serve);
-        let address = timeout(LONG, bound).await.expect("a worker that binds").expect("a worker that lives");
+        let mut task = tokio::spawn(serve);
+        let Ok(address) = timeout(LONG, bound).await.expect("a worker that binds") else {
+            panic!("the worker ended: {:?}", (&mut task).await);
+        };
         let mut running = Self { spec, address, deadlines, identity, stop, task };
         running.until_loaded().await;
         running
@@ -165,9 +172,20 @@ pub(crate) async fn start(plan: &ExecutionPlan, collective: CollectiveKind) -> V
 pub(crate) async fn start_with(plan: &ExecutionPlan, collective: CollectiveKind, deadlines: Deadlines) -> Vec<Running> {
     let mut workers = Vec::new();
     for spec in specs(plan, collective) {
-        workers.push(Running::start(spec, SocketAddr::from(([127, 0, 0, 1], 0)), deadlines).await);
+        workers.push(Running::start(spec, own_address(), deadlines).await);
     }
     workers
+}
+
+/// A loopback address that nobody else binds or calls from, so that a worker which restarts finds its port as it left it. Where there is but
+/// one such address, that.
+pub(crate) fn own_address() -> SocketAddr {
+    static NEXT: AtomicU32 = AtomicU32::new(1);
+    if cfg!(not(target_os = "linux")) {
+        return SocketAddr::from(([127, 0, 0, 1], 0));
+    }
+    let [_, _, third, fourth] = (std::process::id() << 8 | NEXT.fetch_add(1, Ordering::Relaxed) & 0xff).to_be_bytes();
+    SocketAddr::from(([127, 100, third, fourth], 0))
 }
 
 /// The replica as the fleet state has it.

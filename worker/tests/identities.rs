@@ -22,7 +22,7 @@ use tonic::{Code, transport::Endpoint};
 use worker::{Deadlines, WorkerError, WorkerOptions};
 
 use crate::{
-    fleet::{LONG, Running, TOKEN, fleet, model, plan},
+    fleet::{LONG, Running, TOKEN, fleet, model, own_address, plan},
     replica::{driven, ids, solo, steps},
 };
 
@@ -39,7 +39,7 @@ async fn start(plan: &ExecutionPlan, authority: &Authority) -> (Vec<Running>, Ve
     let mut workers = Vec::new();
     for spec in planner::worker_specs(plan, &origin, 1, CollectiveKind::Tcp) {
         let identity = processes[spec.shard.stage].identity.clone();
-        workers.push(Running::start_as(spec, SocketAddr::from(([127, 0, 0, 1], 0)), Deadlines::default(), Some(identity)).await);
+        workers.push(Running::start_as(spec, own_address(), Deadlines::default(), Some(identity)).await);
     }
     (workers, processes)
 }
