@@ -305,6 +305,8 @@ pub(crate) enum IsaChoice {
     Auto,
     Scalar,
     Avx2,
+    #[value(name = "avxvnni")]
+    AvxVnni,
     Avx512,
 }
 
@@ -315,6 +317,7 @@ impl IsaChoice {
             Self::Auto => "auto",
             Self::Scalar => "scalar",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
         }
     }

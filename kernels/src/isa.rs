@@ -1,10 +1,14 @@
-//! Instruction sets as values: holding an [`Avx2`] or [`Avx512`] proves that this CPU has it.
+//! Instruction sets as values: holding an [`Avx2`], [`AvxVnni`] or [`Avx512`] proves that this CPU has it.
 
 use std::fmt;
 
 /// Proof that this CPU has AVX2, FMA and F16C; only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx2(());
+
+/// Proof that this CPU has AVX-VNNI, 8-bit dot products in 256-bit vectors, and everything [`Avx2`] proves; only [`AvxVnni::detect`] makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AvxVnni(());
 
 /// Proof that this CPU has AVX-512 F, BW, VL, DQ and VNNI, and everything [`Avx2`] proves; only [`Avx512::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +22,22 @@ impl Avx2 {
             return Some(Self(()));
         }
         None
+    }
+}
+
+impl AvxVnni {
+    /// The proof, if this CPU has the instructions.
+    pub fn detect() -> Option<Self> {
+        #[cfg(target_arch = "x86_64")]
+        if Avx2::detect().is_some() && is_x86_feature_detected!("avxvnni") {
+            return Some(Self(()));
+        }
+        None
+    }
+
+    /// What AVX-VNNI comes with.
+    pub fn avx2(self) -> Avx2 {
+        Avx2(())
     }
 }
 
@@ -50,6 +70,8 @@ pub enum Isa {
     Scalar,
     /// 256-bit vectors.
     Avx2(Avx2),
+    /// 256-bit vectors with 8-bit dot products.
+    AvxVnni(AvxVnni),
     /// 512-bit vectors with 8-bit dot products.
     Avx512(Avx512),
 }
@@ -58,7 +80,7 @@ pub enum Isa {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
     /// No such name.
-    #[error("unknown instruction set {name:?}, expected auto, scalar, avx2 or avx512")]
+    #[error("unknown instruction set {name:?}, expected auto, scalar, avx2, avxvnni or avx512")]
     Unknown {
         /// What was asked for.
         name: String,
@@ -76,22 +98,19 @@ pub enum IsaError {
 impl Isa {
     /// The widest instruction set of this CPU.
     pub fn best() -> Self {
-        match (Avx512::detect(), Avx2::detect()) {
-            (Some(proof), _) => Self::Avx512(proof),
-            (None, Some(proof)) => Self::Avx2(proof),
-            (None, None) => Self::Scalar,
-        }
+        Self::available().pop().unwrap_or(Self::Scalar)
     }
 
     /// Every instruction set of this CPU, narrowest first.
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self::Scalar];
         all.extend(Avx2::detect().map(Self::Avx2));
+        all.extend(AvxVnni::detect().map(Self::AvxVnni));
         all.extend(Avx512::detect().map(Self::Avx512));
         all
     }
 
-    /// The instruction set called `name`: `auto` (the best), `scalar`, `avx2` or `avx512`.
+    /// The instruction set called `name`: `auto` (the best), `scalar`, `avx2`, `avxvnni` or `avx512`.
     ///
     /// # Errors
     /// If there is no such name, or the CPU lacks it.
@@ -102,16 +121,18 @@ impl Isa {
             "auto" => Ok(Self::best()),
             "scalar" => Ok(Self::Scalar),
             "avx2" => Avx2::detect().map(Self::Avx2).ok_or_else(|| missing("avx2")),
+            "avxvnni" => AvxVnni::detect().map(Self::AvxVnni).ok_or_else(|| missing("avxvnni")),
             "avx512" => Avx512::detect().map(Self::Avx512).ok_or_else(|| missing("avx512")),
             _ => Err(IsaError::Unknown { name: name.to_owned() }),
         }
     }
 
-    /// `scalar`, `avx2` or `avx512`.
+    /// `scalar`, `avx2`, `avxvnni` or `avx512`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2(_) => "avx2",
+            Self::AvxVnni(_) => "avxvnni",
             Self::Avx512(_) => "avx512",
         }
     }

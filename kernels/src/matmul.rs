@@ -151,12 +151,20 @@ fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens
             tiles(job, part, x, &crate::x86_64::Avx512Tiles(proof));
         }
         #[cfg(target_arch = "x86_64")]
+        (Isa::AvxVnni(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
+            tiles(job, part, x, &crate::x86_64::AvxVnniTiles(proof));
+        }
+        #[cfg(target_arch = "x86_64")]
         (Isa::Avx2(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
             tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof));
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
             crate::x86_64::float::multiply512(proof, job.weights.dtype(), rows, job.weights.k(), x, store);
+        }),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::AvxVnni(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
+            crate::x86_64::float::multiply256(proof.avx2(), job.weights.dtype(), rows, job.weights.k(), x, store);
         }),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
@@ -174,7 +182,7 @@ pub(crate) trait Tiles {
     /// Bytes `expand` writes for a tile; 0: tiles of this type are never expanded.
     fn expanded_bytes(&self, layout: &Layout) -> usize;
     /// Whether tiles that can be expanded are, for `panels` panels of `columns` columns.
-    fn wants_expanded(&self, panels: usize, columns: usize) -> bool;
+    fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool;
     /// Expands the weights of a tile to bytes.
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]);
     /// Multiplies a tile with the columns of a panel. `expanded`: what `expand` made of the tile, if it did.
@@ -201,7 +209,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
     let (first, last) = (job.rows.start + part.start, job.rows.start + part.end);
     let whole = first / ROWS..last.div_ceil(ROWS);
     let columns = x.panel(0).1.n;
-    let expanded_bytes = if kernels.wants_expanded(x.panels(), columns) { kernels.expanded_bytes(layout) } else { 0 };
+    let expanded_bytes = if kernels.wants_expanded(layout, x.panels(), columns) { kernels.expanded_bytes(layout) } else { 0 };
     let block = if x.panels() == 1 { 1 } else { (BLOCK_BYTES / expanded_bytes.max(layout.tile()).max(1)).max(1) };
     EXPANDED.with_borrow_mut(|scratch| {
         if scratch.len() < block * expanded_bytes {

@@ -52,6 +52,7 @@ pub fn int8_peak(pool: &Pool, isa: Isa, passes: usize) -> f64 {
     let products = match isa {
         Isa::Scalar => 1,
         Isa::Avx2(_) => MADDUBS * 32,
+        Isa::AvxVnni(_) => 12 * 32,
         Isa::Avx512(_) => 12 * 64,
     };
     (rounds * products * pool.threads()) as f64 / best
@@ -66,6 +67,9 @@ fn multiply(isa: Isa, rounds: usize, seed: i32) -> i32 {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token proves the features.
         Isa::Avx512(_) => unsafe { vnni(rounds, seed) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the token proves the features.
+        Isa::AvxVnni(_) => unsafe { vnni256(rounds, seed) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token proves the features.
         Isa::Avx2(_) => unsafe { maddubs(rounds, seed) },
@@ -86,6 +90,22 @@ unsafe fn vnni(rounds: usize, seed: i32) -> i32 {
         }
     }
     _mm512_reduce_add_epi32(acc.into_iter().fold(a, |a, b| _mm512_add_epi32(a, b)))
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,avxvnni")]
+unsafe fn vnni256(rounds: usize, seed: i32) -> i32 {
+    use std::arch::x86_64::*;
+
+    let (a, b) = (_mm256_set1_epi32(seed), _mm256_set1_epi32(seed + 1));
+    let mut acc = [_mm256_setzero_si256(); 12];
+    for _ in 0..rounds {
+        for acc in &mut acc {
+            *acc = _mm256_dpbusd_avx_epi32(*acc, a, b);
+        }
+    }
+    let sum = acc.into_iter().fold(a, |a, b| _mm256_add_epi32(a, b));
+    _mm256_extract_epi32::<0>(sum)
 }
 
 #[cfg(target_arch = "x86_64")]

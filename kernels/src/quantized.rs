@@ -319,6 +319,8 @@ fn quantize_one(isa: Isa, x: &[f32], q: &mut [i8]) -> f32 {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2(proof) => crate::x86_64::quantize::quantize_block(proof, x, q),
         #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni(proof) => crate::x86_64::quantize::quantize_block(proof.avx2(), x, q),
+        #[cfg(target_arch = "x86_64")]
         Isa::Avx512(proof) => crate::x86_64::quantize::quantize_block(proof.avx2(), x, q),
         _ => quantize_block(x, q),
     }
