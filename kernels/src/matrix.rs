@@ -216,7 +216,7 @@ impl MatrixBuilder {
         Ok(())
     }
 
-    /// Takes all rows: the pool's threads read pieces of at most [`PIECE_BYTES`] (or one tile) with `read(rows, into)` as they pack them, so
+    /// Takes all rows: the pool's threads read pieces of at most 256 KiB (or one tile) with `read(rows, into)` as they pack them, so
     /// that a piece is packed while the cache has it.
     ///
     /// # Errors

@@ -283,8 +283,8 @@ impl<'a, E: Entry> Tile<'a, E> {
         let mut scale = [s.splat(1.0); V];
         for (d, q) in queries.iter().enumerate() {
             if E::SCALED && d.is_multiple_of(KV_SCALED) {
-                for v in 0..V {
-                    scale[v] = s.load_f16(&self.key_scales[block + v][d / KV_SCALED]);
+                for (scale, scales) in scale.iter_mut().zip(&self.key_scales[block..]) {
+                    *scale = s.load_f16(&scales[d / KV_SCALED]);
                 }
             }
             let mut key = [s.splat(0.0); V];
@@ -320,9 +320,9 @@ impl<'a, E: Entry> Tile<'a, E> {
             let slots = any.start.saturating_sub(base)..(any.end - base).min(KV_BLOCK);
             let mut scales = [[1.0; LANES]; V];
             if E::SCALED {
-                for v in 0..V {
-                    let scale = s.load_f16(&self.value_scales[block][(at + v) * LANES / KV_SCALED]);
-                    s.store(&mut scales[v], scale);
+                for (scales, vector) in scales.iter_mut().zip(at..) {
+                    let scale = s.load_f16(&self.value_scales[block][vector * LANES / KV_SCALED]);
+                    s.store(scales, scale);
                 }
             }
             let by_all = |r: usize| seen.first[r] <= base + slots.start && base + slots.end <= seen.end[r];
