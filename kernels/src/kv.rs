@@ -159,7 +159,7 @@ impl KvCache {
         match self.dtype {
             KvType::F32 => vectorize(isa, Write::<f32> { cache: self.parts(), spans, keys, values }),
             KvType::F16 => vectorize(isa, Write::<u16> { cache: self.parts(), spans, keys, values }),
-            KvType::Q8 => self.write_q8(isa, spans, keys, values),
+            KvType::Q8 => vectorize(isa, Write::<i8> { cache: self.parts(), spans, keys, values }),
         }
     }
 
@@ -349,6 +349,12 @@ pub(crate) trait Entry: Number + Default + Send + Sync {
     fn load<S: Simd>(s: S, from: &[Self; LANES]) -> S::F;
 }
 
+/// One that new keys and values become.
+trait Stored: Entry {
+    /// Stores a token's key and value of a head at `slot` of its block.
+    fn put<S: Simd>(s: S, head: Head<'_, Self>, slot: usize, key: &[f32], value: &[f32]);
+}
+
 /// One that is stored by itself.
 trait Rounded: Entry {
     /// Sixteen of them, rounded.
@@ -393,30 +399,36 @@ struct Write<'a, E> {
     values: &'a [f32],
 }
 
-impl<E: Rounded> Kernel for Write<'_, E> {
+impl<E: Stored> Kernel for Write<'_, E> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(mut self, s: S) {
         let (head_dim, value_dim, kv_heads) = (self.cache.head_dim, self.cache.value_dim, self.cache.kv_heads);
-        let width = value_dim.div_ceil(LANES);
         let mut rows = self.keys.chunks_exact(head_dim).zip(self.values.chunks_exact(value_dim));
         for span in self.spans {
             for position in span.first_position..span.first_position + span.tokens {
                 let (block, slot) = (block_of(span, position, self.cache.blocks), position % KV_BLOCK);
                 for (head, (new_key, new_value)) in (0..kv_heads).zip(&mut rows) {
-                    let Head { keys, values, .. } = self.cache.head(block, head);
-                    for (keys, new) in keys.chunks_mut(LANES).zip(new_key.chunks(LANES)) {
-                        let entries = rounded::<S, E>(s, new);
-                        for (lanes, entry) in keys.iter_mut().zip(entries) {
-                            lanes[slot] = entry;
-                        }
-                    }
-                    for (value, new) in values[slot * width..(slot + 1) * width].iter_mut().zip(new_value.chunks(LANES)) {
-                        *value = rounded::<S, E>(s, new);
-                    }
+                    E::put(s, self.cache.head(block, head), slot, new_key, new_value);
                 }
             }
+        }
+    }
+}
+
+impl<E: Rounded> Stored for E {
+    #[inline(always)]
+    fn put<S: Simd>(s: S, head: Head<'_, Self>, slot: usize, key: &[f32], value: &[f32]) {
+        for (keys, new) in head.keys.chunks_mut(LANES).zip(key.chunks(LANES)) {
+            let entries = rounded::<S, E>(s, new);
+            for (lanes, entry) in keys.iter_mut().zip(entries) {
+                lanes[slot] = entry;
+            }
+        }
+        let width = value.len().div_ceil(LANES);
+        for (values, new) in head.values[slot * width..(slot + 1) * width].iter_mut().zip(value.chunks(LANES)) {
+            *values = rounded::<S, E>(s, new);
         }
     }
 }

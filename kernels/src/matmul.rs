@@ -152,11 +152,11 @@ fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::AvxVnni(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::AvxVnniTiles(proof));
+            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof.avx2(), Some(proof)));
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof));
+            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof, None));
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {

@@ -1,10 +1,7 @@
 //! Entries of 8 bits.
 
-use super::{Entry, Head, KV_BLOCK, KV_SCALED, KvCache, KvSpan, Parts, block_of};
-use crate::{
-    Isa,
-    simd::{Kernel, LANES, Simd, vectorize},
-};
+use super::{Entry, Head, KV_SCALED, Stored};
+use crate::simd::{LANES, Simd};
 
 /// Largest multiple.
 const MOST: f32 = 127.0;
@@ -20,46 +17,20 @@ impl Entry for i8 {
     }
 }
 
-impl KvCache {
-    /// As [`KvCache::write`], whose checks were done.
-    pub(super) fn write_q8(&mut self, isa: Isa, spans: &[KvSpan<'_>], keys: &[f32], values: &[f32]) {
-        vectorize(isa, Write { cache: self.parts(), spans, keys, values });
-    }
-}
-
-struct Write<'a> {
-    cache: Parts<'a, i8>,
-    spans: &'a [KvSpan<'a>],
-    keys: &'a [f32],
-    values: &'a [f32],
-}
-
-impl Kernel for Write<'_> {
-    type Output = ();
-
+impl Stored for i8 {
     #[inline(always)]
-    fn run<S: Simd>(mut self, s: S) {
-        let (head_dim, value_dim, kv_heads) = (self.cache.head_dim, self.cache.value_dim, self.cache.kv_heads);
-        let width = value_dim.div_ceil(LANES);
-        let mut rows = self.keys.chunks_exact(head_dim).zip(self.values.chunks_exact(value_dim));
-        for span in self.spans {
-            for position in span.first_position..span.first_position + span.tokens {
-                let (block, slot) = (block_of(span, position, self.cache.blocks), position % KV_BLOCK);
-                for (head, (new_key, new_value)) in (0..kv_heads).zip(&mut rows) {
-                    let Head { keys, values, key_scales, value_scales } = self.cache.head(block, head);
-                    for ((keys, scales), new) in keys.chunks_mut(KV_SCALED).zip(key_scales).zip(new_key.chunks(KV_SCALED)) {
-                        let (entries, scale) = multiples(s, new);
-                        keys.iter_mut().zip(entries.as_flattened()).for_each(|(lanes, &entry)| lanes[slot] = entry);
-                        scales[slot] = scale;
-                    }
-                    let values = values[slot * width..(slot + 1) * width].chunks_mut(KV_SCALED / LANES);
-                    for ((values, scales), new) in values.zip(value_scales).zip(new_value.chunks(KV_SCALED)) {
-                        let (entries, scale) = multiples(s, new);
-                        values.iter_mut().zip(entries).for_each(|(value, entries)| *value = entries);
-                        scales[slot] = scale;
-                    }
-                }
-            }
+    fn put<S: Simd>(s: S, head: Head<'_, Self>, slot: usize, key: &[f32], value: &[f32]) {
+        for ((keys, scales), new) in head.keys.chunks_mut(KV_SCALED).zip(head.key_scales).zip(key.chunks(KV_SCALED)) {
+            let (entries, scale) = multiples(s, new);
+            keys.iter_mut().zip(entries.as_flattened()).for_each(|(lanes, &entry)| lanes[slot] = entry);
+            scales[slot] = scale;
+        }
+        let width = value.len().div_ceil(LANES);
+        let values = head.values[slot * width..(slot + 1) * width].chunks_mut(KV_SCALED / LANES);
+        for ((values, scales), new) in values.zip(head.value_scales).zip(value.chunks(KV_SCALED)) {
+            let (entries, scale) = multiples(s, new);
+            values.iter_mut().zip(entries).for_each(|(value, entries)| *value = entries);
+            scales[slot] = scale;
         }
     }
 }

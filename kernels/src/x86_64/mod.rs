@@ -15,10 +15,8 @@ use crate::{Avx2, Avx512, AvxVnni, WeightType};
 
 /// Tile kernels in 512-bit vectors.
 pub(crate) struct Avx512Tiles(pub(crate) Avx512);
-/// Tile kernels in 256-bit vectors.
-pub(crate) struct Avx2Tiles(pub(crate) Avx2);
-/// Tile kernels in 256-bit vectors with 8-bit dot products.
-pub(crate) struct AvxVnniTiles(pub(crate) AvxVnni);
+/// Tile kernels in 256-bit vectors, with 8-bit dot products where the CPU has them.
+pub(crate) struct Avx2Tiles(pub(crate) Avx2, pub(crate) Option<AvxVnni>);
 
 /// How far ahead of its use a line of weights is asked for, in bytes: into the second-level cache, since the few misses the first level can
 /// have under way would bound the bandwidth (Zen 4: 15 GB/s a core with either distance there, 19–22 GB/s so).
@@ -62,19 +60,15 @@ impl Tiles for Avx512Tiles {
     }
 }
 
-/// Whether so many columns are worth expanding a tile for, in 256-bit vectors. Blocks of 256 have sums of their runs too, for which there are
-/// no registers beside those of more than a few columns; unpacking blocks of 32 costs less than writing them for one panel.
-fn many(layout: &Layout, panels: usize, columns: usize) -> bool {
-    if layout.dtype.block_len() == 32 { panels > 1 } else { columns > avx2::FUSED }
-}
-
 impl Tiles for Avx2Tiles {
     fn expanded_bytes(&self, layout: &Layout) -> usize {
         expanded_bytes(layout)
     }
 
     fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool {
-        many(layout, panels, columns)
+        // Blocks of 256 have sums of their runs too, for which there are no registers beside those of more than a few columns; unpacking
+        // blocks of 32 costs less than writing them for one panel.
+        if layout.dtype.block_len() == 32 { panels > 1 } else { columns > avx2::FUSED }
     }
 
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
@@ -82,24 +76,9 @@ impl Tiles for Avx2Tiles {
     }
 
     fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
-        avx2::multiply(self.0, layout, tile, expanded, panel, out);
-    }
-}
-
-impl Tiles for AvxVnniTiles {
-    fn expanded_bytes(&self, layout: &Layout) -> usize {
-        expanded_bytes(layout)
-    }
-
-    fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool {
-        many(layout, panels, columns)
-    }
-
-    fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
-        avx2::expand(self.0.avx2(), layout, tile, out);
-    }
-
-    fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
-        avx2::multiply_vnni(self.0, layout, tile, expanded, panel, out);
+        match self.1 {
+            Some(proof) => avx2::multiply_vnni(proof, layout, tile, expanded, panel, out),
+            None => avx2::multiply(self.0, layout, tile, expanded, panel, out),
+        }
     }
 }
