@@ -3,6 +3,7 @@
 pub mod api;
 pub mod control;
 pub mod decode;
+pub mod delays;
 pub mod edge;
 pub mod encode;
 mod fleet;

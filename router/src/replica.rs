@@ -18,7 +18,7 @@ use plan::{
     fleet::FleetReplica,
     step::{Output, Step},
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 pub use workers::WorkersConnector;
 
 /// A boxed future, so that traits with async functions can be objects.
@@ -148,6 +148,8 @@ pub struct AdapterAnswer {
 pub struct StepReply {
     /// The step's number.
     pub step: u64,
+    /// When it came.
+    pub arrived: Instant,
     /// Results in the order of the step's sequences and their wants.
     pub outputs: Vec<Output>,
 }

@@ -17,7 +17,7 @@ use plan::{
 use router::replica::{
     AdapterAnswer, AdapterEnd, AdapterLine, AdapterOrder, BoxFuture, Connector, Replica, ReplicaError, Session, StepReply,
 };
-use tokio::{runtime::Handle, sync::mpsc};
+use tokio::{runtime::Handle, sync::mpsc, time::Instant};
 
 /// Name in errors.
 const NAME: &str = "in this process";
@@ -179,7 +179,7 @@ fn run(engine: &mut Engine, mut step: Step, sampled: &mut HashMap<SequenceId, (u
     match engine.run(&step, &[], &mut NoMasks) {
         Ok(StageOutput::Outputs(outputs)) => {
             remember(step.id, &outputs, sampled);
-            Ok(StepReply { step: step.id, outputs })
+            Ok(StepReply { step: step.id, arrived: Instant::now(), outputs })
         }
         Ok(StageOutput::Hidden(_)) => Err(failed("engine", "the engine holds no last stage".into())),
         Err(error) => Err(failed("engine", format!("{:#}", anyhow::Error::new(error)))),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::{BufMut, BytesMut};
 use plan::step::TokenId;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -20,20 +21,11 @@ pub(crate) struct Answer {
     id: String,
     created: u64,
     model: String,
+    /// A chunk's JSON up to its choices, which is the same in every chunk.
+    head: String,
     logprobs: Option<u32>,
     include_usage: bool,
     tokenizer: Arc<Tokenizer>,
-}
-
-#[derive(Serialize)]
-struct Chunk<'a, C: Serialize> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    choices: &'a [C],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Value>,
 }
 
 #[derive(Serialize)]
@@ -73,12 +65,17 @@ const LEAST_LOGPROB: f32 = -9999.0;
 
 impl Answer {
     pub(crate) fn new(dialect: Dialect, id: &str, model: String, run: &Run, logprobs: Option<u32>, streaming: Streaming) -> Self {
-        let prefix = if dialect == Dialect::Chat { "chatcmpl-" } else { "cmpl-" };
+        let (prefix, object) = if dialect == Dialect::Chat { ("chatcmpl-", "chat.completion.chunk") } else { ("cmpl-", "text_completion") };
+        let (id, created) = (format!("{prefix}{id}"), unix_seconds());
+        let mut head = json!({"id": id, "object": object, "created": created, "model": model}).to_string();
+        head.pop();
+        head.push_str(",\"choices\":");
         Self {
             dialect,
-            id: format!("{prefix}{id}"),
-            created: unix_seconds(),
+            id,
+            created,
             model,
+            head,
             logprobs,
             include_usage: streaming.include_usage,
             tokenizer: Arc::clone(&run.model().tokenizer),
@@ -91,34 +88,36 @@ impl Answer {
             return Vec::new();
         }
         let delta = || ChatDelta { role: Some("assistant"), content: Some("") };
-        (0..choices).map(|index| self.chunk(&[ChatChoice { index, delta: delta(), logprobs: None, finish_reason: None }])).collect()
+        let chunk = |index| {
+            let mut out = BytesMut::new();
+            self.chunk(&[ChatChoice { index, delta: delta(), logprobs: None, finish_reason: None }], &mut out);
+            text(&out)
+        };
+        (0..choices).map(chunk).collect()
     }
 
-    /// The chunk for a delta.
-    pub(crate) fn delta(&self, delta: &Delta) -> String {
+    /// The chunk for a delta, as text.
+    pub(crate) fn delta_text(&self, delta: &Delta) -> String {
+        let mut out = BytesMut::new();
+        self.delta(delta, &mut out);
+        text(&out)
+    }
+
+    /// Writes the chunk for a delta behind what is in `out`.
+    pub(crate) fn delta(&self, delta: &Delta, out: &mut BytesMut) {
         let (index, logprobs, finish_reason) = (delta.choice, self.logprobs(&delta.tokens), delta.finish.map(finish_name));
         match self.dialect {
-            Dialect::Completions => self.chunk(&[TextChoice { index, text: &delta.text, logprobs, finish_reason }]),
+            Dialect::Completions => self.chunk(&[TextChoice { index, text: &delta.text, logprobs, finish_reason }], out),
             Dialect::Chat => {
                 let content = (!delta.text.is_empty() || finish_reason.is_none()).then_some(delta.text.as_str());
-                self.chunk(&[ChatChoice { index, delta: ChatDelta { role: None, content }, logprobs, finish_reason }])
+                self.chunk(&[ChatChoice { index, delta: ChatDelta { role: None, content }, logprobs, finish_reason }], out);
             }
         }
     }
 
     /// The chunk that closes a stream, where the request asked for the usage.
     pub(crate) fn closing(&self, usage: Usage) -> Option<String> {
-        self.include_usage.then(|| {
-            let chunk = Chunk::<Value> {
-                id: &self.id,
-                object: self.chunk_object(),
-                created: self.created,
-                model: &self.model,
-                choices: &[],
-                usage: Some(usage_object(usage)),
-            };
-            serde_json::to_string(&chunk).unwrap_or_default()
-        })
+        self.include_usage.then(|| format!("{}[],\"usage\":{}}}", self.head, usage_object(usage)))
     }
 
     /// The whole answer.
@@ -148,15 +147,11 @@ impl Answer {
         }))
     }
 
-    fn chunk_object(&self) -> &'static str {
-        if self.dialect == Dialect::Chat { "chat.completion.chunk" } else { "text_completion" }
-    }
-
-    fn chunk<C: Serialize>(&self, choices: &[C]) -> String {
-        let usage = self.include_usage.then_some(Value::Null);
-        let chunk = Chunk { id: &self.id, object: self.chunk_object(), created: self.created, model: &self.model, choices, usage };
-        // Strings, numbers and maps with string keys: cannot fail.
-        serde_json::to_string(&chunk).unwrap_or_default()
+    fn chunk<C: Serialize>(&self, choices: &[C], out: &mut BytesMut) {
+        out.extend_from_slice(self.head.as_bytes());
+        // Strings, numbers and maps with string keys, into memory: cannot fail.
+        let _ = serde_json::to_writer((&mut *out).writer(), choices);
+        out.extend_from_slice(if self.include_usage { b",\"usage\":null}" } else { b"}" });
     }
 
     fn logprobs(&self, tokens: &[Shown]) -> Option<Value> {
@@ -201,6 +196,11 @@ impl Answer {
             Err(_) => piece.iter().fold("bytes:".to_owned(), |name, b| format!("{name}\\x{b:02x}")),
         }
     }
+}
+
+/// What was written as JSON, which is UTF-8.
+fn text(json: &[u8]) -> String {
+    String::from_utf8_lossy(json).into_owned()
 }
 
 fn usage_object(usage: Usage) -> Value {

@@ -1,6 +1,7 @@
 //! Accepting connections, of HTTP and gRPC: who sends a request's head too slowly is let go, and a server that stops lets running
 //! requests end and nothing else hold it.
 
+use std::future::Future;
 use std::io;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
@@ -12,6 +13,8 @@ use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::{Request, State};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::Response;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto::Builder;
 use hyper_util::service::TowerToHyperService;
@@ -20,7 +23,9 @@ use tokio::sync::watch;
 use tokio::task::JoinSet;
 use tracing::debug;
 
+use super::sent::{Due, Noted};
 use super::stopped;
+use crate::delays::Delays;
 use crate::edge::Edge;
 
 /// Pause after a connection could not be accepted: what is missing then (file descriptors, memory) comes back as others end.
@@ -47,13 +52,14 @@ pub(super) enum Protocol {
 /// Serves `app` on `listener` until `stopping`, then until the requests that run have ended. A connection whose client takes longer than
 /// `patience` to send a request's head, from its opening or, over HTTP/1, from the answer before, is closed. While other routers take over a
 /// model of `edge`, or give it to this one, no connection is kept for long: its next request is to come to where a service leads by then.
+/// What a request's handler says is [`Due`] is counted in `delays` when it is written.
 ///
 /// Dropping this closes every connection.
 pub(super) async fn serve(
     (listener, protocol): (TcpListener, Protocol),
     app: Router,
     edge: Edge,
-    patience: Duration,
+    (patience, delays): (Duration, Arc<Delays>),
     stopping: watch::Receiver<bool>,
 ) {
     let mut connections = JoinSet::new();
@@ -67,7 +73,8 @@ pub(super) async fn serve(
         };
         match accepted {
             Ok((stream, _)) => {
-                connections.spawn(connection((stream, protocol), app.clone(), edge.clone(), patience, stopping.clone()));
+                let limits = (patience, Arc::clone(&delays));
+                connections.spawn(connection((stream, protocol), app.clone(), edge.clone(), limits, stopping.clone()));
             }
             Err(error) => {
                 debug!(%error, "a connection could not be accepted");
@@ -95,11 +102,20 @@ async fn first_bytes(stream: &TcpStream) -> io::Result<bool> {
     }
 }
 
+/// Why a connection is not to be kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Signal {
+    /// A model changes to other routers.
+    Moves,
+    /// The server stops.
+    Stops,
+}
+
 async fn connection(
     (stream, protocol): (TcpStream, Protocol),
     app: Router,
     edge: Edge,
-    patience: Duration,
+    (patience, delays): (Duration, Arc<Delays>),
     stopping: watch::Receiver<bool>,
 ) {
     // A token is a small packet that nothing follows for a while: it must not wait for one.
@@ -113,26 +129,33 @@ async fn connection(
     if !spoke.is_ok_and(|read| read.is_ok_and(|http2| http2 || protocol == Protocol::Http)) {
         return;
     }
-    let running = Running::default();
-    let service = TowerToHyperService::new(app.layer(from_fn_with_state(running.clone(), count)));
+    let (running, due) = (Running::default(), Due::new(delays));
+    let service = TowerToHyperService::new(app.layer(from_fn_with_state((running.clone(), due.clone()), count)));
     let mut builder = Builder::new(TokioExecutor::new());
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(patience);
+    // What is written is short: one buffer costs less than a list of them.
+    builder.http1().timer(TokioTimer::new()).header_read_timeout(patience).writev(false);
     builder.http2().timer(TokioTimer::new()).enable_connect_protocol();
+    // They are looked at when they are woken alone, and not whenever the connection is.
+    let signals: FuturesUnordered<Pin<Box<dyn Future<Output = Signal> + Send>>> = FuturesUnordered::new();
+    signals.push(Box::pin(async move {
+        edge.moving().await;
+        drop(edge);
+        tokio::time::sleep(patience / STAY).await;
+        Signal::Moves
+    }));
+    signals.push(Box::pin(async move {
+        stopped(stopping).await;
+        Signal::Stops
+    }));
     // Dropped when it has ended, and with it what a client that is gone had asked for.
     let ended = {
-        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(stream), service));
-        let mut moved = pin!(async {
-            edge.moving().await;
-            drop(edge);
-            tokio::time::sleep(patience / STAY).await;
-        });
-        let mut stop = pin!(stopped(stopping));
-        let (mut moves, mut stops) = (false, false);
+        let mut served = pin!(builder.serve_connection_with_upgrades(TokioIo::new(Noted::new(stream, due)), service));
+        let mut signals = pin!(signals);
+        let mut stops = false;
         loop {
             tokio::select! {
                 ended = served.as_mut() => break ended,
-                () = moved.as_mut(), if !moves => moves = true,
-                () = stop.as_mut(), if !stops => stops = true,
+                Some(signal) = signals.next() => stops |= signal == Signal::Stops,
                 // Half a head, or a client that does not answer a farewell: nothing that anybody waits for.
                 () = running.over(), if stops => return,
             }
@@ -189,13 +212,14 @@ impl Drop for End {
 }
 
 /// Counts a request until the last byte of its answer is handed over.
-async fn count(State(running): State<Running>, mut request: Request, next: Next) -> Response {
+async fn count(State((running, due)): State<(Running, Due)>, mut request: Request, next: Next) -> Response {
     // Health and reflection are watched for as long as a client likes; such a stream ends with the server.
     if request.uri().path().starts_with("/grpc.") {
         return next.run(request).await;
     }
     let begun = running.begin();
     request.extensions_mut().insert(begun.clone());
+    request.extensions_mut().insert(due);
     next.run(request).await.map(|body| Body::new(Counted { body, _begun: begun }))
 }
 

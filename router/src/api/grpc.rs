@@ -40,7 +40,8 @@ pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) -> Result<
     let service = InferenceServer::new(Service(Arc::clone(&shared))).max_decoding_message_size(limit);
     let routes = Routes::new(health).add_service(reflection).add_service(reflection_alpha).add_service(service).prepare();
     let (patience, stopping) = (shared.options.patience, shared.stopping.clone());
-    let server = connections::serve((listener, Protocol::Grpc), routes.into_axum_router(), shared.edge.clone(), patience, stopping.clone());
+    let (app, edge, delays) = (routes.into_axum_router(), shared.edge.clone(), Arc::clone(&shared.options.delays));
+    let server = connections::serve((listener, Protocol::Grpc), app, edge, (patience, delays), stopping.clone());
     let (mut view, mut told) = (shared.edge.watch(), stopping);
     let watch = async {
         let mut tick = tokio::time::interval(HEALTH);

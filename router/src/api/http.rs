@@ -1,18 +1,17 @@
 //! HTTP routes, and what holds for all of them: request ids, limits, the error object.
 
-use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Body;
 use axum::extract::{Request as HttpRequest, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use futures_util::{FutureExt, StreamExt, stream};
+use futures_util::{FutureExt, StreamExt};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -23,11 +22,10 @@ use super::connections::Protocol;
 use super::error::ApiError;
 use super::request::{Dialect, Request};
 use super::run::Run;
-use super::{Shared, connections, models, stopped, vectors, websocket};
+use super::sent::Due;
+use super::{Shared, connections, events, models, stopped, vectors, websocket};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// How long an event stream may be silent before a comment keeps it alive.
-const KEEP_ALIVE: Duration = Duration::from_secs(15);
 /// How long a body that is under way may stand still once the server is to stop.
 const LAST_PART: Duration = Duration::from_secs(1);
 /// Bytes beyond the limit that are read and dropped, so that a client that sends before it reads gets to see its refusal.
@@ -39,7 +37,8 @@ pub(super) struct RequestId(pub(super) Arc<str>);
 
 pub(super) async fn serve(shared: Arc<Shared>, listener: TcpListener) {
     let (stopping, patience, edge) = (shared.stopping.clone(), shared.options.patience, shared.edge.clone());
-    connections::serve((listener, Protocol::Http), routes(shared), edge, patience, stopping).await;
+    let delays = Arc::clone(&shared.options.delays);
+    connections::serve((listener, Protocol::Http), routes(shared), edge, (patience, delays), stopping).await;
 }
 
 fn routes(shared: Arc<Shared>) -> axum::Router {
@@ -128,6 +127,7 @@ async fn chat(state: State<Arc<Shared>>, request: HttpRequest) -> Result<Respons
 async fn generate(shared: Arc<Shared>, dialect: Dialect, request: HttpRequest) -> Result<Response, ApiError> {
     let arrived = Instant::now();
     let id = request.extensions().get::<RequestId>().map_or_else(|| draw_id().into(), |id| Arc::clone(&id.0));
+    let due = request.extensions().get::<Due>().cloned();
     let limit = shared.options.deadline;
     let body = tokio::time::timeout(limit, read_body(&shared, request));
     let body = body.await.map_err(|_| ApiError::deadline(limit.as_secs()))??;
@@ -149,7 +149,7 @@ async fn generate(shared: Arc<Shared>, dialect: Dialect, request: HttpRequest) -
         (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
         (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
     ];
-    Ok((close, headers, Body::from_stream(events(answer, run))).into_response())
+    Ok((close, headers, Body::from_stream(events::stream(answer, run, due))).into_response())
 }
 
 /// The body, if its type and size are right.
@@ -206,54 +206,6 @@ pub(super) async fn read_body(shared: &Shared, request: HttpRequest) -> Result<V
         }
     }
     if taken <= limit { Ok(body) } else { Err(too_large()) }
-}
-
-/// A stream of server-sent events. Dropping it, which a disconnect does, drops the run.
-fn events(answer: Answer, run: Run) -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> {
-    enum State {
-        Opening(Answer, Run),
-        Running(Answer, Run),
-        Done,
-    }
-    let event = |text: &str, out: &mut String| {
-        out.push_str("data: ");
-        out.push_str(text);
-        out.push_str("\n\n");
-    };
-    stream::unfold(State::Opening(answer, run), move |state| async move {
-        let mut out = String::new();
-        let state = match state {
-            State::Done => return None,
-            State::Opening(answer, run) => {
-                answer.opening(run.choices()).iter().for_each(|chunk| event(chunk, &mut out));
-                if out.is_empty() {
-                    out.push_str(": open\n\n");
-                }
-                State::Running(answer, run)
-            }
-            State::Running(answer, mut run) => match tokio::time::timeout(KEEP_ALIVE, run.next()).await {
-                Err(_) => {
-                    out.push_str(": waiting\n\n");
-                    State::Running(answer, run)
-                }
-                Ok(Some(Ok(delta))) => {
-                    event(&answer.delta(&delta), &mut out);
-                    State::Running(answer, run)
-                }
-                Ok(Some(Err(e))) => {
-                    event(&e.body().to_string(), &mut out);
-                    event("[DONE]", &mut out);
-                    State::Done
-                }
-                Ok(None) => {
-                    answer.closing(run.usage()).iter().for_each(|chunk| event(chunk, &mut out));
-                    event("[DONE]", &mut out);
-                    State::Done
-                }
-            },
-        };
-        Some((Ok(Bytes::from(out)), state))
-    })
 }
 
 async fn unknown_route(request: HttpRequest) -> ApiError {

@@ -1,10 +1,10 @@
 //! Prometheus metrics: vLLM's names, so that existing dashboards and pickers work, and Skein's own.
 
-use std::sync::Mutex;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text};
+use prometheus_client::encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet, text};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::metrics::counter::{ConstCounter, Counter};
 use prometheus_client::metrics::family::Family;
@@ -16,6 +16,7 @@ use plan::shard::BLOCK_TOKENS;
 use tokio::time::Instant;
 
 use super::parameters::Parameters;
+use crate::delays::Delays;
 use crate::edge::{DeploymentLoad, Edge, ReplicaLoad};
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
@@ -49,6 +50,9 @@ const TOKENS: [f64; 17] =
     [1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 20_000.0, 50_000.0, 100_000.0, 200_000.0];
 const CHOICES: [f64; 6] = [1.0, 2.0, 5.0, 10.0, 20.0, 128.0];
 
+/// From a thread's turn to what nobody should see.
+const DELAYS: [f64; 19] = [1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0];
+
 /// The value of `engine` labels.
 const ENGINE: &str = "0";
 
@@ -79,7 +83,7 @@ pub(crate) struct Metrics {
 
 impl Metrics {
     /// Registers everything; loads are read from `edge` whenever metrics are asked for.
-    pub(crate) fn new(edge: Edge) -> Self {
+    pub(crate) fn new(edge: Edge, delays: Arc<Delays>) -> Self {
         let metrics = Self {
             registry: Mutex::default(),
             ttft: histograms(|| Histogram::new(TTFT)),
@@ -128,6 +132,7 @@ impl Metrics {
         r.register("skein_http_answers", "HTTP answers by route and status", metrics.answered.clone());
         r.register("skein_disconnected_requests", "Requests whose client went away before the end", metrics.disconnected.clone());
         r.register_collector(Box::new(Loads(edge)));
+        r.register_collector(Box::new(TokenDelays(delays)));
         *metrics.registry.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = r;
         metrics
     }
@@ -296,6 +301,20 @@ impl Collector for Loads {
             }
         }
         encode_replicas(&mut encoder, &loads)
+    }
+}
+
+/// The router's own part of a token's time.
+#[derive(Debug)]
+struct TokenDelays(Arc<Delays>);
+
+impl Collector for TokenDelays {
+    fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), std::fmt::Error> {
+        let help = "From the arrival of a worker's reply to the write of its token to the client's socket";
+        let mut family = encoder.encode_descriptor("skein_token_delay", help, Some(&Unit::Seconds), MetricType::Histogram)?;
+        let counted = self.0.counted();
+        let buckets: Vec<(f64, u64)> = counted.buckets(&DELAYS).collect();
+        family.encode_histogram::<NoLabelSet>(counted.seconds(), counted.count(), &buckets, None)
     }
 }
 

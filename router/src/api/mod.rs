@@ -4,6 +4,7 @@ mod answer;
 mod connections;
 mod direct;
 mod error;
+mod events;
 mod fields;
 mod grpc;
 mod http;
@@ -12,6 +13,7 @@ mod models;
 mod parameters;
 mod request;
 mod run;
+mod sent;
 #[cfg(test)]
 mod tests;
 mod vectors;
@@ -24,6 +26,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
+use crate::delays::Delays;
 use crate::edge::Edge;
 
 pub use direct::{Direct, DirectAnswer, DirectRequest, Piece, Refusal, Templates, TokenCounts};
@@ -40,11 +43,19 @@ pub struct ApiOptions {
     pub patience: Duration,
     /// Longest that running requests may go on once the server is told to stop.
     pub drain: Duration,
+    /// Counts how long tokens of event streams took from the arrival of a worker's reply to the write to the client's socket.
+    pub delays: Arc<Delays>,
 }
 
 impl Default for ApiOptions {
     fn default() -> Self {
-        Self { body_bytes: 8 << 20, deadline: Duration::from_secs(600), patience: Duration::from_secs(30), drain: Duration::from_secs(30) }
+        Self {
+            body_bytes: 8 << 20,
+            deadline: Duration::from_secs(600),
+            patience: Duration::from_secs(30),
+            drain: Duration::from_secs(30),
+            delays: Arc::default(),
+        }
     }
 }
 
@@ -71,7 +82,7 @@ pub(crate) struct Shared {
 impl Shared {
     fn new(edge: Edge, options: ApiOptions, stopping: watch::Receiver<bool>) -> Self {
         Self {
-            metrics: Arc::new(metrics::Metrics::new(edge.clone())),
+            metrics: Arc::new(metrics::Metrics::new(edge.clone(), Arc::clone(&options.delays))),
             models: models::Models::default(),
             started: models::unix_seconds(),
             stopping,

@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use plan::step::{Logprobs, TokenId};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep};
 
 use super::answer::finish_name;
 use super::error::ApiError;
@@ -54,7 +54,19 @@ pub(crate) struct Delta {
     pub(crate) text: String,
     /// Tokens whose text became certain.
     pub(crate) tokens: Vec<Shown>,
+    /// When the reply came that it is from.
+    pub(crate) arrived: Option<Instant>,
     pub(crate) finish: Option<FinishReason>,
+}
+
+impl Delta {
+    /// Nothing is new of `choice`.
+    fn begin(&mut self, choice: usize) {
+        let Self { choice: of, text, tokens, arrived, finish } = self;
+        text.clear();
+        tokens.clear();
+        (*of, *arrived, *finish) = (choice, None, None);
+    }
 }
 
 /// Tokens of a request.
@@ -89,20 +101,82 @@ fn next(choice: usize, mut stream: TokenStream) -> Next {
     })
 }
 
+/// Streams that go on.
+enum Streams {
+    /// The only choice: nothing is made anew for a token.
+    One(Box<TokenStream>),
+    /// Those of several choices, or none any more.
+    Many(FuturesUnordered<Next>),
+}
+
+/// An event of a choice, and what its stream knows.
+struct News {
+    choice: usize,
+    event: Option<StreamEvent>,
+    started: Option<Instant>,
+    arrived: Option<Instant>,
+    /// One of several streams, until it is put back.
+    stream: Option<TokenStream>,
+}
+
+impl Streams {
+    fn new(mut streams: Vec<TokenStream>) -> Self {
+        if streams.len() == 1
+            && let Some(one) = streams.pop()
+        {
+            return Self::One(Box::new(one));
+        }
+        Self::Many(streams.into_iter().enumerate().map(|(choice, stream)| next(choice, stream)).collect())
+    }
+
+    fn is_empty(&self) -> bool {
+        matches!(self, Self::Many(many) if many.is_empty())
+    }
+
+    fn clear(&mut self) {
+        *self = Self::Many(FuturesUnordered::new());
+    }
+
+    /// The next event of any; `None` when there are none. Cancel-safe.
+    async fn next(&mut self) -> Option<News> {
+        match self {
+            Self::One(stream) => {
+                let event = stream.next().await;
+                Some(News { choice: 0, event, started: stream.started_at(), arrived: stream.arrived_at(), stream: None })
+            }
+            Self::Many(many) => {
+                let (choice, stream, event) = many.next().await?;
+                Some(News { choice, event, started: stream.started_at(), arrived: stream.arrived_at(), stream: Some(stream) })
+            }
+        }
+    }
+
+    /// Puts back the stream of the last news, if it goes on.
+    fn settle(&mut self, choice: usize, stream: Option<TokenStream>, open: bool) {
+        match (&mut *self, stream) {
+            (Self::Many(many), Some(stream)) if open => many.push(next(choice, stream)),
+            (Self::One(_), _) if !open => self.clear(),
+            _ => {}
+        }
+    }
+}
+
 /// A request under way. Dropping it cancels all its sequences.
 pub(crate) struct Run {
-    streams: FuturesUnordered<Next>,
+    streams: Streams,
     choices: Vec<Choice>,
     model: Model,
     metrics: Arc<Metrics>,
     times: TokenTimes,
     arrived: Instant,
-    deadline: Instant,
+    deadline: Pin<Box<Sleep>>,
     limit: Duration,
     min_tokens: u32,
     echo: bool,
     end_ids: Arc<[TokenId]>,
     usage: Usage,
+    /// The last news; what it has room for is used again.
+    delta: Delta,
 }
 
 /// A request ready to run.
@@ -126,7 +200,7 @@ impl Run {
         let end_ids = parameters.end_ids(&model.tokenizer);
         let sampling = parameters.sampling(&model.tokenizer, &end_ids)?;
         let score_prompt = if echo { parameters.logprobs } else { None };
-        let (streams, mut choices, mut usage) = (FuturesUnordered::new(), Vec::new(), Usage::default());
+        let (mut streams, mut choices, mut usage) = (Vec::new(), Vec::new(), Usage::default());
         let (total, places) = (prompts.len() * parameters.n, model.status.serving.queue_requests);
         if total > places {
             let name = if parameters.n > 1 { "n" } else { "prompt" };
@@ -141,8 +215,7 @@ impl Run {
                 sampling.choice = c as u32;
                 let (prompt_ids, end_ids) = (Arc::clone(&prompt.ids), Arc::clone(&end_ids));
                 let generation = Generation { prompt: prompt_ids, sampling, max_tokens, end_ids, score_prompt };
-                let stream = edge.submit(&model.name, generation)?;
-                streams.push(next(choices.len(), stream));
+                streams.push(edge.submit(&model.name, generation)?);
                 let decoder = Decoder::new(Arc::clone(&model.tokenizer), Arc::clone(&parameters.stop), prompt.ids.last().copied());
                 choices.push(Choice {
                     prompt: prompt.clone(),
@@ -158,10 +231,24 @@ impl Run {
             }
         }
         metrics.submitted(&model.status.name, &parameters, usage.prompt_tokens);
-        let deadline = arrived + limit;
+        let (streams, deadline) = (Streams::new(streams), Box::pin(tokio::time::sleep_until(arrived + limit)));
         let (metrics, min_tokens) = (Arc::clone(metrics), parameters.min_tokens);
         let times = metrics.tokens(&model.status.name);
-        Ok(Self { streams, choices, model, metrics, times, arrived, deadline, limit, min_tokens, echo, end_ids, usage })
+        Ok(Self {
+            streams,
+            choices,
+            model,
+            metrics,
+            times,
+            arrived,
+            deadline,
+            limit,
+            min_tokens,
+            echo,
+            end_ids,
+            usage,
+            delta: Delta::default(),
+        })
     }
 
     /// Choices in all.
@@ -181,25 +268,39 @@ impl Run {
 
     /// The next news; `None` after every choice has finished. Nothing may be asked after an error.
     pub(crate) async fn next(&mut self) -> Option<Result<Delta, ApiError>> {
+        let advanced = self.advance().await?;
+        Some(advanced.map(|()| std::mem::take(&mut self.delta)))
+    }
+
+    /// What [`Run::advance`] brought last.
+    pub(crate) fn delta(&self) -> &Delta {
+        &self.delta
+    }
+
+    /// Brings the next news into [`Run::delta`]; otherwise as [`Run::next`].
+    pub(crate) async fn advance(&mut self) -> Option<Result<(), ApiError>> {
         loop {
             if self.streams.is_empty() {
                 return None;
             }
-            let waited = tokio::time::timeout_at(self.deadline, self.streams.next()).await;
-            let Ok(next_event) = waited else {
-                self.streams.clear();
-                self.metrics.finished(&self.model.status.name, "abort", &Timeline::new(self.arrived));
-                return Some(Err(ApiError::deadline(self.limit.as_secs())));
+            let news = tokio::select! {
+                biased;
+                news = self.streams.next() => news?,
+                () = self.deadline.as_mut() => {
+                    self.streams.clear();
+                    self.metrics.finished(&self.model.status.name, "abort", &Timeline::new(self.arrived));
+                    return Some(Err(ApiError::deadline(self.limit.as_secs())));
+                }
             };
-            let (choice, stream, event) = next_event?;
-            self.choices[choice].times.started = stream.started_at();
+            let News { choice, event, started, arrived, stream } = news;
+            self.choices[choice].times.started = started;
             match self.take(choice, event) {
-                Ok((delta, open)) => {
-                    if open {
-                        self.streams.push(next(choice, stream));
-                    }
+                Ok(open) => {
+                    self.delta.arrived = arrived;
+                    let delta = &self.delta;
+                    self.streams.settle(choice, stream, open);
                     if !delta.text.is_empty() || !delta.tokens.is_empty() || delta.finish.is_some() {
-                        return Some(Ok(delta));
+                        return Some(Ok(()));
                     }
                 }
                 Err(e) => {
@@ -211,35 +312,41 @@ impl Run {
         }
     }
 
-    /// Takes an event of a choice; the flag says whether its stream goes on.
-    fn take(&mut self, index: usize, event: Option<StreamEvent>) -> Result<(Delta, bool), ApiError> {
-        let mut delta = Delta { choice: index, ..Delta::default() };
+    /// Takes an event of a choice, and says in [`Run::delta`] what is new. Whether its stream goes on.
+    fn take(&mut self, index: usize, event: Option<StreamEvent>) -> Result<bool, ApiError> {
+        let mut delta = std::mem::take(&mut self.delta);
+        delta.begin(index);
+        let open = self.fill(index, event, &mut delta);
+        self.delta = delta;
+        open
+    }
+
+    fn fill(&mut self, index: usize, event: Option<StreamEvent>, delta: &mut Delta) -> Result<bool, ApiError> {
         match event {
             Some(StreamEvent::Prompt { cached_tokens, scores }) => {
-                self.begin(index, &mut delta, scores);
+                self.begin(index, delta, scores);
                 // Choices of one prompt share it; it was counted once.
                 if self.choices[index].first_of_prompt {
                     self.usage.cached_tokens += u64::from(cached_tokens);
                 }
             }
             Some(StreamEvent::Token { id, logprobs }) => {
-                self.begin(index, &mut delta, Vec::new());
-                let open = self.token(index, id, logprobs, &mut delta);
-                return Ok((delta, open));
+                self.begin(index, delta, Vec::new());
+                return Ok(self.token(index, id, logprobs, delta));
             }
             Some(StreamEvent::Finished(reason)) => {
-                self.begin(index, &mut delta, Vec::new());
+                self.begin(index, delta, Vec::new());
                 let scan = self.choices[index].times.tokens > self.min_tokens;
                 let before = delta.text.len();
                 let stopped = self.choices[index].decoder.finish(scan, &mut delta.text);
                 self.choices[index].released += delta.text.len() - before;
-                self.end(index, if stopped { FinishReason::Stop } else { reason }, &mut delta);
-                return Ok((delta, false));
+                self.end(index, if stopped { FinishReason::Stop } else { reason }, delta);
+                return Ok(false);
             }
             Some(StreamEvent::Failed(e)) => return Err(e.into()),
             None => return Err(ApiError::internal("the stream ended without a reason")),
         }
-        Ok((delta, true))
+        Ok(true)
     }
 
     /// The prompt's own text and tokens, once, where they are echoed.

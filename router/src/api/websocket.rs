@@ -108,7 +108,7 @@ async fn answer(
     loop {
         tokio::select! {
             delta = run.next() => match delta {
-                Some(Ok(delta)) => socket.send(Message::text(answer.delta(&delta))).await?,
+                Some(Ok(delta)) => socket.send(Message::text(answer.delta_text(&delta))).await?,
                 Some(Err(e)) => {
                     socket.send(Message::text(e.body().to_string())).await?;
                     break;

@@ -30,6 +30,11 @@ impl TokenStream {
         self.0.started_at
     }
 
+    /// When the reply came that the last event taken is from.
+    pub(crate) fn arrived_at(&self) -> Option<Instant> {
+        self.0.arrived_at
+    }
+
     /// The next event; `None` after `Finished` or `Failed`. Cancel-safe.
     pub async fn next(&mut self) -> Option<StreamEvent> {
         loop {
@@ -71,6 +76,8 @@ pub(super) struct Course {
     /// When it entered a batch for the first time.
     started_at: Option<Instant>,
     last_token: Option<Instant>,
+    /// When the reply came that the last event taken is from.
+    arrived_at: Option<Instant>,
     place: Place,
     limits: Limits,
 }
@@ -91,7 +98,7 @@ enum Place {
     Running {
         driver: Driver,
         ticket: Ticket,
-        events: mpsc::Receiver<SequenceEvent>,
+        events: mpsc::Receiver<(SequenceEvent, Instant)>,
         started: bool,
     },
     Done,
@@ -99,7 +106,7 @@ enum Place {
 
 /// What the next thing to happen is.
 enum Wake {
-    Event(Option<SequenceEvent>),
+    Event(Option<(SequenceEvent, Instant)>),
     View,
     Late,
 }
@@ -129,6 +136,7 @@ impl Course {
             submitted: now,
             started_at: None,
             last_token: None,
+            arrived_at: None,
             place: Place::Waiting { since: now },
             limits,
         };
@@ -157,12 +165,13 @@ impl Course {
                 },
             };
             match wake {
-                Wake::Event(Some(SequenceEvent::Happened(kind))) => {
+                Wake::Event(Some((SequenceEvent::Happened(kind), at))) => {
+                    self.arrived_at = Some(at);
                     if let Some(item) = self.take(kind) {
                         return Some(item);
                     }
                 }
-                Wake::Event(Some(SequenceEvent::Released) | None) => {
+                Wake::Event(Some((SequenceEvent::Released, _)) | None) => {
                     if let Some(item) = self.lost() {
                         return Some(item);
                     }
@@ -268,7 +277,7 @@ impl Course {
             }
             EventKind::Token { id, logprobs } => {
                 self.ids.push(id);
-                self.last_token = Some(Instant::now());
+                self.last_token = self.arrived_at;
                 StreamEvent::Token { id, logprobs }
             }
             EventKind::Output(output) => {

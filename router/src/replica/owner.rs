@@ -303,17 +303,23 @@ impl Run<'_> {
         if let Err(detail) = self.scheduler.submit(PROBE, probe) {
             return Some(ReplicaError::Protocol { worker: self.drive.name.clone(), detail });
         }
+        // When that came which events of the present round are from.
+        let mut at = Instant::now();
         loop {
             for command in owner.take() {
                 self.obey(command);
             }
             self.scheduler.set_prompt_lookup(owner.prompt_lookup.load(Ordering::Relaxed));
+            // Tokens go before the next step, unless a stage would wait for it.
+            if self.scheduler.in_flight() >= self.drive.replica.stages() {
+                self.dispatch(at);
+            }
             while let Some(step) = self.scheduler.next_step() {
                 if self.session.steps.try_send(step).is_err() {
                     return Some(self.closing_error().await);
                 }
             }
-            self.dispatch();
+            self.dispatch(at);
             self.follow_adapters();
             self.publish();
             let again = self.adapters.again();
@@ -321,6 +327,9 @@ impl Run<'_> {
                 biased;
                 () = self.drive.stop.cancelled() => return None,
                 reply = self.session.replies.recv() => {
+                    if let Some(Ok(reply)) = &reply {
+                        at = reply.arrived;
+                    }
                     let mut next = Some(reply);
                     while let Some(reply) = next {
                         match reply {
@@ -338,11 +347,12 @@ impl Run<'_> {
                     }
                 }
                 Some(answer) = self.session.adapters.answers.recv() => {
+                    at = Instant::now();
                     self.adapters.take(answer, &mut self.scheduler);
                     self.publish_adapters();
                 }
-                () = owner.wake.notified() => {}
-                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => {}
+                () = owner.wake.notified() => at = Instant::now(),
+                () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => at = Instant::now(),
             }
         }
     }
@@ -385,7 +395,7 @@ impl Run<'_> {
                 }
                 self.sinks.insert(ticket, sink);
                 if let Err(message) = self.scheduler.submit(ticket, *submission) {
-                    self.emit(ticket, EventKind::Failed(message));
+                    self.emit(ticket, EventKind::Failed(message), Instant::now());
                 }
             }
             Command::Cancel(ticket) => {
@@ -407,7 +417,8 @@ impl Run<'_> {
         self.drive.owner.live.fetch_sub(sequences, Ordering::Relaxed);
     }
 
-    fn dispatch(&mut self) {
+    /// Passes on what happened at `at`.
+    fn dispatch(&mut self, at: Instant) {
         for event in self.scheduler.take_events() {
             if event.ticket == PROBE {
                 if matches!(event.kind, EventKind::Finished(_)) {
@@ -418,15 +429,15 @@ impl Run<'_> {
                     (self.drive.changed)();
                 }
             } else {
-                self.emit(event.ticket, event.kind);
+                self.emit(event.ticket, event.kind, at);
             }
         }
     }
 
-    fn emit(&mut self, ticket: u64, kind: EventKind) {
+    fn emit(&mut self, ticket: u64, kind: EventKind, at: Instant) {
         let last = matches!(kind, EventKind::Finished(_) | EventKind::Failed(_));
         if let Some(sink) = self.sinks.get_mut(&ticket) {
-            sink.send(kind, Instant::now());
+            sink.send(kind, at);
             if last {
                 self.sinks.remove(&ticket);
                 self.end(1);
@@ -472,7 +483,7 @@ impl Run<'_> {
     fn dispatch_last(&mut self) {
         for event in self.scheduler.take_events() {
             if event.ticket != PROBE {
-                self.emit(event.ticket, event.kind);
+                self.emit(event.ticket, event.kind, Instant::now());
             }
         }
     }

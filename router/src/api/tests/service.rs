@@ -111,7 +111,7 @@ async fn request_ids_are_given_back_or_drawn() {
 }
 
 /// The value of a sample whose line starts with `name`.
-fn sample(text: &str, name: &str) -> f64 {
+pub(super) fn sample(text: &str, name: &str) -> f64 {
     let line = text.lines().find(|l| l.strip_prefix(name).is_some_and(|rest| rest.starts_with(['{', ' '])));
     let value = line.and_then(|l| l.rsplit(' ').next()?.parse().ok());
     value.unwrap_or_else(|| panic!("no {name} in {text}"))

@@ -26,6 +26,20 @@ async fn a_stream_says_what_the_whole_answer_says() {
 }
 
 #[tokio::test]
+async fn what_a_token_takes_to_the_socket_is_counted_as_often_as_it_is_written() {
+    let world = World::with(Setup { cost: SLOW, ..Setup::default() }).await;
+    let count = async || service::sample(world.get("/metrics").await.text(), "skein_token_delay_seconds_count");
+    world.complete(json!({"ignore_eos": true})).await;
+    assert_eq!(count().await, 0.0, "an answer in one piece is no stream");
+    let events = world.stream(json!({"ignore_eos": true, "n": 3})).await;
+    assert_eq!(count().await, events.len() as f64);
+    let text = world.get("/metrics").await;
+    let sum = service::sample(text.text(), "skein_token_delay_seconds_sum");
+    assert!(sum > 0.0, "{sum}");
+    assert!(text.text().contains("skein_token_delay_seconds_bucket{le=\"0.0001\"}"), "{}", text.text());
+}
+
+#[tokio::test]
 async fn a_chat_stream_opens_with_the_role_and_closes_with_the_usage() {
     let world = World::new().await;
     let whole = world.post("/v1/chat/completions", &chat(json!({"ignore_eos": true}))).await.ok();

@@ -32,7 +32,7 @@ pub(crate) enum EventSink {
 #[derive(Debug)]
 pub(crate) struct StreamSink {
     /// Its capacity is what the sequence can say, so it is never full.
-    pub(crate) events: mpsc::Sender<SequenceEvent>,
+    pub(crate) events: mpsc::Sender<(SequenceEvent, Instant)>,
     /// Given back when the sequence enters a batch.
     pub(crate) slot: Option<QueueSlot>,
     /// When the stream was submitted.
@@ -46,10 +46,10 @@ pub(crate) struct StreamSink {
 }
 
 impl EventSink {
-    /// Passes an event on. What nobody takes any more is dropped: the sequence's cancellation is on the way.
-    pub(crate) fn send(&mut self, kind: EventKind, now: Instant) {
+    /// Passes on an event that came at `at`. What nobody takes any more is dropped: the sequence's cancellation is on the way.
+    pub(crate) fn send(&mut self, kind: EventKind, at: Instant) {
         match self {
-            Self::Stream(sink) => sink.send(kind, now),
+            Self::Stream(sink) => sink.send(kind, at),
             Self::Peer(sink) => sink.send(&kind),
         }
     }
@@ -58,7 +58,7 @@ impl EventSink {
     pub(crate) fn release(self) {
         match self {
             Self::Stream(sink) => {
-                let _ = sink.events.try_send(SequenceEvent::Released);
+                let _ = sink.events.try_send((SequenceEvent::Released, Instant::now()));
             }
             Self::Peer(sink) => sink.release(),
         }
@@ -82,23 +82,23 @@ impl EventSink {
 }
 
 impl StreamSink {
-    fn send(&mut self, kind: EventKind, now: Instant) {
+    fn send(&mut self, kind: EventKind, at: Instant) {
         match &kind {
             EventKind::Started => {
                 self.slot = None;
-                self.stats.iter().for_each(|stats| stats.started(now));
+                self.stats.iter().for_each(|stats| stats.started(at));
             }
             EventKind::Token { .. } => {
                 for stats in &self.stats {
                     match self.last_token {
-                        Some(last) => stats.token(now, Some(now - last)),
-                        None => stats.first_token(now, now - self.submitted),
+                        Some(last) => stats.token(at, Some(at - last)),
+                        None => stats.first_token(at, at - self.submitted),
                     }
                 }
-                self.last_token = Some(now);
+                self.last_token = Some(at);
             }
             _ => {}
         }
-        let _ = self.events.try_send(SequenceEvent::Happened(kind));
+        let _ = self.events.try_send((SequenceEvent::Happened(kind), at));
     }
 }

@@ -198,7 +198,8 @@ impl Run {
                     return is_down.then(|| lost("it went down"));
                 }
                 () = tokio::time::sleep_until(next), if !due.is_empty() => {
-                    let (_, reply) = due.pop_front()?;
+                    let (_, mut reply) = due.pop_front()?;
+                    reply.arrived = Instant::now();
                     self.steps.fetch_add(1, Ordering::Relaxed);
                     outbox.send(Ok(reply)).await.ok()?;
                 }
@@ -216,7 +217,7 @@ impl Run {
                     }
                     let at = self.start + self.pipeline.run(self.start.elapsed(), &step);
                     match self.engine.run(&step) {
-                        Ok(outputs) => due.push_back((at, StepReply { step: step.id, outputs })),
+                        Ok(outputs) => due.push_back((at, StepReply { step: step.id, arrived: at, outputs })),
                         Err(detail) => return Some(ReplicaError::Protocol { worker: "simulated".to_owned(), detail }),
                     }
                 }

@@ -251,6 +251,7 @@ impl Driver {
     }
 
     fn answered(&mut self, worker: usize, reply: wire::StepReply) -> Result<(), ReplicaError> {
+        let arrived = Instant::now();
         let watched = &mut self.workers[worker];
         let expected = watched.answered + 1;
         if reply.step != expected || expected > self.sent {
@@ -275,7 +276,7 @@ impl Driver {
             let outputs = reply.outputs.into_iter().map(decode_output).collect::<Result<_, _>>();
             let outputs = outputs.map_err(|e| watched.remote.protocol(e.to_string()))?;
             if let Some(place) = self.places.pop_front() {
-                place.send(Ok(StepReply { step: expected, outputs }));
+                place.send(Ok(StepReply { step: expected, arrived, outputs }));
             }
         }
         let all = self.workers.iter().map(|w| w.answered).min().unwrap_or(0);
