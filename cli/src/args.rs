@@ -1,6 +1,7 @@
 //! Flags and environment, parsed once into typed settings; nothing else in this crate reads either.
 
 mod answer;
+mod bench;
 mod files;
 mod kubernetes;
 mod pool;
@@ -21,6 +22,7 @@ use source::{AccessKeys, StoreOptions};
 
 pub(crate) use self::{
     answer::{Adapted, RunArgs, SamplingArgs, ServeArgs, WorkerArgs, WorkerThreads},
+    bench::BenchRouterArgs,
     files::{ConvertArgs, FloatType, InspectArgs, QuantizeArgs},
     kubernetes::{ClusterArgs, LogsArgs, StatusArgs, TopArgs},
     pool::RouterArgs,
@@ -166,7 +168,7 @@ pub(crate) enum Command {
     /// Compute logits or perplexity.
     #[command(subcommand)]
     Eval(EvalCommand),
-    /// Measure an engine or a running endpoint.
+    /// Measure an engine, a running endpoint or the router.
     #[command(subcommand)]
     Bench(BenchCommand),
     /// Show the deployments of a cluster's namespace: replicas, stages and ranks, and what is wrong with them.
@@ -197,6 +199,8 @@ pub(crate) enum BenchCommand {
     Engine(BenchEngineArgs),
     /// Latency and throughput of a running endpoint.
     Load(BenchLoadArgs),
+    /// What the router takes for a token and a request, in front of simulated replicas.
+    Router(BenchRouterArgs),
 }
 
 /// How a model is placed onto threads and processes.
@@ -493,6 +497,16 @@ fn at_least_zero(text: &str) -> Result<f32, String> {
     match text.parse::<f32>() {
         Ok(value) if value.is_finite() && value >= 0.0 => Ok(value),
         _ => Err("expected a number of at least 0".into()),
+    }
+}
+
+/// What `skein bench router` is told.
+#[cfg(test)]
+pub(crate) fn bench_router(flags: &[&str]) -> BenchRouterArgs {
+    let all = ["skein", "bench", "router", "m"].into_iter().chain(flags.iter().copied());
+    match Skein::try_parse_from(all).map(|skein| skein.command) {
+        Ok(Command::Bench(BenchCommand::Router(args))) => args,
+        other => panic!("{flags:?}: {other:?}"),
     }
 }
 

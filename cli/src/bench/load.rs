@@ -1,10 +1,14 @@
 //! One client of an OpenAI-compatible endpoint: sends a prompt, times what streams back.
 
-use std::time::{Duration, Instant};
+use std::{
+    borrow::Cow,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, bail};
 use futures_util::StreamExt;
 use reqwest::{Client, RequestBuilder, Response};
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 /// An endpoint and what each request asks of it.
@@ -71,29 +75,29 @@ impl Endpoint {
         let (mut arrivals, mut usage) = (Vec::new(), None);
         while let Some(part) = body.next().await {
             let now = started.elapsed().as_secs_f64();
-            for event in events.push(&part.context("the stream broke")?) {
+            events.push(&part.context("the stream broke")?, |event| {
                 if event == "[DONE]" {
-                    continue;
+                    return Ok(());
                 }
-                let event: Value = serde_json::from_str(&event).with_context(|| format!("an event is not JSON: {event}"))?;
-                if let Some(error) = event.get("error") {
+                let event: Event<'_> = serde_json::from_str(event).with_context(|| format!("an event is not what streams say: {event}"))?;
+                if let Some(error) = event.error {
                     bail!("the stream failed: {error}");
                 }
-                if event.pointer("/choices/0/text").and_then(Value::as_str).is_some_and(|text| !text.is_empty()) {
+                if event.choices.first().is_some_and(|choice| !choice.text.is_empty()) {
                     arrivals.push(now);
                 }
-                usage = event.get("usage").filter(|usage| !usage.is_null()).cloned().or(usage);
-            }
+                usage = event.usage.or(usage.take());
+                Ok(())
+            })?;
         }
         let total = started.elapsed().as_secs_f64();
-        let count = |name: &str| usage.as_ref().and_then(|usage| usage.get(name)).and_then(Value::as_u64);
         let Some(&first) = arrivals.first() else { bail!("the stream ended without text") };
         Ok(Timed {
             first,
             gaps: arrivals.windows(2).map(|pair| pair[1] - pair[0]).collect(),
             total,
-            prompt_tokens: count("prompt_tokens").unwrap_or(0),
-            completion_tokens: count("completion_tokens").unwrap_or(arrivals.len() as u64),
+            prompt_tokens: usage.as_ref().map_or(0, |usage| usage.prompt_tokens),
+            completion_tokens: usage.as_ref().map_or(arrivals.len() as u64, |usage| usage.completion_tokens),
         })
     }
 
@@ -115,6 +119,27 @@ impl Endpoint {
     }
 }
 
+/// What counts of an event: no more of it is read, as clients share processors with what they measure.
+#[derive(Deserialize)]
+struct Event<'a> {
+    #[serde(borrow, default)]
+    choices: Vec<Choice<'a>>,
+    usage: Option<Usage>,
+    error: Option<Value>,
+}
+
+#[derive(Deserialize)]
+struct Choice<'a> {
+    #[serde(borrow, default)]
+    text: Cow<'a, str>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
 /// Cuts a byte stream into the data of server-sent events.
 #[derive(Debug, Default)]
 struct Events {
@@ -122,12 +147,15 @@ struct Events {
 }
 
 impl Events {
-    /// The events that `bytes` completes. Lines other than `data:` are dropped.
-    fn push(&mut self, bytes: &[u8]) -> Vec<String> {
+    /// Hands on the events that `bytes` completes. Lines other than `data:` are dropped.
+    fn push(&mut self, bytes: &[u8], mut take: impl FnMut(&str) -> anyhow::Result<()>) -> anyhow::Result<()> {
         self.rest.extend_from_slice(bytes);
-        let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') else { return Vec::new() };
-        let whole: Vec<u8> = self.rest.drain(..=end).collect();
-        String::from_utf8_lossy(&whole).lines().filter_map(|line| line.strip_prefix("data:")).map(|data| data.trim().to_owned()).collect()
+        let Some(end) = self.rest.iter().rposition(|&byte| byte == b'\n') else { return Ok(()) };
+        let text = String::from_utf8_lossy(&self.rest[..end]);
+        text.lines().filter_map(|line| line.strip_prefix("data:")).try_for_each(|data| take(data.trim()))?;
+        drop(text);
+        self.rest.drain(..=end);
+        Ok(())
     }
 }
 
@@ -140,7 +168,14 @@ mod tests {
         let stream = "data: {\"a\":1}\n\n: note\ndata: {\"b\":\"é\"}\r\n\r\ndata: [DONE]\n\n".as_bytes();
         for size in 1..stream.len() {
             let mut events = Events::default();
-            let seen: Vec<String> = stream.chunks(size).flat_map(|part| events.push(part)).collect();
+            let mut seen = Vec::new();
+            for part in stream.chunks(size) {
+                let taken = events.push(part, |event| {
+                    seen.push(event.to_owned());
+                    Ok(())
+                });
+                taken.expect("nothing refuses an event");
+            }
             assert_eq!(seen, ["{\"a\":1}", "{\"b\":\"é\"}", "[DONE]"], "{size}");
         }
     }

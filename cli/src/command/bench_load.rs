@@ -38,10 +38,10 @@ const PROMPTS: [&str; 6] = [
 
 /// Percentiles of one measure, in milliseconds.
 #[derive(Debug, Serialize)]
-struct Percentiles {
-    p50: f64,
-    p90: f64,
-    p99: f64,
+pub(super) struct Percentiles {
+    pub(super) p50: f64,
+    pub(super) p90: f64,
+    pub(super) p99: f64,
 }
 
 /// The result, as `--json` prints it.
@@ -70,7 +70,7 @@ struct Load {
 /// Runs the command. Fails when every request failed.
 pub(crate) async fn bench(global: &Global, args: BenchLoadArgs) -> Outcome {
     let target = Target::find(&args).await?;
-    let prompts = args.prompts.as_deref().map_or_else(|| Ok(PROMPTS.map(String::from).to_vec()), read_prompts)?;
+    let prompts = prompts(args.prompts.as_deref())?;
     let endpoint = Endpoint::new(&target.url, args.api_key, Duration::from_secs(args.timeout), args.max_tokens, args.temperature)?;
     let model = match args.model.or(target.model) {
         Some(model) => model,
@@ -146,6 +146,11 @@ impl Target {
     }
 }
 
+/// Those of a file, or the built-in ones.
+pub(super) fn prompts(file: Option<&Path>) -> Outcome<Vec<String>> {
+    file.map_or_else(|| Ok(PROMPTS.map(String::from).to_vec()), read_prompts)
+}
+
 /// One prompt a line; empty lines are left out.
 fn read_prompts(path: &Path) -> Outcome<Vec<String>> {
     let text = std::fs::read_to_string(path).with_context(|| format!("failed to read prompts from {}", path.display())).bad_input()?;
@@ -179,7 +184,7 @@ fn report(url: String, model: String, concurrency: usize, seconds: f64, timed: &
 }
 
 /// Percentiles of `values`, scaled; `None` when there are none.
-fn percentiles(values: &[f64], scale: f64) -> Option<Percentiles> {
+pub(super) fn percentiles(values: &[f64], scale: f64) -> Option<Percentiles> {
     let at = |percent| percentile(values, percent).map(|value| value * scale);
     Some(Percentiles { p50: at(50)?, p90: at(90)?, p99: at(99)? })
 }

@@ -2,6 +2,7 @@
 
 mod bench_engine;
 mod bench_load;
+mod bench_router;
 pub(crate) mod convert;
 mod eval_logits;
 pub(crate) mod eval_ppl;
@@ -38,6 +39,7 @@ pub(crate) async fn dispatch(args: Skein, stop: Stop) -> Outcome {
         Command::Eval(EvalCommand::Ppl(args)) => stop.or(eval_ppl::eval(global, args)).await,
         Command::Bench(BenchCommand::Engine(args)) => stop.or(bench_engine::bench(global, args)).await,
         Command::Bench(BenchCommand::Load(args)) => stop.or(bench_load::bench(global, args)).await,
+        Command::Bench(BenchCommand::Router(args)) => stop.or(bench_router::bench(global, args)).await,
         Command::Convert(args) => stop.or(convert::convert(global, args)).await,
         Command::Quantize(args) => stop.or(quantize::quantize(global, args)).await,
         Command::Status(args) => stop.or(status::status(args)).await,
