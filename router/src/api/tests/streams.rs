@@ -132,17 +132,3 @@ async fn a_deadline_ends_requests_with_an_error() {
     world.wait_idle().await;
     assert_eq!(world.complete(json!({"max_tokens": 1})).await["usage"]["completion_tokens"], 1);
 }
-
-/// What a token costs in the router, the simulated replica and this test's client together, all on one thread.
-#[tokio::test]
-#[ignore = "measures; run alone with --nocapture"]
-async fn time_per_token() {
-    let world = World::new().await;
-    let body = request(json!({"max_tokens": 200, "ignore_eos": true, "stream": true}));
-    let began = std::time::Instant::now();
-    let streams = (0..30).map(|_| world.post("/v1/completions", &body));
-    let replies = futures_util::future::join_all(streams).await;
-    let elapsed = began.elapsed();
-    let tokens = replies.iter().map(|r| r.events().len()).sum::<usize>();
-    println!("{tokens} chunks, {:.1} us each", elapsed.as_secs_f64() * 1e6 / tokens as f64);
-}
