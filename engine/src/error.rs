@@ -197,7 +197,7 @@ pub enum InvalidStep {
     /// A sequence's KV content is of one adapter.
     #[error("sequence {sequence} names adapter slot {adapter}, it began with {before}")]
     OtherAdapter { sequence: SequenceId, adapter: u32, before: u32 },
-    /// A mask of the wrong size, or with an id outside the vocabulary.
-    #[error("the mask of sequence {sequence} covers {got} ids, expected {vocab}")]
-    Mask { sequence: SequenceId, got: usize, vocab: usize },
+    /// A mask that is to be the one before, where there was none.
+    #[error("the first mask of sequence {sequence} is said to be unchanged, expected ids or bits")]
+    Mask { sequence: SequenceId },
 }

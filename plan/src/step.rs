@@ -23,6 +23,8 @@ pub struct Step {
     pub copies: Vec<BlockCopy>,
     /// The batch. Tokens are laid out in this order.
     pub sequences: Vec<SequenceStep>,
+    /// Masks of draws of sequences whose settings say `masked`. Between processes each travels in a message of its own behind the step.
+    pub masks: Vec<(SequenceId, Mask)>,
 }
 
 impl Step {
@@ -272,7 +274,8 @@ pub struct Logprobs {
     pub top: Vec<(TokenId, f32)>,
 }
 
-/// Which ids may be drawn next.
+/// Which ids may be drawn next. It covers the ids of the tokenizer that it was made for, which can be more or fewer than the model has rows:
+/// rows that it does not cover are not drawn, ids without a row mean nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mask {
     /// The same as for the sequence's previous draw.

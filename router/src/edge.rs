@@ -23,6 +23,8 @@ pub use handle::{Edge, EdgeOptions};
 pub use status::{AdapterLoad, DeploymentLoad, ModelStatus, ReplicaLoad};
 pub use stream::TokenStream;
 
+use crate::grammar::Constraint;
+
 /// One sequence to generate, fully tokenized.
 #[derive(Clone, Debug)]
 pub struct Generation {
@@ -36,6 +38,8 @@ pub struct Generation {
     pub end_ids: Arc<[TokenId]>,
     /// `Some(n)`: score every prompt token and return that many alternatives (echo with log-probabilities).
     pub score_prompt: Option<u32>,
+    /// What the output must match; `sampling.masked` says the same.
+    pub constraint: Option<Constraint>,
 }
 
 /// What a stream says, in order: at most one `Prompt`, tokens, then exactly one `Finished` or `Failed`.

@@ -7,6 +7,7 @@ pub mod delays;
 pub mod edge;
 pub mod encode;
 mod fleet;
+pub mod grammar;
 pub mod pool;
 pub mod replica;
 pub mod scheduler;

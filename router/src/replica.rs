@@ -86,6 +86,8 @@ pub struct Session {
     pub replies: mpsc::Receiver<Result<StepReply, ReplicaError>>,
     /// What becomes of the slots of adapters, all of which are empty at first.
     pub adapters: AdapterLine,
+    /// Why its steps may have no masks; `None`: they may.
+    pub unmasked: Option<String>,
 }
 
 /// Most orders that may wait to be sent to the workers, and answers that may wait to be taken.

@@ -23,6 +23,8 @@
 //! - **Drafts** ([`Scheduler::set_prompt_lookup`]): where a sequence repeats itself, ids that are guessed to come next are verified in one
 //!   step, while rows are few and no prompt has work. A sequence waits for its token then, and with one stage the others with it.
 //!   Drafts take no block that another sequence lacks, and draw no token that would not have been drawn.
+//! - **Masks** ([`Scheduler::set_mask`]): what a constrained sequence may draw follows from the token before, so it waits for that token, and then
+//!   for its mask, while the others go on. It drafts nothing: what its grammar leaves open is what no other place says.
 //! - **Blocks that run out** are taken from the youngest sequence. It keeps its place in the queue and goes on later from
 //!   prompt and emitted ids.
 //!
@@ -46,12 +48,13 @@ mod worth;
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
     ops::Bound,
+    sync::Arc,
 };
 
 use plan::{
     fleet::ReplicaLimits,
     shard::BLOCK_TOKENS,
-    step::{Logprobs, Output, SequenceId, TokenId},
+    step::{Logprobs, Mask, Output, SequenceId, TokenId},
 };
 
 pub use blocks::PrefixChange;
@@ -286,8 +289,8 @@ impl Scheduler {
         if known > limits.max_context || (known == limits.max_context && submission.max_tokens > 0) {
             return Err(format!("{known} tokens do not fit the context of {} tokens", limits.max_context));
         }
-        if submission.sampling.masked {
-            return Err("constrained drawing needs a mask source, and there is none".to_owned());
+        if submission.sampling.masked != submission.constraint.is_some() {
+            return Err("constrained drawing needs a grammar, and a grammar constrained drawing".to_owned());
         }
         let blocks = (known + 1).div_ceil(BLOCK_TOKENS);
         if let Some(group) = limits.kv.groups.iter().find(|g| g.window.is_none() && g.blocks < blocks) {
@@ -302,6 +305,24 @@ impl Scheduler {
         self.tickets.insert(ticket, self.arrivals);
         self.waiting.insert(self.arrivals, Sequence::new(ticket, submission, slot, &self.options.revision));
         Ok(())
+    }
+
+    /// The mask of a sequence's draw after `emitted` tokens. Until it is there, the sequence is in no step that draws, and the others go on
+    /// without it. What comes for another draw, or for a sequence that is not here, is ignored.
+    pub fn set_mask(&mut self, ticket: u64, emitted: usize, mask: Mask) {
+        let Some(arrival) = self.tickets.get(&ticket) else { return };
+        let running = self.running.get_mut(arrival).map(|(sequence, _)| sequence);
+        let Some(sequence) = running.or_else(|| self.waiting.get_mut(arrival)) else { return };
+        if sequence.emitted() == emitted {
+            sequence.mask = Some((emitted, Arc::new(mask)));
+        }
+    }
+
+    /// Ends a sequence that has no next mask, for the reason that `message` gives.
+    pub fn refuse(&mut self, ticket: u64, message: String) {
+        if let Some(arrival) = self.tickets.get(&ticket).copied() {
+            self.fail(arrival, message);
+        }
     }
 
     /// From now on at most `most` tokens of a sequence are drafted in a step; 0 (what it begins with): none. Drafts change no token.

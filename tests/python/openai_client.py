@@ -3,6 +3,8 @@
 usage: openai_client.py URL MODEL [--without-template]
 """
 
+import json
+import re
 import sys
 import time
 
@@ -141,6 +143,37 @@ def chats():
     assert len(several) == 2 and several[0].message.content != several[1].message.content
 
 
+def constrained():
+    """`response_format` and what vLLM's clients send beside it; the reference model is no chat model, and answers all the same."""
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 20}, "big": {"type": "boolean"}},
+        "required": ["city", "big"],
+        "additionalProperties": False,
+    }
+    named = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": schema}}
+    try:
+        json.loads(chat(max_tokens=300).choices[0].message.content)
+        raise AssertionError("without a schema the model writes JSON")
+    except json.JSONDecodeError:
+        pass
+    for settings in [{}, {"temperature": 1.0, "seed": 3}]:
+        whole = chat(max_tokens=300, response_format=named, **settings).choices[0]
+        value = json.loads(whole.message.content)
+        assert set(value) == {"city", "big"} and isinstance(value["city"], str) and isinstance(value["big"], bool), value
+        assert whole.finish_reason == "stop", whole
+        pieces = chat(max_tokens=300, response_format=named, stream=True, **settings)
+        assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == whole.message.content
+    several = chat(max_tokens=300, response_format=named, n=3, temperature=1.2, seed=8).choices
+    assert all(set(json.loads(c.message.content)) == {"city", "big"} for c in several), several
+    assert chat(max_tokens=30, response_format={"type": "json_object"}).choices[0].message.content.startswith("{")
+    assert complete(extra_body={"guided_choice": ["Paris", "Rome"]}).choices[0].text in {"Paris", "Rome"}
+    assert re.fullmatch("[0-9]{4}-[0-9]{2}", complete(extra_body={"guided_regex": "[0-9]{4}-[0-9]{2}"}).choices[0].text)
+    bad = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "banana"}}}
+    refused(openai.BadRequestError, "banana", chat, response_format=bad)
+    refused(openai.BadRequestError, "guided_grammar", complete, extra_body={"guided_grammar": "start: A"})
+
+
 def text_is_whole():
     """No piece of a stream ends inside a character."""
     prompt = "日本語: こんにちは。 🙂🙃 Ελληνικά:"
@@ -180,7 +213,7 @@ def without_template():
     assert complete(max_tokens=2).usage.completion_tokens == 2
 
 
-CHECKS = [models, completions, limits, sampling, log_probabilities, chats, text_is_whole, errors, cancellation]
+CHECKS = [models, completions, limits, sampling, log_probabilities, chats, constrained, text_is_whole, errors, cancellation]
 for check in [without_template] if "--without-template" in sys.argv else CHECKS:
     check()
     print("ok", check.__name__)

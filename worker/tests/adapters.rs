@@ -97,6 +97,7 @@ impl World {
             max_tokens: most,
             end_ids: Arc::new([]),
             score_prompt: None,
+            constraint: None,
         };
         self.edge.submit(model, generation)
     }

@@ -123,7 +123,7 @@ async fn a_restarted_worker_voids_the_grant() {
 async fn only_common_versions_are_spoken() {
     let workers = start(&plan(1, 1), CollectiveKind::Unix).await;
     let grant = acquire(&workers).await.expect("a free replica");
-    for (version_min, version_max) in [(3, 4), (0, 0)] {
+    for (version_min, version_max) in [(4, 5), (0, 0)] {
         let other = proto::worker::Hello { version_min, version_max, ..hello(&workers[0], &grant) };
         assert_eq!(Talk::begin_with(&workers[0], other).await.failure().await.reason, "version");
     }

@@ -55,7 +55,7 @@ impl Replica for Paced {
             let started = thread::Builder::new().name(NAME.into()).spawn(move || serve(engine, pipeline, inbox, &outbox));
             started.map_err(|error| ReplicaError::Lost { worker: NAME.into(), detail: format!("no thread: {error}") })?;
             let (adapters, _) = AdapterLine::new();
-            Ok(Session { steps, replies, adapters })
+            Ok(Session { steps, replies, adapters, unmasked: None })
         })
     }
 

@@ -2,17 +2,18 @@
 
 use std::{
     collections::HashMap,
+    error::Error,
     sync::{Arc, Mutex, PoisonError, mpsc as jobs},
     thread,
 };
 
 use anyhow::Context;
-use engine::{Adapter, Engine, NoMasks, StageOutput, Timings};
+use engine::{Adapter, Engine, MaskSource, StageOutput, Timings};
 use plan::{
     adapter::AdapterSource,
     card::ModelCard,
     fleet::FleetReplica,
-    step::{Input, Output, OutputValue, SequenceId, Step, TokenId},
+    step::{Input, Mask, Output, OutputValue, SequenceId, Step, TokenId},
 };
 use router::replica::{
     AdapterAnswer, AdapterEnd, AdapterLine, AdapterOrder, BoxFuture, Connector, Replica, ReplicaError, Session, StepReply,
@@ -73,7 +74,7 @@ impl Replica for InProcess {
             let (send_replies, replies) = mpsc::channel(STEPS + 1);
             let (adapters, end) = AdapterLine::new();
             match self.sessions.try_send(Ends { steps: receive_steps, replies: send_replies, adapters: end }) {
-                Ok(()) => Ok(Session { steps, replies, adapters }),
+                Ok(()) => Ok(Session { steps, replies, adapters, unmasked: None }),
                 Err(jobs::TrySendError::Full(_)) => Err(ReplicaError::Failed {
                     worker: NAME.into(),
                     reason: "busy".into(),
@@ -176,13 +177,23 @@ fn run(engine: &mut Engine, mut step: Step, sampled: &mut HashMap<SequenceId, (u
             part.input = Input::Ids(ids);
         }
     }
-    match engine.run(&step, &[], &mut NoMasks) {
+    let mut masks = Masks(step.masks.drain(..).collect());
+    match engine.run(&step, &[], &mut masks) {
         Ok(StageOutput::Outputs(outputs)) => {
             remember(step.id, &outputs, sampled);
             Ok(StepReply { step: step.id, arrived: Instant::now(), outputs })
         }
         Ok(StageOutput::Hidden(_)) => Err(failed("engine", "the engine holds no last stage".into())),
         Err(error) => Err(failed("engine", format!("{:#}", anyhow::Error::new(error)))),
+    }
+}
+
+/// The masks that came with a step.
+struct Masks(HashMap<SequenceId, Mask>);
+
+impl MaskSource for Masks {
+    fn mask(&mut self, _step: u64, sequence: SequenceId) -> Result<Mask, Box<dyn Error + Send + Sync>> {
+        self.0.remove(&sequence).ok_or_else(|| "none came with the step".into())
     }
 }
 

@@ -13,6 +13,10 @@ pub(crate) struct History {
     mask: Option<Vec<u8>>,
 }
 
+/// A mask is that of the draw before, of which there was none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct NoMask;
+
 /// Occurrences of each id, `[vocab]`, all 0 between uses.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
@@ -42,27 +46,26 @@ impl History {
         }
     }
 
-    /// Takes a mask for the next draw.
+    /// Takes a mask for the next draw; the rows of a vocabulary of `vocab` ids that it does not cover are not drawn.
     ///
     /// # Errors
-    /// The number of ids that the mask covers, or one more than its largest id, when it does not fit a vocabulary of `vocab` ids.
-    pub(crate) fn set_mask(&mut self, mask: Mask, vocab: usize) -> Result<(), usize> {
+    /// When it is said to be unchanged, and there was none.
+    pub(crate) fn set_mask(&mut self, mask: Mask, vocab: usize) -> Result<(), NoMask> {
         match mask {
             Mask::Unchanged if self.mask.is_some() => {}
-            Mask::Unchanged => return Err(0),
+            Mask::Unchanged => return Err(NoMask),
             Mask::Ids(ids) => {
-                if let Some(&id) = ids.iter().find(|&&id| id as usize >= vocab) {
-                    return Err(id as usize + 1);
-                }
                 let bits = self.mask.get_or_insert_default();
                 bits.clear();
                 bits.resize(vocab.div_ceil(8), 0);
-                for id in ids {
+                for id in ids.into_iter().filter(|&id| (id as usize) < vocab) {
                     bits[id as usize / 8] |= 1 << (id % 8);
                 }
             }
-            Mask::Bits(bits) if bits.len() == vocab.div_ceil(8) => self.mask = Some(bits),
-            Mask::Bits(bits) => return Err(bits.len() * 8),
+            Mask::Bits(mut bits) => {
+                bits.resize(vocab.div_ceil(8), 0);
+                self.mask = Some(bits);
+            }
         }
         Ok(())
     }
@@ -159,18 +162,20 @@ mod tests {
         let sampling =
             Sampling { logit_bias: vec![(2, 10.0), (3, 20.0)], suppress: vec![3], min_tokens: 2, masked: true, ..Sampling::default() };
         let mut history = History::new(&[5, 5], 1, sampling);
-        assert_eq!(history.set_mask(Mask::Unchanged, 10), Err(0));
-        assert_eq!(history.set_mask(Mask::Ids(vec![2, 10]), 10), Err(11));
-        assert_eq!(history.set_mask(Mask::Bits(vec![0]), 10), Err(8));
-        assert_eq!(history.set_mask(Mask::Ids(vec![2, 3, 9]), 10), Ok(()));
+        assert_eq!(history.set_mask(Mask::Unchanged, 10), Err(NoMask));
+        assert_eq!(history.set_mask(Mask::Ids(vec![2, 3, 9, 10, 4000]), 10), Ok(()));
         let low = f32::NEG_INFINITY;
         assert_eq!(changed(&history, 1, 10), [low, low, 8.0, low, low, low, low, low, low, 5.0]);
         assert_eq!(history.set_mask(Mask::Unchanged, 10), Ok(()));
         // Two tokens were emitted: 3 may come.
         history.feed(2, &[1]);
         assert_eq!(changed(&history, 2, 10)[3], 19.0);
-        assert_eq!(history.set_mask(Mask::Bits(vec![0xff, 0]), 10), Ok(()));
-        assert_eq!(changed(&history, 2, 10)[8..], [low, low]);
+        // Of a vocabulary that has fewer rows than the mask has ids, and of one that has more.
+        for bits in [vec![0xff, 0, 0xff], vec![0xff]] {
+            assert_eq!(history.set_mask(Mask::Bits(bits), 10), Ok(()));
+            assert_eq!(changed(&history, 2, 10)[8..], [low, low]);
+            assert_eq!(changed(&history, 2, 10)[3], 19.0);
+        }
     }
 
     #[test]

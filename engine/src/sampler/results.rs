@@ -3,7 +3,12 @@
 use kernels::vocab::{self, Candidate, TileSum, Total};
 use plan::step::{Logprobs, OutputValue, Sampling, Want, WantKind};
 
-use super::{Session, draw, exchange::Need, history::Counts, philox, wants};
+use super::{
+    Session, draw,
+    exchange::Need,
+    history::{Counts, NoMask},
+    philox, wants,
+};
 use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute};
 
 /// Largest `top_k` for which ranks hand over candidates in place of slices.
@@ -85,7 +90,7 @@ impl Results {
         if history.sampling.masked {
             let mask = session.masks.mask(step, sequence).map_err(|source| StepError::Mask { step, sequence, source })?;
             let vocab = self.vocab;
-            history.set_mask(mask, vocab).map_err(|got| invalid(InvalidStep::Mask { sequence, got, vocab }))?;
+            history.set_mask(mask, vocab).map_err(|NoMask| invalid(InvalidStep::Mask { sequence }))?;
         }
         let s = &history.sampling;
         let uniform = philox::uniform(s.seed, s.choice, position);

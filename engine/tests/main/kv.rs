@@ -62,7 +62,7 @@ fn part(sequence: SequenceId, all: &[TokenId], range: std::ops::Range<usize>, ta
 
 fn run(rig: &mut Rig, copies: Vec<BlockCopy>, sequences: Vec<SequenceStep>) -> Vec<Output> {
     rig.steps += 1;
-    let step = Step { id: rig.steps, frees: std::mem::take(&mut rig.frees), copies, sequences };
+    let step = Step { id: rig.steps, frees: std::mem::take(&mut rig.frees), copies, sequences, ..Step::default() };
     rig.run_step(&step, &mut NoMasks).expect("a valid step")
 }
 

@@ -262,16 +262,24 @@ fn masks_restrict_each_draw() {
 }
 
 #[test]
-fn masks_of_the_wrong_size_are_refused() {
+fn masks_cover_what_they_cover_and_the_first_one_says_something() {
     let model = model::llama(model::mixed).build();
     let masked = Sampling { masked: true, ..Sampling::default() };
-    for (mask, got) in [(Mask::Unchanged, 0), (Mask::Ids(vec![0, 2500]), 2501), (Mask::Bits(vec![255; 312]), 2496)] {
+    let drawn = |mask| {
         let mut rig = Rig::new(&model, Layout::default());
         let step = rig.step(&[Part::new(1, &[5]).begin(&[5], 1, &masked).sample()]);
-        let error = rig.run_step(&step, &mut Masks(HashMap::from([(1, vec![mask])]))).expect_err("a bad mask");
-        let expected = InvalidStep::Mask { sequence: 1, got, vocab: VOCAB };
-        assert!(matches!(&error, StepError::Invalid { source, .. } if *source == expected), "{error:?}");
+        rig.run_step(&step, &mut Masks(HashMap::from([(1, vec![mask])])))
+    };
+    // One bit of few, one bit of more than there are rows, ids without a row.
+    let mut long = vec![0; 400];
+    (long[3], long[399]) = (1, 0xff);
+    for mask in [Mask::Bits(vec![0, 0, 0, 1]), Mask::Bits(long), Mask::Ids(vec![24, 2500, 9999])] {
+        assert_eq!(token(&drawn(mask).expect("a valid step")[0].value), 24);
     }
+    let none = drawn(Mask::Ids(vec![2500])).expect("a valid step");
+    assert!(matches!(none[0].value, OutputValue::Failed(_)), "{none:?}");
+    let error = drawn(Mask::Unchanged).expect_err("unchanged from nothing");
+    assert!(matches!(&error, StepError::Invalid { source, .. } if *source == InvalidStep::Mask { sequence: 1 }), "{error:?}");
     let mut rig = Rig::new(&model, Layout::default());
     let step = rig.step(&[Part::new(1, &[5]).begin(&[5], 1, &masked).sample()]);
     assert!(matches!(rig.run_step(&step, &mut NoMasks), Err(StepError::Mask { .. })));

@@ -11,7 +11,7 @@ use crate::worker::{
     want::{Classes, Kind, Logits, Sample, Score, pooled::Over},
 };
 
-/// A step of `epoch` as it crosses the wire.
+/// A step of `epoch` as it crosses the wire, without its masks: see [`encode_mask`].
 pub fn encode_step(epoch: Epoch, step: &Step) -> wire::Step {
     wire::Step {
         epoch: Some(encode_epoch(epoch)),
@@ -37,6 +37,7 @@ pub fn decode_step(step: wire::Step) -> Result<Step, ConvertError> {
         frees: step.frees,
         copies: step.copies.iter().map(|c| BlockCopy { group: c.group, from: c.from, to: c.to }).collect(),
         sequences: sequences.collect::<Result<_, _>>()?,
+        masks: Vec::new(),
     })
 }
 

@@ -81,6 +81,7 @@ fn step() -> impl Strategy<Value = Step> {
         frees,
         copies,
         sequences,
+        masks: Vec::new(),
     })
 }
 

@@ -74,6 +74,24 @@ pub struct Submit {
     /// Offset in the prompt at which the second text of a pair begins; 0: there is one text.
     #[prost(uint32, tag = "15")]
     pub second: u32,
+    /// What the output must match; `sampling.masked` says the same.
+    #[prost(message, optional, tag = "16")]
+    pub constraint: ::core::option::Option<Constraint>,
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Constraint {
+    #[prost(oneof = "constraint::Source", tags = "1, 2")]
+    pub source: ::core::option::Option<constraint::Source>,
+}
+/// Nested message and enum types in `Constraint`.
+pub mod constraint {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Source {
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        #[prost(string, tag = "2")]
+        Regex(::prost::alloc::string::String),
+    }
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct Cancel {

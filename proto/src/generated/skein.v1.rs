@@ -18,6 +18,9 @@ pub struct GenerateRequest {
     /// Return log-probabilities of each token and of this many alternatives.
     #[prost(uint32, optional, tag = "11")]
     pub logprobs: ::core::option::Option<u32>,
+    /// What the generated text must match as a whole, unless a limit or a stop cuts it.
+    #[prost(message, optional, tag = "12")]
+    pub constraint: ::core::option::Option<Constraint>,
     #[prost(oneof = "generate_request::Prompt", tags = "2, 3, 4")]
     pub prompt: ::core::option::Option<generate_request::Prompt>,
 }
@@ -32,6 +35,36 @@ pub mod generate_request {
         #[prost(message, tag = "4")]
         Chat(super::ChatMessages),
     }
+}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Constraint {
+    #[prost(oneof = "constraint::Kind", tags = "1, 2, 3, 4")]
+    pub kind: ::core::option::Option<constraint::Kind>,
+}
+/// Nested message and enum types in `Constraint`.
+pub mod constraint {
+    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    pub enum Kind {
+        /// JSON that a schema accepts; the schema as JSON text.
+        #[prost(string, tag = "1")]
+        JsonSchema(::prost::alloc::string::String),
+        /// Any JSON object.
+        #[prost(message, tag = "2")]
+        JsonObject(super::JsonObject),
+        /// A regular expression, anchored at both ends.
+        #[prost(string, tag = "3")]
+        Regex(::prost::alloc::string::String),
+        /// One of these texts.
+        #[prost(message, tag = "4")]
+        Choices(super::Choices),
+    }
+}
+#[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct JsonObject {}
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Choices {
+    #[prost(string, repeated, tag = "1")]
+    pub texts: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct TokenIds {

@@ -16,11 +16,12 @@ use tonic::{Request, Response, Status};
 
 use super::answer::finish_name;
 use super::connections::{self, Protocol};
+use super::constrained::Constrained;
 use super::error::ApiError;
 use super::fields::Fields;
 use super::parameters::{MOST_LOGPROBS, Parameters};
-use super::request::{Input, Source, encode, job};
-use super::run::{Run, Shown};
+use super::request::{Input, Source, read};
+use super::run::{Job, Run, Shown};
 use super::{ServeError, Shared};
 use crate::encode::Tokenizer;
 
@@ -106,6 +107,10 @@ impl Service {
         if parameters.max_tokens == Some(0) {
             return Err(ApiError::parameter("max_tokens", "max_tokens is 0, expected at least 1"));
         }
+        let constraint = request.constraint.map(Constrained::of).transpose()?;
+        if let Some(constraint) = &constraint {
+            constraint.check(&parameters)?;
+        }
         let input = match request.prompt {
             Some(wire::generate_request::Prompt::Text(text)) => Input::Prompts(vec![Source::Text(text)]),
             Some(wire::generate_request::Prompt::Ids(ids)) => Input::Prompts(vec![Source::Ids(ids.ids)]),
@@ -121,10 +126,9 @@ impl Service {
             None => return Err(ApiError::parameter("prompt", "the request has no prompt, expected text, ids or chat")),
         };
         let model = shared.models.get(&shared.edge, &request.model).await?;
-        let (tokenizer, system) = (Arc::clone(&model.tokenizer), model.status.serving.system_prompt.clone());
-        let prompts = tokio::task::spawn_blocking(move || encode(&tokenizer, input, system.as_deref()));
-        let prompts = prompts.await.map_err(|e| ApiError::internal(e.to_string()))??;
-        Run::start(&shared.edge, &shared.metrics, job(shared, model, prompts, parameters, false, arrived))
+        let (prompts, constraint) = read(&model, input, constraint).await?;
+        let job = Job { model, prompts, parameters, constraint, echo: false, arrived, limit: shared.options.deadline };
+        Run::start(&shared.edge, &shared.metrics, job)
     }
 
     async fn tokenize(&self, request: wire::TokenizeRequest) -> Result<Vec<TokenId>, ApiError> {

@@ -2,6 +2,7 @@
 
 mod answer;
 mod connections;
+mod constrained;
 mod direct;
 mod error;
 mod events;

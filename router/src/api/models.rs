@@ -14,12 +14,15 @@ use super::Shared;
 use super::error::ApiError;
 use crate::edge::{Edge, ModelStatus, SubmitError};
 use crate::encode::{Tokenizer, VectorSettings};
+use crate::grammar::Grammars;
 
 /// A model with what is needed to talk to it.
 #[derive(Clone)]
 pub(crate) struct Model {
     pub(crate) status: ModelStatus,
     pub(crate) tokenizer: Arc<Tokenizer>,
+    /// Grammars for its tokens.
+    pub(crate) grammars: Arc<Grammars>,
     /// How it makes vectors and labels; encoders alone.
     pub(crate) vectors: Option<Arc<VectorSettings>>,
     /// Its own, or with one of its adapters behind a colon.
@@ -50,6 +53,7 @@ struct Entry {
 #[derive(Clone)]
 struct Built {
     tokenizer: Arc<Tokenizer>,
+    grammars: Arc<Grammars>,
     vectors: Option<Arc<VectorSettings>>,
 }
 
@@ -67,7 +71,7 @@ impl Models {
         let (status, adapter) = find(edge, name)?;
         let name = adapter.map_or_else(|| status.name.clone(), |adapter| format!("{}:{adapter}", status.name));
         let card = edge.card(&status.name).await?;
-        let model = |status, Built { tokenizer, vectors }: Built| Model { status, tokenizer, vectors, name };
+        let model = |status, Built { tokenizer, grammars, vectors }: Built| Model { status, tokenizer, grammars, vectors, name };
         if let Some(built) = self.ready(&status, &card) {
             return Ok(model(status, built));
         }
@@ -83,7 +87,8 @@ impl Models {
                 None => tokenizer,
             });
             let vectors = encoder.then(|| VectorSettings::from_card(&source)).transpose()?.map(Arc::new);
-            Ok::<_, ApiError>(Built { tokenizer, vectors })
+            let grammars = Arc::new(Grammars::new(tokenizer.clone()));
+            Ok::<_, ApiError>(Built { tokenizer, grammars, vectors })
         };
         let built = tokio::task::spawn_blocking(build).await.map_err(|e| ApiError::internal(e.to_string()))??;
         let entry = Entry { card, template: status.serving.chat_template.clone(), built: built.clone() };

@@ -7,12 +7,14 @@ use serde_json::{Map, Value, json};
 use tokio::time::Instant;
 
 use super::Shared;
+use super::constrained::Constrained;
 use super::error::ApiError;
 use super::fields::{Fields, wrong};
 use super::models::Model;
 use super::parameters::{MOST_LOGPROBS, Parameters, Streaming, token_id};
 use super::run::{Job, Prompt};
 use crate::encode::{ChatOptions, Tokenizer};
+use crate::grammar::Constraint;
 
 /// Which of OpenAI's interfaces a request speaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +30,7 @@ pub(crate) struct Request {
     pub(crate) model: String,
     pub(crate) streaming: Streaming,
     parameters: Parameters,
+    constraint: Option<Constrained>,
     echo: bool,
     input: Input,
 }
@@ -59,6 +62,7 @@ impl Request {
         let model = fields.text("model")?.ok_or_else(|| missing("model"))?;
         let streaming = Streaming::read(&mut fields)?;
         let mut parameters = Parameters::read(&mut fields)?;
+        let constraint = Constrained::read(&mut fields)?;
         for name in ["skip_special_tokens", "spaces_between_special_tokens"] {
             fields.only(name, "true", |v| v.as_bool() == Some(true))?;
         }
@@ -71,16 +75,19 @@ impl Request {
                 fields.only("best_of", &format!("n, {n}: choices are not ranked"), |v| v.as_i64() == Some(n))?;
                 fields.only("suffix", "none: text is not filled in", |v| v.as_str() == Some(""))?;
                 parameters.max_tokens.get_or_insert(COMPLETION_TOKENS);
-                Self { model, streaming, parameters, echo, input }
+                Self { model, streaming, parameters, constraint, echo, input }
             }
             Dialect::Chat => {
                 let input = read_conversation(&mut fields)?;
                 read_chat_parameters(&mut fields, &mut parameters)?;
-                Self { model, streaming, parameters, echo: false, input }
+                Self { model, streaming, parameters, constraint, echo: false, input }
             }
         };
         fields.finish()?;
         request.parameters.check()?;
+        if let Some(constraint) = &request.constraint {
+            constraint.check(&request.parameters)?;
+        }
         if request.parameters.max_tokens == Some(0) && !request.echo {
             return Err(ApiError::parameter("max_tokens", "max_tokens is 0, expected at least 1 (or echo: true)"));
         }
@@ -91,21 +98,29 @@ impl Request {
     pub(crate) async fn prepare(self, shared: &Shared, arrived: Instant) -> Result<Job, ApiError> {
         let model = shared.models.get(&shared.edge, &self.model).await?;
         model.must_generate()?;
-        let (tokenizer, system) = (Arc::clone(&model.tokenizer), model.status.serving.system_prompt.clone());
-        let input = self.input;
-        let encode = move || encode(&tokenizer, input, system.as_deref());
-        let prompts = tokio::task::spawn_blocking(encode).await.map_err(|e| ApiError::internal(e.to_string()))??;
-        Ok(job(shared, model, prompts, self.parameters, self.echo, arrived))
+        let Self { parameters, constraint, echo, input, .. } = self;
+        let (prompts, constraint) = read(&model, input, constraint).await?;
+        Ok(Job { model, prompts, parameters, constraint, echo, arrived, limit: shared.options.deadline })
     }
 }
 
-/// A job with the limits of this server.
-pub(crate) fn job(shared: &Shared, model: Model, prompts: Vec<Prompt>, parameters: Parameters, echo: bool, arrived: Instant) -> Job {
-    Job { model, prompts, parameters, echo, arrived, limit: shared.options.deadline }
+/// What a model's tokenizer makes of a request.
+pub(crate) async fn read(
+    model: &Model,
+    input: Input,
+    constraint: Option<Constrained>,
+) -> Result<(Vec<Prompt>, Option<Constraint>), ApiError> {
+    let (tokenizer, grammars) = (Arc::clone(&model.tokenizer), Arc::clone(&model.grammars));
+    let system = model.status.serving.system_prompt.clone();
+    let read = move || {
+        let prompts = encode(&tokenizer, input, system.as_deref())?;
+        Ok((prompts, constraint.map(|constraint| constraint.compile(&grammars)).transpose()?))
+    };
+    tokio::task::spawn_blocking(read).await.map_err(|e| ApiError::internal(e.to_string()))?
 }
 
 /// Tokenizes; takes as long as the text is, so it runs off the event loop.
-pub(crate) fn encode(tokenizer: &Tokenizer, input: Input, system: Option<&str>) -> Result<Vec<Prompt>, ApiError> {
+fn encode(tokenizer: &Tokenizer, input: Input, system: Option<&str>) -> Result<Vec<Prompt>, ApiError> {
     match input {
         Input::Prompts(sources) => sources.into_iter().map(|s| encode_source(tokenizer, s, "prompt")).collect(),
         Input::Messages { mut messages, add_generation_prompt, variables } => {
@@ -191,7 +206,6 @@ fn read_chat_parameters(fields: &mut Fields, parameters: &mut Parameters) -> Res
         fields.only(name, "\"none\" or \"auto\"", |v| matches!(v.as_str(), Some("none" | "auto")))?;
     }
     fields.only("parallel_tool_calls", "true or false", Value::is_boolean)?;
-    fields.only("response_format", "{\"type\": \"text\"}", |v| v.get("type").and_then(Value::as_str) == Some("text"))?;
     fields.only("modalities", "[\"text\"]", |v| *v == json!(["text"]))?;
     // A guess at the answer, to draw it faster: it changes no token.
     fields.only("prediction", "an object", Value::is_object)?;

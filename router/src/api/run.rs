@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use plan::step::{Logprobs, TokenId};
+use plan::step::{Logprobs, Sampling, TokenId};
 use tokio::time::{Instant, Sleep};
 
 use super::answer::finish_name;
@@ -19,6 +19,7 @@ use super::parameters::Parameters;
 use crate::decode::{self, Decoder};
 use crate::edge::{Edge, FinishReason, Generation, StreamEvent, TokenStream};
 use crate::encode::Tokenizer;
+use crate::grammar::Constraint;
 
 /// A prompt, tokenized.
 #[derive(Clone, Debug)]
@@ -184,6 +185,7 @@ pub(crate) struct Job {
     pub(crate) model: Model,
     pub(crate) prompts: Vec<Prompt>,
     pub(crate) parameters: Parameters,
+    pub(crate) constraint: Option<Constraint>,
     /// Return the prompt before what follows it.
     pub(crate) echo: bool,
     pub(crate) arrived: Instant,
@@ -194,11 +196,11 @@ pub(crate) struct Job {
 impl Run {
     /// Submits every choice of every prompt; choice `p * n + c` is the c-th of prompt p.
     pub(crate) fn start(edge: &Edge, metrics: &Arc<Metrics>, job: Job) -> Result<Self, ApiError> {
-        let Job { model, prompts, parameters, echo, arrived, limit } = job;
+        let Job { model, prompts, parameters, constraint, echo, arrived, limit } = job;
         model.must_generate()?;
         let context = model.status.limits.max_context;
         let end_ids = parameters.end_ids(&model.tokenizer);
-        let sampling = parameters.sampling(&model.tokenizer, &end_ids)?;
+        let sampling = Sampling { masked: constraint.is_some(), ..parameters.sampling(&model.tokenizer, &end_ids)? };
         let score_prompt = if echo { parameters.logprobs } else { None };
         let (mut streams, mut choices, mut usage) = (Vec::new(), Vec::new(), Usage::default());
         let (total, places) = (prompts.len() * parameters.n, model.status.serving.queue_requests);
@@ -214,7 +216,8 @@ impl Run {
                 let mut sampling = sampling.clone();
                 sampling.choice = c as u32;
                 let (prompt_ids, end_ids) = (Arc::clone(&prompt.ids), Arc::clone(&end_ids));
-                let generation = Generation { prompt: prompt_ids, sampling, max_tokens, end_ids, score_prompt };
+                let constraint = constraint.clone();
+                let generation = Generation { prompt: prompt_ids, sampling, max_tokens, end_ids, score_prompt, constraint };
                 streams.push(edge.submit(&model.name, generation)?);
                 let decoder = Decoder::new(Arc::clone(&model.tokenizer), Arc::clone(&parameters.stop), prompt.ids.last().copied());
                 choices.push(Choice {

@@ -96,8 +96,8 @@ impl Edge {
     /// # Errors
     /// When the model is unknown, the queue is full, the prompt does not fit the context, or the deployment has no replicas.
     pub fn submit(&self, model: &str, generation: Generation) -> Result<TokenStream, SubmitError> {
-        let Generation { prompt, sampling, max_tokens, end_ids, score_prompt } = generation;
-        let submission = Submission { score_prompt, ..Submission::generate(prompt, sampling, max_tokens, end_ids) };
+        let Generation { prompt, sampling, max_tokens, end_ids, score_prompt, constraint } = generation;
+        let submission = Submission { score_prompt, constraint, ..Submission::generate(prompt, sampling, max_tokens, end_ids) };
         self.course(model, submission).map(TokenStream)
     }
 

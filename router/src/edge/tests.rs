@@ -3,6 +3,7 @@
 mod adapters;
 mod drafts;
 mod hold;
+mod masks;
 
 use std::{sync::Arc, time::Duration};
 
@@ -100,6 +101,7 @@ fn generation(seed: u64, len: usize, max_tokens: u32) -> Generation {
         max_tokens,
         end_ids: Arc::new([7]),
         score_prompt: None,
+        constraint: None,
     }
 }
 

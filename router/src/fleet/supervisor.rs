@@ -163,6 +163,7 @@ impl Supervisor {
             revision: Member::revision(spec),
             stop: stop.clone(),
             changed: Box::new(move || view.send_modify(|_| ())),
+            grammars: Arc::default(),
         };
         let task = self.owners.spawn(drive.run());
         self.tasks.insert(task.id(), spec.name.clone());

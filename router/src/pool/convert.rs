@@ -1,5 +1,7 @@
 //! Sequences and their events between the scheduler's types and the wire.
 
+use std::sync::Arc;
+
 use plan::step::TokenId;
 use proto::{
     convert::{
@@ -15,6 +17,7 @@ use super::announced::Announcement;
 use crate::{
     edge::FinishReason,
     fleet::Presence,
+    grammar::{Constraint, GrammarSource},
     replica::owner::{PrefixDelta, SequenceEvent},
     scheduler::{BlockHash, EventKind, Submission},
 };
@@ -38,6 +41,7 @@ pub(super) fn encode_submission(ticket: u64, replica: &str, submission: &Submiss
         adapter: submission.adapter.to_string(),
         salt: submission.salt.clone(),
         second: submission.second,
+        constraint: submission.constraint.as_ref().map(|constraint| encode_constraint(&constraint.source)),
     }
 }
 
@@ -59,7 +63,25 @@ pub(super) fn decode_submission(submit: wire::Submit) -> Result<Submission, Conv
         adapter: submit.adapter.into(),
         salt: submit.salt,
         second: submit.second,
+        constraint: submit.constraint.map(decode_constraint).transpose()?,
     })
+}
+
+fn encode_constraint(source: &GrammarSource) -> wire::Constraint {
+    let source = match source {
+        GrammarSource::JsonSchema(text) => wire::constraint::Source::JsonSchema(text.clone()),
+        GrammarSource::Regex(text) => wire::constraint::Source::Regex(text.clone()),
+    };
+    wire::Constraint { source: Some(source) }
+}
+
+fn decode_constraint(constraint: wire::Constraint) -> Result<Constraint, ConvertError> {
+    let missing = || ConvertError::Missing { field: "submit.constraint.source".to_owned() };
+    let source = match constraint.source.ok_or_else(missing)? {
+        wire::constraint::Source::JsonSchema(text) => GrammarSource::JsonSchema(text),
+        wire::constraint::Source::Regex(text) => GrammarSource::Regex(text),
+    };
+    Ok(Constraint { source: Arc::new(source), grammar: None })
 }
 
 /// How an adapter is doing on a replica.

@@ -1,6 +1,7 @@
 //! Routers of a pool over loopback, each in a runtime of its own, on shared simulated replicas.
 
 mod lifecycle;
+mod masks;
 mod wire;
 
 use std::{
@@ -12,7 +13,6 @@ use std::{
 
 use identity::Identity;
 use plan::{
-    card::ModelCard,
     fleet::{FleetDeployment, FleetReplica, FleetRouter, FleetState, ReplicaLimits, RoutingPolicy, ServingSettings},
     shard::{KvDType, KvGeometry, KvGroup},
     step::{Sampling, TokenId},
@@ -29,7 +29,7 @@ use crate::{
     },
 };
 
-const MODEL: SimulatedModel = SimulatedModel { vocab: 211, labels: 0, period: 0 };
+const MODEL: SimulatedModel = SimulatedModel { vocab: 512, labels: 0, period: 0 };
 /// Slow enough to look at streams in their midst.
 const COST: CostModel = CostModel { step: Duration::from_millis(4), token: Duration::ZERO };
 /// What anything but a dead router takes; far more than it should, on a busy machine.
@@ -48,7 +48,7 @@ type Place = (String, Vec<Vec<String>>);
 impl Connector for Shared {
     fn replica(&self, spec: &FleetReplica) -> Arc<dyn Replica> {
         let key = (spec.name.clone(), spec.workers.clone());
-        let make = || Arc::new(SimulatedReplica::new(MODEL, spec.limits.kv.clone(), 1, COST, Arc::new(ModelCard::default())));
+        let make = || Arc::new(SimulatedReplica::new(MODEL, spec.limits.kv.clone(), 1, COST, Arc::new(crate::grammar::tests::card())));
         self.0.lock().unwrap_or_else(PoisonError::into_inner).entry(key).or_insert_with(make).clone()
     }
 }
@@ -207,6 +207,7 @@ fn generation(seed: u64, max_tokens: u32) -> Generation {
         max_tokens,
         end_ids: Arc::new([]),
         score_prompt: None,
+        constraint: None,
     }
 }
 

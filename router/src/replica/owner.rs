@@ -4,6 +4,7 @@
 //! what is needed to submit a sequence again. Here is the owner's side, and the edge's where both are in one process.
 
 mod adapters;
+mod masks;
 mod prefixes;
 mod sink;
 
@@ -21,11 +22,17 @@ use plan::{
     fleet::ReplicaLimits,
     step::{Pooled, Sampling, Want, WantKind},
 };
-use tokio::{sync::Notify, time::Instant};
+use tokio::{
+    sync::{Notify, OnceCell},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use self::adapters::Adapters;
+use self::{
+    adapters::Adapters,
+    masks::{Made, Masks},
+};
 pub(crate) use self::{
     prefixes::{PrefixDelta, Prefixes},
     sink::{EventSink, SequenceEvent, StreamSink},
@@ -33,6 +40,7 @@ pub(crate) use self::{
 use super::{Replica, ReplicaError, Session};
 use crate::{
     fleet::Presence,
+    grammar::Grammars,
     scheduler::{BlockHash, Counters, EventKind, Scheduler, SchedulerOptions, Submission},
 };
 
@@ -215,6 +223,8 @@ pub(crate) struct Drive {
     pub(crate) stop: CancellationToken,
     /// Called when readiness changes.
     pub(crate) changed: Box<dyn Fn() + Send + Sync>,
+    /// Of the replica's model; read when a constrained sequence comes whose grammar is not compiled.
+    pub(crate) grammars: Arc<OnceCell<Grammars>>,
 }
 
 impl Drive {
@@ -266,7 +276,8 @@ impl Drive {
         let options = SchedulerOptions { limits: self.limits.clone(), stages: self.replica.stages(), revision: self.revision.clone() };
         let before = self.owner.counters();
         let (scheduler, adapters) = (Scheduler::new(options), Adapters::default());
-        let mut run = Run { drive: self, scheduler, adapters, sinks: HashMap::new(), session, before, proven: false };
+        let masks = Masks::new(self.replica.clone(), self.grammars.clone());
+        let mut run = Run { drive: self, scheduler, adapters, masks, sinks: HashMap::new(), session, before, proven: false };
         let result = run.run().await;
         let was_ready = run.proven;
         run.hand_back();
@@ -283,6 +294,7 @@ struct Run<'a> {
     drive: &'a Drive,
     scheduler: Scheduler,
     adapters: Adapters,
+    masks: Masks,
     sinks: HashMap<u64, EventSink>,
     session: Session,
     /// Counters of the sessions before.
@@ -351,6 +363,10 @@ impl Run<'_> {
                     self.adapters.take(answer, &mut self.scheduler);
                     self.publish_adapters();
                 }
+                Some(made) = self.masks.next() => {
+                    at = Instant::now();
+                    self.take_mask(made);
+                }
                 () = owner.wake.notified() => at = Instant::now(),
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => at = Instant::now(),
             }
@@ -387,29 +403,57 @@ impl Run<'_> {
                     self.end(1);
                     return;
                 }
-                if !submission.adapter.is_empty() && !self.scheduler.has_adapter(&submission.adapter) {
-                    // It came or went meanwhile; the edge looks again.
-                    sink.release();
-                    self.end(1);
-                    return;
-                }
                 self.sinks.insert(ticket, sink);
-                if let Err(message) = self.scheduler.submit(ticket, *submission) {
-                    self.emit(ticket, EventKind::Failed(message), Instant::now());
+                match (&submission.constraint, &self.session.unmasked) {
+                    (None, _) => self.admit(ticket, *submission),
+                    (Some(_), None) => self.masks.begin(ticket, submission),
+                    (Some(_), Some(why)) => {
+                        let why = why.clone();
+                        self.emit(ticket, EventKind::Failed(why), Instant::now());
+                    }
                 }
             }
             Command::Cancel(ticket) => {
                 self.scheduler.cancel(ticket);
+                self.masks.forget(ticket);
                 let known = self.sinks.remove(&ticket).is_some();
                 self.end(usize::from(known));
             }
             Command::Release => {
                 for (ticket, sink) in std::mem::take(&mut self.sinks) {
                     self.scheduler.cancel(ticket);
+                    self.masks.forget(ticket);
                     sink.release();
                     self.end(1);
                 }
             }
+        }
+    }
+
+    fn admit(&mut self, ticket: u64, submission: Submission) {
+        if !submission.adapter.is_empty() && !self.scheduler.has_adapter(&submission.adapter) {
+            // It came or went meanwhile; the edge looks again.
+            self.masks.forget(ticket);
+            if let Some(sink) = self.sinks.remove(&ticket) {
+                sink.release();
+                self.end(1);
+            }
+            return;
+        }
+        if let Err(message) = self.scheduler.submit(ticket, submission) {
+            self.emit(ticket, EventKind::Failed(message), Instant::now());
+        }
+    }
+
+    /// A mask was made, or cannot be.
+    fn take_mask(&mut self, made: Made) {
+        let Made { ticket, emitted, submission, result } = made;
+        if let Some(submission) = submission {
+            self.admit(ticket, *submission);
+        }
+        match result {
+            Ok(mask) => self.scheduler.set_mask(ticket, emitted, mask),
+            Err(message) => self.scheduler.refuse(ticket, message),
         }
     }
 
@@ -429,6 +473,9 @@ impl Run<'_> {
                     (self.drive.changed)();
                 }
             } else {
+                if let EventKind::Token { id, .. } = &event.kind {
+                    self.masks.follow(event.ticket, *id);
+                }
                 self.emit(event.ticket, event.kind, at);
             }
         }
@@ -436,6 +483,9 @@ impl Run<'_> {
 
     fn emit(&mut self, ticket: u64, kind: EventKind, at: Instant) {
         let last = matches!(kind, EventKind::Finished(_) | EventKind::Failed(_));
+        if last {
+            self.masks.forget(ticket);
+        }
         if let Some(sink) = self.sinks.get_mut(&ticket) {
             sink.send(kind, at);
             if last {

@@ -11,7 +11,7 @@ use std::collections::HashMap;
 use super::{AdapterAnswer, AdapterOrder};
 use plan::{
     shard::{BLOCK_TOKENS, KvGeometry},
-    step::{Begin, Input, Logprobs, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TokenId, WantKind},
+    step::{Begin, Input, Logprobs, Mask, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TokenId, WantKind},
 };
 pub use session::{CostModel, Fault, Pipeline, SimulatedConnector, SimulatedReplica};
 
@@ -46,6 +46,11 @@ impl SimulatedModel {
 
     /// The token drawn in a state, at `position` (of the last id), after `emitted` tokens.
     pub fn draw(&self, state: u64, sampling: &Sampling, position: u32, emitted: u32) -> TokenId {
+        self.draw_under(state, sampling, (position, emitted), None).unwrap_or(0)
+    }
+
+    /// The same under a mask; `None` where it allows no token.
+    pub fn draw_under(&self, state: u64, sampling: &Sampling, (position, emitted): (u32, u32), mask: Option<&Mask>) -> Option<TokenId> {
         let with = |key: u64, values: &[f32]| values.iter().fold(key, |key, v| mix(key ^ u64::from(v.to_bits())));
         let mut key = 0;
         if sampling.temperature > 0.0 && sampling.top_k != 1 {
@@ -59,16 +64,21 @@ impl SimulatedModel {
         }
         let early = emitted < sampling.min_tokens;
         let barred = |id: TokenId| {
-            early && sampling.suppress.contains(&id) || sampling.logit_bias.iter().any(|(of, bias)| *of == id && *bias <= -100.0)
+            mask.is_some_and(|mask| !allows(mask, id))
+                || early && sampling.suppress.contains(&id)
+                || sampling.logit_bias.iter().any(|(of, bias)| *of == id && *bias <= -100.0)
         };
         let forced = sampling.logit_bias.iter().find(|(id, bias)| *bias >= 100.0 && !barred(*id));
         let free = mix(state ^ key);
         let next = if self.period > 0 && free >> 60 > 0 { mix(u64::from((position + 1) % self.period)) } else { free };
         let mut id = forced.map_or_else(|| (next % u64::from(self.vocab)) as TokenId, |(id, _)| *id);
-        while barred(id) {
+        for _ in 0..self.vocab {
+            if !barred(id) {
+                return Some(id);
+            }
             id = (id + 1) % self.vocab;
         }
-        id
+        None
     }
 
     /// Everything a generation alone would emit: at most `most` tokens, up to and including an end token.
@@ -87,6 +97,26 @@ impl SimulatedModel {
             if ends.contains(&id) {
                 break;
             }
+            state = Self::advance(state, id);
+        }
+        tokens
+    }
+
+    /// Everything a constrained generation alone would emit; `mask` gives the mask behind what was emitted.
+    pub fn solo_under(
+        &self,
+        prompt: &[TokenId],
+        sampling: &Sampling,
+        most: usize,
+        ends: &[TokenId],
+        mut mask: impl FnMut(&[TokenId]) -> Mask,
+    ) -> Vec<TokenId> {
+        let mut state = prompt.iter().fold(Self::START, |s, id| Self::advance(s, *id));
+        let mut tokens = Vec::new();
+        while tokens.len() < most && tokens.last().is_none_or(|last| !ends.contains(last)) {
+            let place = ((prompt.len() + tokens.len() - 1) as u32, tokens.len() as u32);
+            let Some(id) = self.draw_under(state, sampling, place, Some(&mask(&tokens))) else { break };
+            tokens.push(id);
             state = Self::advance(state, id);
         }
         tokens
@@ -121,6 +151,14 @@ impl SimulatedModel {
     }
 }
 
+fn allows(mask: &Mask, id: TokenId) -> bool {
+    match mask {
+        Mask::Unchanged => false,
+        Mask::Ids(ids) => ids.binary_search(&id).is_ok(),
+        Mask::Bits(bits) => bits.get(id as usize / 8).is_some_and(|byte| byte >> (id % 8) & 1 == 1),
+    }
+}
+
 fn mix(x: u64) -> u64 {
     // The finalizer of SplitMix64 (Steele, Lea, Flood 2014).
     let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -147,6 +185,8 @@ struct Tracked {
     /// Slot of its adapter.
     adapter: u32,
     drawn: HashMap<u64, TokenId>,
+    /// The last mask, and the step whose draw it is for.
+    mask: Option<(u64, Mask)>,
 }
 
 /// A worker's state as the steps it was sent make it, for all stages and ranks at once.
@@ -215,6 +255,14 @@ impl SimulatedEngine {
         }
         for part in &step.sequences {
             self.write(part)?;
+        }
+        for (id, mask) in &step.masks {
+            let tracked = self.sequences.get_mut(id).ok_or_else(|| format!("a mask of sequence {id}, which never began"))?;
+            tracked.mask = match (mask, tracked.mask.take()) {
+                (Mask::Unchanged, None) => return Err(format!("the first mask of sequence {id} is unchanged")),
+                (Mask::Unchanged, Some((_, before))) => Some((step.id, before)),
+                (mask, _) => Some((step.id, mask.clone())),
+            };
         }
         let mut outputs = Vec::new();
         for part in &step.sequences {
@@ -300,6 +348,7 @@ impl SimulatedEngine {
             begin_ids: begin.ids.clone(),
             adapter,
             drawn: HashMap::new(),
+            mask: None,
         })
     }
 
@@ -334,7 +383,15 @@ impl SimulatedEngine {
             let value = match &want.kind {
                 WantKind::Sample => {
                     let emitted = position + 1 - tracked.prompt_len;
-                    let token = self.model.draw(state, &tracked.sampling, position, emitted);
+                    let mask = match &tracked.mask {
+                        Some((of, mask)) if *of == step => Some(mask),
+                        _ if tracked.sampling.masked => return Err(format!("sequence {id} draws in step {step} without its mask")),
+                        _ => None,
+                    };
+                    let Some(token) = self.model.draw_under(state, &tracked.sampling, (position, emitted), mask) else {
+                        outputs.push(Output { sequence: id, position, value: OutputValue::Failed("none is allowed".to_owned()) });
+                        continue;
+                    };
                     tracked.drawn.insert(step, token);
                     let follows = tracked.states.get(position as usize + 2) == Some(&SimulatedModel::advance(state, token));
                     if drafting && accepted.is_none() && !follows {

@@ -65,6 +65,8 @@ struct Workers {
     stages: usize,
     /// Layers of the model.
     layers: usize,
+    /// Most sequences in a step.
+    sequences: usize,
     /// By stage, then rank.
     workers: Vec<Arc<Remote>>,
     /// What the workers said last of what they bring from servers.
@@ -88,6 +90,7 @@ impl Workers {
             router: connector.router.clone(),
             stages: replica.workers.len(),
             layers,
+            sequences: replica.limits.max_batch_sequences,
             workers,
             fetching: Mutex::default(),
             times: Arc::new(Mutex::new(times)),

@@ -2,7 +2,7 @@
 
 use plan::{
     shard::BLOCK_TOKENS,
-    step::{Begin, Input, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
+    step::{Begin, Input, Mask, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
 };
 
 use super::{
@@ -77,7 +77,9 @@ impl Scheduler {
             self.hold_for_drafts(worth, &mut ready);
             self.hold_for_drafts(worth, &mut early);
         }
-        if ready.is_empty() {
+        // A mask takes less than the step that is running: whoever waits for it can be in the next one, which is not urgent yet.
+        let awaited = || self.running.values().any(|(sequence, admission)| sequence.lacks_mask() && admission.pending == 0);
+        if ready.is_empty() && (self.in_flight.is_empty() || !awaited()) {
             ready = early;
         }
         ready.sort_unstable();
@@ -207,7 +209,7 @@ impl Scheduler {
         let whole_only = self.reads_whole();
         let Some(sequence) = self.waiting.get_mut(&arrival) else { return false };
         let known = sequence.ids.len();
-        if whole_only && known > budget {
+        if (whole_only && known > budget) || sequence.lacks_mask() {
             return false;
         }
         let groups = &self.options.limits.kv.groups;
@@ -265,7 +267,8 @@ impl Scheduler {
             }
             self.events.push(Event { ticket: sequence.ticket, kind: EventKind::Started });
         }
-        let admission = Admission { id, tables, sent, confirmed: sent, hashed: hit, begun: false, pending: 0, drafted: 0, last_step: 0 };
+        let admission =
+            Admission { id, tables, sent, confirmed: sent, hashed: hit, begun: false, pending: 0, drafted: 0, last_step: 0, mask: None };
         self.running.insert(arrival, (sequence, admission));
         true
     }
@@ -346,6 +349,11 @@ impl Scheduler {
             }
             wants.extend((0..=drafts.len() as u32).map(|draft| Want { offset: offset + draft, kind: WantKind::Sample }));
             admission.pending += 1;
+            if let Some((_, mask)) = &sequence.mask {
+                let same = admission.mask.as_ref() == Some(mask);
+                outline.step.masks.push((admission.id, if same { Mask::Unchanged } else { Mask::clone(mask) }));
+                admission.mask = Some(mask.clone());
+            }
         }
         let begin = (!admission.begun && !encoder).then(|| {
             Box::new(Begin {
@@ -384,7 +392,8 @@ impl Scheduler {
     /// With nothing in flight and nothing to send, the oldest sequence needs more blocks than there are. Returns whether there
     /// was one.
     fn fail_what_never_fits(&mut self) -> bool {
-        if !self.in_flight.is_empty() {
+        let mut all = self.running.values().map(|(sequence, _)| sequence).chain(self.waiting.values());
+        if !self.in_flight.is_empty() || all.any(Sequence::lacks_mask) {
             return false;
         }
         let stuck = self.running.first_key_value().map(|(arrival, _)| *arrival);
@@ -398,7 +407,10 @@ impl Scheduler {
 /// Whether a sequence with one token to run can run it now: its id is known, or is being drawn in a step before.
 fn is_ready(sequence: &Sequence, admission: &Admission, context: usize) -> bool {
     if admission.sent < sequence.ids.len() {
-        return true;
+        return !sequence.lacks_mask();
+    }
+    if sequence.submission.constraint.is_some() {
+        return false;
     }
     // At the end of a prompt that nothing is drawn after, or of what may be drawn, there is no next token.
     admission.pending == 1 && admission.sent == sequence.ids.len() && sequence.room(1, context) > 0

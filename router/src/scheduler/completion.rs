@@ -110,7 +110,8 @@ impl Scheduler {
                 self.counters.accepted_tokens += accepted as u64;
             }
             // All logits at each draft would be many bytes for what may be refused.
-            if self.prompt_lookup > 0 && end.is_none() && running < ROWS * self.options.stages && !sequence.submission.logits {
+            let drafts = !sequence.submission.logits && sequence.submission.constraint.is_none();
+            if self.prompt_lookup > 0 && end.is_none() && running < ROWS * self.options.stages && drafts {
                 sequence.lookup.follow(&sequence.ids);
             }
         } else if entry.end == sequence.ids.len() && admission.pending == 0 {

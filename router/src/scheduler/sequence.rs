@@ -4,10 +4,11 @@ use std::{collections::VecDeque, sync::Arc};
 
 use plan::{
     shard::BLOCK_TOKENS,
-    step::{BlockId, Logprobs, Sampling, SequenceId, TokenId, Want},
+    step::{BlockId, Logprobs, Mask, Sampling, SequenceId, TokenId, Want},
 };
 
 use super::{lookup::Lookup, prefix::BlockHash};
+use crate::grammar::Constraint;
 
 /// What a scheduler is asked to run. A resumed sequence brings what was emitted before.
 #[derive(Clone, Debug)]
@@ -36,6 +37,8 @@ pub struct Submission {
     pub salt: Vec<u8>,
     /// Offset in the prompt at which the second text of a pair begins; 0: there is one text.
     pub second: u32,
+    /// What the output must match. Each draw then waits for its mask: see [`super::Scheduler::set_mask`].
+    pub constraint: Option<Constraint>,
 }
 
 impl Submission {
@@ -54,6 +57,7 @@ impl Submission {
             adapter: Arc::default(),
             salt: Vec::new(),
             second: 0,
+            constraint: None,
         }
     }
 
@@ -102,6 +106,8 @@ pub(super) struct Admission {
     pub(super) drafted: usize,
     /// The last step it was in.
     pub(super) last_step: u64,
+    /// The mask that the workers were sent last.
+    pub(super) mask: Option<Arc<Mask>>,
 }
 
 /// A sequence, waiting or running.
@@ -128,6 +134,8 @@ pub(super) struct Sequence {
     pub(super) readmitted: bool,
     /// What it may say next.
     pub(super) lookup: Lookup,
+    /// The mask of the draw after so many emitted tokens.
+    pub(super) mask: Option<(usize, Arc<Mask>)>,
 }
 
 impl Sequence {
@@ -148,12 +156,18 @@ impl Sequence {
             cached: 0,
             readmitted: false,
             lookup: Lookup::default(),
+            mask: None,
             submission,
         }
     }
 
     pub(super) fn emitted(&self) -> usize {
         self.ids.len() - self.submission.prompt.len()
+    }
+
+    /// Whether its next draw waits for a mask.
+    pub(super) fn lacks_mask(&self) -> bool {
+        self.submission.constraint.is_some() && self.mask.as_ref().is_none_or(|(at, _)| *at != self.emitted())
     }
 
     /// Tokens that may be drawn after those known and pending.

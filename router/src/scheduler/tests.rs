@@ -1,6 +1,7 @@
 //! The scheduler against a worker that checks every KV slot it reads.
 
 mod drafts;
+mod masks;
 
 use std::{
     cell::Cell,

@@ -4,6 +4,7 @@
 
 mod adapters;
 mod clients;
+mod constrained;
 mod convert;
 mod drafts;
 mod encoders;

@@ -13,7 +13,7 @@ use e2e::{
     files, program,
     server::{Server, manifest, parallelism},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
 use crate::{
@@ -99,6 +99,33 @@ async fn streams_with_drafts_survive_the_loss_of_a_worker() {
     }
     let [drafted, accepted, ..] = drafts::counts(&server.http).await;
     assert!(accepted > 0.0 && accepted < drafted, "{accepted} of {drafted}");
+}
+
+/// Streams whose masks follow from what they emitted: they go on where their grammar stood.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn constrained_streams_survive_the_loss_of_a_worker() {
+    let mut requests = requests();
+    for (i, request) in requests.iter_mut().enumerate() {
+        let request = request.as_object_mut().expect("an object");
+        for name in ["ignore_eos", "min_tokens"] {
+            request.remove(name);
+        }
+        let numbers = json!({"type": "array", "minItems": 100, "items": {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}});
+        let (name, value) = if i % 2 == 0 { ("guided_json", numbers) } else { ("guided_regex", json!("([a-z]{2,8} ){200}")) };
+        request.insert(name.to_owned(), value);
+    }
+    let expected = alone(&files::reference(), &requests).await;
+    for (i, text) in expected.iter().enumerate() {
+        let begins = if i % 2 == 0 { text.starts_with('[') } else { text.bytes().all(|b| b.is_ascii_lowercase() || b == b' ') };
+        assert!(begins, "{text:?}");
+    }
+    let server = Server::start(&manifest("model", &files::reference(), &parallelism(2, 2)));
+    for victim in [0, 3] {
+        let before = server.workers();
+        let streams = with_loss(&server, &requests, victim).await;
+        assert_same(&streams, &expected, victim);
+        program::until("all workers", || Some(server.workers()).filter(|now| now.len() == 4 && *now != before));
+    }
 }
 
 /// With a second replica the streams move there; the gap that clients see is printed.

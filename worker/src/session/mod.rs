@@ -38,7 +38,7 @@ use crate::{
 };
 
 /// Protocol versions spoken here.
-const VERSIONS: (u32, u32) = (1, 2);
+const VERSIONS: (u32, u32) = (1, 3);
 /// The first with adapters.
 const ADAPTERS: u32 = 2;
 /// Most adapters that are loaded at a time.

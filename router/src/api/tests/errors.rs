@@ -51,7 +51,8 @@ async fn bad_parameters_are_named() {
         ("suffix", json!({"suffix": "}"}), "unsupported_parameter"),
         ("skip_special_tokens", json!({"skip_special_tokens": false}), "unsupported_parameter"),
         ("user", json!({"user": 1}), "invalid_value"),
-        ("guided_json", json!({"guided_json": {}}), "unknown_parameter"),
+        ("guided_json", json!({"guided_json": []}), "invalid_value"),
+        ("guided_decoding_backend", json!({"guided_decoding_backend": "x"}), "unknown_parameter"),
     ];
     for (param, more, code) in completions {
         let error = world.post("/v1/completions", &request(more.clone())).await.error(400);
@@ -81,7 +82,8 @@ async fn bad_parameters_are_named() {
         ("max_completion_tokens", json!({"max_completion_tokens": 3, "max_tokens": 4}), "invalid_value"),
         ("tools", json!({"tools": [{"type": "function", "function": {"name": "f"}}]}), "unsupported_parameter"),
         ("tool_choice", json!({"tool_choice": "required"}), "unsupported_parameter"),
-        ("response_format", json!({"response_format": {"type": "json_object"}}), "unsupported_parameter"),
+        ("response_format.type", json!({"response_format": {"type": "structural_tag"}}), "unsupported_parameter"),
+        ("response_format", json!({"response_format": {"type": 1}}), "invalid_value"),
         ("modalities", json!({"modalities": ["text", "audio"]}), "unsupported_parameter"),
         ("audio", json!({"audio": {"voice": "x"}}), "unsupported_parameter"),
         ("reasoning_effort", json!({"reasoning_effort": "high"}), "unsupported_parameter"),

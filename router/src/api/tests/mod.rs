@@ -1,5 +1,6 @@
 //! The API over loopback, in front of a simulated replica with the tokenizer of the llama fixture.
 
+mod constrained;
 mod errors;
 mod generation;
 mod logprobs;

@@ -163,7 +163,7 @@ impl Replica for SimulatedReplica {
                 }
             });
             *self.running.lock().unwrap_or_else(PoisonError::into_inner) = Some(task);
-            Ok(Session { steps, replies, adapters })
+            Ok(Session { steps, replies, adapters, unmasked: None })
         })
     }
 

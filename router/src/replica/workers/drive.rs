@@ -9,7 +9,7 @@ use std::{
 use futures_util::{Stream, StreamExt, stream};
 use plan::{step::Step, worker::Epoch};
 use proto::{
-    convert::{decode_output, encode_load, encode_step},
+    convert::{decode_output, encode_load, encode_mask, encode_step},
     worker::{self as wire, Alive, Close, SessionReply, SessionRequest, session_reply, session_request::Message},
 };
 use tokio::{
@@ -30,6 +30,8 @@ use crate::replica::{AdapterEnd, AdapterLine, AdapterOrder, Session, StepReply, 
 
 /// The first version of the protocol with adapters.
 const ADAPTERS: u32 = 2;
+/// The first version in which a mask may cover fewer or more ids than the model has rows.
+const MASKS: u32 = 3;
 /// Ticks between two signs of life to workers: 200 ms, where 300 are asked for.
 const ALIVE: u32 = 2;
 /// Longest wait for workers to end a session that was closed.
@@ -43,14 +45,15 @@ fn behind(stages: usize) -> usize {
     2 * (stages + 1)
 }
 
-/// Messages that may wait for one worker beside those about adapters: the steps it is behind, the hello or close, and some signs of life.
-fn needed(stages: usize) -> usize {
-    behind(stages) + 8
+/// Messages that may wait for one worker beside those about adapters: the steps it is behind with a mask for each of a step's sequences, the
+/// hello or close, and some signs of life.
+fn needed(replica: &Workers) -> usize {
+    behind(replica.stages) * (1 + replica.sequences) + 8
 }
 
 /// Messages that may wait for one worker.
-pub(super) fn requests(stages: usize) -> usize {
-    needed(stages) + 8
+pub(super) fn requests(replica: &Workers) -> usize {
+    needed(replica) + 8
 }
 
 /// Starts the task of a session.
@@ -63,6 +66,10 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
     let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies, .. }| (requests, replies)).unzip();
     let (adapters, AdapterEnd { orders, answers }) = AdapterLine::new();
     let sampler = replica.sampler();
+    let unmasked = (versions[sampler] < MASKS).then(|| {
+        let (name, version) = (replica.workers[sampler].name(), versions[sampler]);
+        format!("{name} speaks version {version} of the protocol, constrained output needs {MASKS}")
+    });
     // The sampler's vocabulary product is most of a step and counts as one layer; elsewhere a stage's layers are alike.
     let layers = |worker: usize| if worker == sampler { 1 } else { replica.layers / stages };
     let watched = |(worker, requests): (usize, _)| Watched {
@@ -83,7 +90,7 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
         replies,
         places: VecDeque::new(),
         loading: Loading::new(answers),
-        room: needed(stages),
+        room: needed(replica),
         times: replica.times.clone(),
     };
     let events = streams.into_iter().enumerate().map(|(worker, stream)| {
@@ -91,7 +98,7 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
         Box::pin(stream.map(Some).chain(end).map(move |event| (worker, event)))
     });
     let driver = tokio::spawn(driver.run(receive_steps, orders, stream::select_all(events)));
-    (Session { steps, replies: receive_replies, adapters }, driver)
+    (Session { steps, replies: receive_replies, adapters, unmasked }, driver)
 }
 
 /// What came from a worker: a reply, an error, or its end.
@@ -198,6 +205,12 @@ impl Driver {
             // It holds every step in flight, so a worker for which it is full has stopped reading.
             let sent = worker.requests.try_send(message.clone());
             sent.map_err(|e| worker.remote.lost(format!("it takes no steps: {}", full_or_closed(&e))))?;
+        }
+        let sampler = &self.workers[self.sampler];
+        for (sequence, mask) in &step.masks {
+            let message = SessionRequest { message: Some(Message::Mask(encode_mask(self.epoch, step.id, *sequence, mask))) };
+            let sent = sampler.requests.try_send(message);
+            sent.map_err(|e| sampler.remote.lost(format!("it takes no masks: {}", full_or_closed(&e))))?;
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use tonic::{Code, Streaming};
 use super::{Fetching, ReplicaError, Workers, dial::Remote};
 
 /// Protocol versions spoken here.
-const VERSIONS: (u32, u32) = (1, 2);
+const VERSIONS: (u32, u32) = (1, 3);
 /// Longest wait for an answer to a probe.
 const PROBE: Duration = Duration::from_secs(2);
 /// Longest wait for a grant: the arbiter probes every worker itself.
@@ -114,7 +114,7 @@ async fn line(replica: &Workers, worker: &Remote, epoch: Epoch, granted: &[wire:
     let incarnation = own.ok_or_else(|| worker.protocol("it is not among those the epoch was granted for"))?.incarnation;
     let (version_min, version_max) = VERSIONS;
     let hello = wire::Hello { version_min, version_max, epoch: Some(encode_epoch(epoch)), incarnation, workers: granted.to_vec() };
-    let (requests, outgoing) = mpsc::channel(super::drive::requests(replica.stages));
+    let (requests, outgoing) = mpsc::channel(super::drive::requests(replica));
     let said = requests.try_send(SessionRequest { message: Some(Message::Hello(hello)) });
     said.map_err(|e| worker.lost(e.to_string()))?;
     let mut client = worker.client()?;
