@@ -4,7 +4,7 @@ use plan::step::{Mask, SequenceId};
 
 /// Hands over the mask of a sequence's next draw.
 ///
-/// Called on rank 0 of the last stage, just before the sampler draws for a sequence whose settings say `masked`; may wait.
+/// Called on every rank of the last stage, just before the vocabulary product of a draw for a sequence whose settings say `masked`; may wait.
 pub trait MaskSource {
     /// The mask for the next draw of `sequence` in step `step`.
     fn mask(&mut self, step: u64, sequence: SequenceId) -> Result<Mask, Box<dyn std::error::Error + Send + Sync>>;

@@ -226,7 +226,7 @@ impl Cpu {
     }
 
     /// This rank's logits of some of the rows that are left.
-    pub(super) fn vocabulary_product(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {
+    pub(super) fn vocabulary_product(&mut self, rows: &[usize], only: Option<&[usize]>, context: &mut Context<'_, '_>) -> &mut [f32] {
         let mut laps = Laps(Instant::now());
         let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
         let hidden = self.config.hidden;
@@ -241,7 +241,10 @@ impl Cpu {
         for (&row, input) in rows.iter().zip(input.chunks_exact_mut(hidden)) {
             input.copy_from_slice(&h[row * hidden..(row + 1) * hidden]);
         }
-        self.inputs.multiply_matrix(&self.compute, input, rows.len(), (id, matrix), logits);
+        match only {
+            Some(only) => self.inputs.multiply_rows(&self.compute, input, rows.len(), (id, matrix), only, logits),
+            None => self.inputs.multiply_matrix(&self.compute, input, rows.len(), (id, matrix), logits),
+        }
         laps.add(&mut context.timings.vocabulary);
         logits
     }

@@ -115,6 +115,36 @@ impl Inputs {
         matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
     }
 
+    /// Multiplies `x`, `[tokens, k]`, with some rows of a matrix, ascending; the others' places in `out`, `[tokens, matrix.rows()]`, are left as
+    /// they are.
+    pub(super) fn multiply_rows(
+        &mut self,
+        compute: &Compute,
+        x: &[f32],
+        tokens: usize,
+        (id, matrix): (TensorId, &Matrix),
+        rows: &[usize],
+        out: &mut [f32],
+    ) {
+        self.observe(id, matrix, x, tokens);
+        let runs: Vec<Range<usize>> = rows.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect();
+        let mut results = vec![0.0; tokens * rows.len()];
+        let mut left = &mut results[..];
+        let mut products = Vec::with_capacity(runs.len());
+        for run in &runs {
+            let (own, behind) = left.split_at_mut(tokens * run.len());
+            left = behind;
+            products.push(Product { weights: matrix, rows: run.clone(), out: own });
+        }
+        let input = self.whole.input(compute, matrix, x, tokens);
+        matmul_group(&compute.pool, compute.isa, &mut products, input, tokens);
+        for Product { rows, out: own, .. } in &products {
+            for (token, own) in own.chunks_exact(rows.len()).enumerate() {
+                out[token * matrix.rows() + rows.start..][..rows.len()].copy_from_slice(own);
+            }
+        }
+    }
+
     /// Multiplies an input whose columns are spread over the ranks: `own`, `[tokens, columns[rank]]`, is this rank's part.
     ///
     /// It is exchanged quantized where the product quantizes its input and no rank's columns cut a block; else as floats, and each rank

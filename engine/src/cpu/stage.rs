@@ -257,7 +257,7 @@ impl Backend for Cpu {
         self.inputs.observed.take().unwrap_or_default()
     }
 
-    fn logits(&mut self, rows: &[usize], context: &mut Context<'_, '_>) -> &mut [f32] {
-        self.vocabulary_product(rows, context)
+    fn logits(&mut self, rows: &[usize], only: Option<&[usize]>, context: &mut Context<'_, '_>) -> &mut [f32] {
+        self.vocabulary_product(rows, only, context)
     }
 }

@@ -26,6 +26,8 @@ pub(super) struct Need {
     pub(super) top: usize,
     /// Tokens whose logits are needed.
     pub(super) targets: Vec<TokenId>,
+    /// Nothing but the targets' logits is needed, not even whether the others are finite.
+    pub(super) sparse: bool,
 }
 
 impl Need {
@@ -44,6 +46,11 @@ impl Need {
                 WantKind::Sample => {
                     let Some(history) = session.histories.get(&part.sequence) else { continue };
                     let s = &history.sampling;
+                    if let Some(few) = history.few().filter(|_| s.logprobs.is_none() && wanted.wants.len() == 1) {
+                        need.targets.extend_from_slice(few);
+                        need.sparse = true;
+                        break;
+                    }
                     need.total |= s.logprobs.is_some();
                     need.top = need.top.max(s.logprobs.unwrap_or(0) as usize);
                     match direct(s, vocab) {
@@ -125,7 +132,13 @@ impl Writer<'_> {
         if need.whole {
             return self.put(bytes::of(logits));
         }
-        let row = Row::of(compute, logits, &Need { targets: Vec::new(), ..need.clone() });
+        // Only the rank that has a token knows its logit; nobody reads the others' 0.
+        let logit = |target: TokenId| (target as usize).checked_sub(first).and_then(|row| logits.get(row)).copied().unwrap_or(0.0);
+        let row = if need.sparse {
+            Row { broken: need.targets.iter().any(|&target| !logit(target).is_finite()), ..Row::default() }
+        } else {
+            Row::of(compute, logits, &Need { targets: Vec::new(), ..need.clone() })
+        };
         for tile in &row.tiles {
             self.put(&tile.max.to_le_bytes());
             self.put(&tile.sum.to_le_bytes());
@@ -138,9 +151,7 @@ impl Writer<'_> {
             self.put(&candidate.logit.to_le_bytes());
         }
         for &target in &need.targets {
-            // Only the rank that has the token knows its logit; nobody reads the others' 0.
-            let logit = (target as usize).checked_sub(first).and_then(|row| logits.get(row)).copied().unwrap_or(0.0);
-            self.put(&logit.to_le_bytes());
+            self.put(&logit(target).to_le_bytes());
         }
     }
 }

@@ -2,6 +2,9 @@
 
 use plan::step::{Mask, Sampling, TokenId};
 
+/// Most ids of a mask for which the vocabulary product is computed in their rows alone. Each row costs up to a tile of 16, which is read whole.
+const FEW: usize = 512;
+
 /// A sequence's settings and ids.
 #[derive(Clone, Debug)]
 pub(crate) struct History {
@@ -11,6 +14,8 @@ pub(crate) struct History {
     ids: Vec<TokenId>,
     /// The mask of the last draw, one bit an id.
     mask: Option<Vec<u8>>,
+    /// What it allows, ascending, where that is little.
+    few: Option<Vec<TokenId>>,
 }
 
 /// A mask is that of the draw before, of which there was none.
@@ -28,12 +33,12 @@ pub(crate) struct Counts {
 impl History {
     /// A sequence of the given ids, the first `prompt_len` of which are prompt.
     pub(crate) fn new(ids: &[TokenId], prompt_len: usize, sampling: Sampling) -> Self {
-        Self { sampling, prompt_len, ids: ids.to_vec(), mask: None }
+        Self { sampling, prompt_len, ids: ids.to_vec(), mask: None, few: None }
     }
 
     /// Takes over the mask of an earlier draw.
     pub(crate) fn with_mask_of(self, before: Self) -> Self {
-        Self { mask: before.mask, ..self }
+        Self { mask: before.mask, few: before.few, ..self }
     }
 
     /// Notes the ids at positions `first ..`; `first` is at most the number of known ids.
@@ -54,20 +59,28 @@ impl History {
         match mask {
             Mask::Unchanged if self.mask.is_some() => {}
             Mask::Unchanged => return Err(NoMask),
-            Mask::Ids(ids) => {
+            Mask::Ids(mut ids) => {
+                ids.retain(|&id| (id as usize) < vocab);
                 let bits = self.mask.get_or_insert_default();
                 bits.clear();
                 bits.resize(vocab.div_ceil(8), 0);
-                for id in ids.into_iter().filter(|&id| (id as usize) < vocab) {
-                    bits[id as usize / 8] |= 1 << (id % 8);
+                for id in &ids {
+                    bits[*id as usize / 8] |= 1 << (id % 8);
                 }
+                self.few = Some(ids).filter(|ids| ids.len() <= FEW);
             }
             Mask::Bits(mut bits) => {
                 bits.resize(vocab.div_ceil(8), 0);
                 self.mask = Some(bits);
+                self.few = None;
             }
         }
         Ok(())
+    }
+
+    /// The tokens of which one is drawn next, ascending, where a mask allows few.
+    pub(crate) fn few(&self) -> Option<&[TokenId]> {
+        self.few.as_deref().filter(|_| self.sampling.masked)
     }
 
     /// Whether [`History::apply`] does anything to the draw after `position`.

@@ -3,12 +3,7 @@
 use kernels::vocab::{self, Candidate, TileSum, Total};
 use plan::step::{Logprobs, OutputValue, Sampling, Want, WantKind};
 
-use super::{
-    Session, draw,
-    exchange::Need,
-    history::{Counts, NoMask},
-    philox, wants,
-};
+use super::{Session, draw, exchange::Need, history::Counts, philox, wants};
 use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute};
 
 /// Largest `top_k` for which ranks hand over candidates in place of slices.
@@ -85,16 +80,19 @@ impl Results {
         let (step, part) = (session.step.id, &session.step.sequences[wanted.part]);
         let sequence = part.sequence;
         let position = part.first_position + want.offset;
-        let invalid = |source| StepError::Invalid { step, source };
-        let Some(history) = session.histories.get_mut(&sequence) else { return Err(invalid(InvalidStep::NoSampling { sequence })) };
-        if history.sampling.masked {
-            let mask = session.masks.mask(step, sequence).map_err(|source| StepError::Mask { step, sequence, source })?;
-            let vocab = self.vocab;
-            history.set_mask(mask, vocab).map_err(|NoMask| invalid(InvalidStep::Mask { sequence }))?;
-        }
+        let Some(history) = session.histories.get(&sequence) else {
+            return Err(StepError::Invalid { step, source: InvalidStep::NoSampling { sequence } });
+        };
         let s = &history.sampling;
         let uniform = philox::uniform(s.seed, s.choice, position);
-        let id = if history.changes_logits(position as usize) {
+        let id = if let Some(few) = history.few().filter(|_| row.logits.is_empty()) {
+            // What the mask forbids is not there, and would not be drawn.
+            self.changed.clear();
+            self.changed.resize(self.vocab, f32::NEG_INFINITY);
+            few.iter().zip(&row.targets).for_each(|(&id, logit)| self.changed[id as usize] = *logit);
+            history.apply(position as usize, &mut self.changed, &mut self.counts);
+            draw::from_all(&self.compute, &self.changed, s, uniform)
+        } else if history.changes_logits(position as usize) {
             self.changed.clear();
             self.changed.extend_from_slice(row.logits);
             history.apply(position as usize, &mut self.changed, &mut self.counts);
@@ -121,7 +119,10 @@ impl<'a> Row<'a> {
     pub(super) fn of(compute: &Compute, logits: &'a [f32], need: &Need) -> Self {
         let Compute { pool, isa } = compute;
         let mut tiles = Vec::new();
-        let broken = if need.total {
+        let targets: Vec<f32> = need.targets.iter().map(|&id| logits[id as usize]).collect();
+        let broken = if need.sparse {
+            targets.iter().any(|logit| !logit.is_finite())
+        } else if need.total {
             tiles.resize(logits.len().div_ceil(vocab::VOCAB_TILE), TileSum { max: 0.0, sum: 0.0 });
             vocab::tile_sums(pool, *isa, logits, 1.0, &mut tiles);
             tiles.iter().any(|tile| tile.sum.is_nan())
@@ -129,8 +130,7 @@ impl<'a> Row<'a> {
             !vocab::bounded(pool, *isa, logits)
         };
         let likeliest = if need.top > 0 { vocab::top_k(pool, *isa, logits, 0, need.top) } else { Vec::new() };
-        let targets = need.targets.iter().map(|&id| logits[id as usize]).collect();
-        Self { logits, tiles, broken, likeliest, targets }
+        Self { logits: if need.sparse { &[] } else { logits }, tiles, broken, likeliest, targets }
     }
 }
 

@@ -1,6 +1,12 @@
 //! Engines of all stages and ranks of a plan, and steps for them.
 
-use std::{collections::HashMap, sync::Arc, thread, time::Duration};
+use std::{
+    collections::HashMap,
+    error::Error,
+    sync::{Arc, Mutex},
+    thread,
+    time::Duration,
+};
 
 use engine::{
     Adapter, Engine, EngineOptions, MaskSource, NoMasks, StageOutput, StepError,
@@ -10,7 +16,9 @@ use kernels::Isa;
 use plan::{
     planner,
     shard::{BLOCK_TOKENS, ExecutionPlan, KvDType},
-    step::{Begin, BlockId, Input, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
+    step::{
+        Begin, BlockId, Input, Mask, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TableChange, TokenId, Want, WantKind,
+    },
 };
 
 use crate::{
@@ -118,6 +126,21 @@ pub(crate) fn joined(ranks: usize) -> Vec<Box<dyn Collective>> {
     Threads::group(ranks, Duration::from_secs(60)).into_iter().map(|rank| Box::new(rank) as Box<dyn Collective>).collect()
 }
 
+/// What was asked of a source of masks, for the ranks that ask later.
+type Given<'a> = (&'a mut (dyn MaskSource + Send), HashMap<(u64, SequenceId), Result<Mask, String>>);
+
+/// Gives every rank of a stage the same masks.
+struct EachRank<'a, 'b>(&'a Mutex<Given<'b>>);
+
+impl MaskSource for EachRank<'_, '_> {
+    fn mask(&mut self, step: u64, sequence: SequenceId) -> Result<Mask, Box<dyn Error + Send + Sync>> {
+        let mut given = self.0.lock().expect("no panic");
+        let (source, known) = &mut *given;
+        let mask = known.entry((step, sequence)).or_insert_with(|| source.mask(step, sequence).map_err(|e| e.to_string()));
+        mask.clone().map_err(Into::into)
+    }
+}
+
 impl Rig {
     pub(crate) fn new(model: &Model, layout: Layout) -> Self {
         let plan = plan(model, layout);
@@ -198,16 +221,17 @@ impl Rig {
     /// Runs a step through all stages and ranks.
     pub(crate) fn run_step(&mut self, step: &Step, masks: &mut (dyn MaskSource + Send)) -> Result<Vec<Output>, StepError> {
         let mut hidden = Vec::new();
-        let (last, mut masks) = (self.engines.len() - 1, Some(masks));
+        let last = self.engines.len() - 1;
+        let masks = Mutex::new((masks, HashMap::new()));
         for (stage, ranks) in self.engines.iter_mut().enumerate() {
             let mut results: Vec<Result<StageOutput, StepError>> = thread::scope(|scope| {
                 let hidden = &hidden;
                 let mut started = Vec::new();
-                for (rank, engine) in ranks.iter_mut().enumerate() {
-                    let masks = masks.take_if(|_| stage == last && rank == 0);
-                    started.push(scope.spawn(move || match masks {
-                        Some(masks) => engine.run(step, hidden, masks),
-                        None => engine.run(step, hidden, &mut NoMasks),
+                for engine in ranks.iter_mut() {
+                    let mut masks = EachRank(&masks);
+                    started.push(scope.spawn(move || match stage == last {
+                        true => engine.run(step, hidden, &mut masks),
+                        false => engine.run(step, hidden, &mut NoMasks),
                     }));
                 }
                 started.into_iter().map(|thread| thread.join().expect("no panic")).collect()

@@ -261,6 +261,68 @@ fn masks_restrict_each_draw() {
     }
 }
 
+/// What few allowed tokens leave out of the vocabulary product changes no draw: with log-probabilities, and as bits, the whole is computed.
+#[test]
+fn few_allowed_rows_draw_what_the_whole_product_draws() {
+    let model = model::llama(model::mixed).build();
+    let kinds = [
+        Sampling { temperature: 0.0, ..Sampling::default() },
+        Sampling { temperature: 1.3, seed: 5, ..Sampling::default() },
+        Sampling { temperature: 0.9, seed: 6, top_k: 3, ..Sampling::default() },
+        Sampling { temperature: 1.1, seed: 7, top_p: 0.7, ..Sampling::default() },
+        Sampling { temperature: 1.0, seed: 8, min_p: 0.4, logit_bias: vec![(17, 3.0), (900, -2.0)], ..Sampling::default() },
+        Sampling {
+            repetition_penalty: 1.3,
+            presence_penalty: 0.4,
+            frequency_penalty: 0.2,
+            suppress: vec![40],
+            min_tokens: 2,
+            ..Sampling::default()
+        },
+    ];
+    // One, several of a tile, some of every part of the vocabulary, all of one rank.
+    let sets: [Vec<TokenId>; 4] = [vec![1999], vec![16, 17, 18, 40], (0..VOCAB as TokenId).step_by(61).collect(), (1..200).collect()];
+    let bits = |ids: &[TokenId]| {
+        let mut bits = vec![0_u8; VOCAB.div_ceil(8)];
+        ids.iter().for_each(|id| bits[*id as usize / 8] |= 1 << (id % 8));
+        Mask::Bits(bits)
+    };
+    let run = |tensor, few: bool, mates: bool| {
+        let mut rig = Rig::new(&model, Layout { tensor, ..Layout::default() });
+        let mut masks: HashMap<SequenceId, Vec<Mask>> = HashMap::new();
+        let mut parts = Vec::new();
+        for (i, sampling) in (1..).zip(&kinds) {
+            let ids = prompt(i, 8 + i as usize, VOCAB);
+            let sampling = Sampling { masked: true, ..sampling.clone() };
+            parts.push(Part::new(i, &ids).begin(&ids, ids.len(), &sampling).sample());
+            masks.insert(
+                i,
+                (0..6).map(|at| &sets[(i as usize + at) % 4]).map(|set| if few { Mask::Ids(set.clone()) } else { bits(set) }).collect(),
+            );
+        }
+        if mates {
+            let ids = prompt(50, 9, VOCAB);
+            parts.push(Part::new(50, &ids).begin(&ids, ids.len(), &Sampling { temperature: 1.0, seed: 3, ..Sampling::default() }).sample());
+        }
+        let mut masks = Masks(masks);
+        let mut drawn = Vec::new();
+        for _ in 0..6 {
+            let step = rig.step(&parts);
+            let outputs = rig.run_step(&step, &mut masks).expect("a valid step");
+            drawn.extend(outputs.iter().filter(|o| o.sequence < 50).map(|o| (o.sequence, token(&o.value))));
+            parts = outputs.iter().map(|o| Part::new(o.sequence, &[token(&o.value)]).sample()).collect();
+        }
+        drawn
+    };
+    let expected = run(1, false, false);
+    assert!(expected.iter().map(|(_, id)| id).collect::<std::collections::HashSet<_>>().len() > 12, "{expected:?}");
+    for tensor in [1, 2, 3] {
+        for (few, mates) in [(true, false), (true, true), (false, false)] {
+            assert_eq!(run(tensor, few, mates), expected, "{tensor} ranks, lists: {few}, an unmasked mate: {mates}");
+        }
+    }
+}
+
 #[test]
 fn masks_cover_what_they_cover_and_the_first_one_says_something() {
     let model = model::llama(model::mixed).build();

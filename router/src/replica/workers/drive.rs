@@ -30,7 +30,7 @@ use crate::replica::{AdapterEnd, AdapterLine, AdapterOrder, Session, StepReply, 
 
 /// The first version of the protocol with adapters.
 const ADAPTERS: u32 = 2;
-/// The first version in which a mask may cover fewer or more ids than the model has rows.
+/// The first version in which every rank of the last stage takes masks, which may cover fewer or more ids than the model has rows.
 const MASKS: u32 = 3;
 /// Ticks between two signs of life to workers: 200 ms, where 300 are asked for.
 const ALIVE: u32 = 2;
@@ -66,10 +66,9 @@ pub(super) fn start(replica: &Workers, opened: Opened) -> (Session, JoinHandle<(
     let (requests, streams): (Vec<_>, Vec<_>) = opened.lines.into_iter().map(|Line { requests, replies, .. }| (requests, replies)).unzip();
     let (adapters, AdapterEnd { orders, answers }) = AdapterLine::new();
     let sampler = replica.sampler();
-    let unmasked = (versions[sampler] < MASKS).then(|| {
-        let (name, version) = (replica.workers[sampler].name(), versions[sampler]);
-        format!("{name} speaks version {version} of the protocol, constrained output needs {MASKS}")
-    });
+    let old = replica.workers.iter().zip(&versions).find(|(worker, version)| worker.stage + 1 == stages && **version < MASKS);
+    let unmasked = old
+        .map(|(worker, version)| format!("{} speaks version {version} of the protocol, constrained output needs {MASKS}", worker.name()));
     // The sampler's vocabulary product is most of a step and counts as one layer; elsewhere a stage's layers are alike.
     let layers = |worker: usize| if worker == sampler { 1 } else { replica.layers / stages };
     let watched = |(worker, requests): (usize, _)| Watched {
@@ -206,11 +205,14 @@ impl Driver {
             let sent = worker.requests.try_send(message.clone());
             sent.map_err(|e| worker.remote.lost(format!("it takes no steps: {}", full_or_closed(&e))))?;
         }
-        let sampler = &self.workers[self.sampler];
+        // Every rank of the last stage: where few tokens are allowed, none computes the others' logits.
+        let last = self.workers[self.sampler].remote.stage;
         for (sequence, mask) in &step.masks {
             let message = SessionRequest { message: Some(Message::Mask(encode_mask(self.epoch, step.id, *sequence, mask))) };
-            let sent = sampler.requests.try_send(message);
-            sent.map_err(|e| sampler.remote.lost(format!("it takes no masks: {}", full_or_closed(&e))))?;
+            for worker in self.workers.iter().filter(|worker| worker.remote.stage == last) {
+                let sent = worker.requests.try_send(message.clone());
+                sent.map_err(|e| worker.remote.lost(format!("it takes no masks: {}", full_or_closed(&e))))?;
+            }
         }
         Ok(())
     }
