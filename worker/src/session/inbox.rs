@@ -1,7 +1,7 @@
 //! What the engine thread waits for: steps, hidden states, tokens and masks of one session.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{Condvar, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
@@ -15,6 +15,9 @@ use crate::{
 
 /// Masks that may wait: more than the sequences of all steps in flight.
 const MASKS: usize = 4096;
+
+/// Steps whose tokens may wait, each with some of a sequence that no later one has: more than there are sequences.
+const TOKENS: usize = 4096;
 
 /// Tokens drawn in a step; `None` where the draw failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +76,16 @@ fn protocol(detail: String) -> Failure {
     Failure::new(Reason::Protocol, detail)
 }
 
+/// Drops tokens that are not the last of their sequences: a step that is still to run continues from the last alone, since its stage computes
+/// the steps of a sequence in order, and no later token is drawn before.
+fn keep_latest(tokens: &mut VecDeque<Drawn>) {
+    let mut seen = HashSet::new();
+    for drawn in tokens.iter_mut().rev() {
+        drawn.tokens.retain(|(sequence, _)| seen.insert(*sequence));
+    }
+    tokens.retain(|drawn| !drawn.tokens.is_empty());
+}
+
 impl Inbox {
     /// For at most `most` steps that wait.
     pub(super) fn new(most: usize) -> Self {
@@ -116,11 +129,15 @@ impl Inbox {
 
     pub(crate) fn push_tokens(&self, drawn: Drawn) -> Result<(), Failure> {
         let mut state = self.state();
-        // Tokens of all steps in flight may come while one runs, and again before the next is taken.
-        if state.tokens.len() >= 2 * self.most {
-            return Err(protocol(format!("tokens of {} steps wait already, expected at most that many", state.tokens.len())));
-        }
         state.tokens.push_back(drawn);
+        // They are taken with the next step, and steps whose ids are known wait for none: where what reads the link was held up meanwhile,
+        // those of any number of steps come at once.
+        if state.tokens.len() > 2 * self.most {
+            keep_latest(&mut state.tokens);
+            if state.tokens.len() > TOKENS {
+                return Err(protocol(format!("tokens of {TOKENS} sequences wait already, expected at most that many")));
+            }
+        }
         self.wake(state);
         Ok(())
     }
@@ -239,5 +256,41 @@ impl State {
     /// What a wait for the link ends with.
     fn gone<T>(&self) -> Option<Result<T, Stop>> {
         self.unlinked.then(|| Err(Failure::new(Reason::Link, "the link ended while something was expected of it").into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn drawn(step: u64, tokens: &[(SequenceId, TokenId)]) -> Drawn {
+        Drawn { step, tokens: tokens.iter().map(|&(sequence, id)| (sequence, Some(id))).collect() }
+    }
+
+    #[test]
+    fn tokens_of_many_steps_may_come_at_once_and_the_last_of_each_sequence_stays() {
+        let inbox = Inbox::new(3);
+        inbox.push_tokens(drawn(1, &[(7, 70), (8, 80)])).expect("room");
+        for step in 2..=100 {
+            inbox.push_tokens(drawn(step, &[(8, 80 + step as TokenId)])).expect("room");
+        }
+        let waiting = inbox.waiting_tokens();
+        assert!(waiting.len() <= 7, "{waiting:?}");
+        assert_eq!(waiting.front(), Some(&drawn(1, &[(7, 70)])), "no later step drew for it");
+        assert_eq!(waiting.back(), Some(&drawn(100, &[(8, 180)])));
+        // Few wait as they came.
+        let few = [drawn(101, &[(8, 1)]), drawn(102, &[(8, 2)])];
+        few.iter().for_each(|drawn| inbox.push_tokens(drawn.clone()).expect("room"));
+        assert_eq!(inbox.waiting_tokens(), few);
+    }
+
+    #[test]
+    fn tokens_of_more_sequences_than_there_can_be_are_a_broken_protocol() {
+        let inbox = Inbox::new(3);
+        for step in 1..=TOKENS as u64 {
+            inbox.push_tokens(drawn(step, &[(step, 1)])).expect("room");
+        }
+        let refused = inbox.push_tokens(drawn(5000, &[(5000, 1)])).expect_err("too many");
+        assert_eq!(refused, protocol(format!("tokens of {TOKENS} sequences wait already, expected at most that many")));
     }
 }
