@@ -289,9 +289,16 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
+    /// Watches what `objects` names: a kind, with a selector, or the name of one object.
     pub(crate) fn begin(namespace: &str, objects: &[&str]) -> Self {
         let mut command = inside("kubectl");
-        command.args(["--namespace", namespace, "get", "--watch", "--output-watch-events", "--output=json"]).args(objects);
+        command.args(["--namespace", namespace, "get", "--watch", "--output-watch-events", "--output=json"]);
+        // kubectl reads an object that is named, watches it anew, and drops the first event, which may be a change between the two. Of a list
+        // it watches what comes after what it read.
+        match objects {
+            [kind, name] if !name.starts_with('-') => command.args([kind, &*format!("--field-selector=metadata.name={name}")]),
+            objects => command.args(objects),
+        };
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("kubectl starts");
         let stdout = child.stdout.take().expect("a pipe");
         // Room for what a burst of changes tells while one is looked at; a full channel holds kubectl back.
