@@ -30,6 +30,13 @@ impl Pid {
         fields.iter().skip(11).take(2).filter_map(|f| f.parse::<u64>().ok()).sum()
     }
 
+    /// The most memory that it ever held at once, in bytes; 0 when it does not exist.
+    pub fn peak_memory(self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0)).unwrap_or_default();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        line.and_then(|line| line.split_whitespace().next()?.parse::<u64>().ok()).map_or(0, |kib| kib << 10)
+    }
+
     /// Sends it the signal called `name` (`KILL`, `STOP`, `CONT`, `INT`).
     ///
     /// # Panics

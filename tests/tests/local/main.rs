@@ -15,6 +15,7 @@ mod formats;
 mod importance;
 mod input;
 mod instructions;
+mod memory;
 mod packed;
 mod pool;
 mod run;
