@@ -13,7 +13,7 @@ fn main() {
     let threads = arguments.iter().find_map(|argument| argument.strip_prefix("threads=")?.parse().ok()).unwrap_or_else(available_threads);
     let filter: Vec<&String> = arguments.iter().filter(|argument| !argument.starts_with("threads=")).collect();
     let pool = Pool::new(threads);
-    println!("{threads} threads, read bandwidth {:.1} GB/s", probe::read_bandwidth(&pool, 5) / 1e9);
+    println!("{threads} threads, read bandwidth {:.1} GB/s", probe::Memory::new(&pool).read_bandwidth(&pool, 5) / 1e9);
     for isa in Isa::available() {
         println!("{isa}: 8-bit peak {:.0} GMAC/s", probe::int8_peak(&pool, isa, 20) / 1e9);
     }

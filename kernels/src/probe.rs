@@ -12,23 +12,33 @@ use crate::{Isa, Pool};
 /// Bytes read per pass: far more than any cache holds for long.
 const BYTES: usize = 256 << 20;
 
-/// Bytes per second that the pool's threads together read from memory: the best of `passes` passes over 256 MiB, with the loads of each
-/// instruction set of this CPU, since wider ones keep more under way.
-pub fn read_bandwidth(pool: &Pool, passes: usize) -> f64 {
-    let mut buffer = AlignedBytes::zeroed(BYTES);
-    // Each thread touches its own part first, as the packing of a matrix does.
-    pool.for_rows(&mut buffer, 4096, 1, |_, part| part.fill(1));
-    let mut best = f64::INFINITY;
-    for isa in (0..passes).flat_map(|_| Isa::available()) {
-        let total = AtomicU64::new(0);
-        let start = Instant::now();
-        pool.run(&|thread| {
-            total.fetch_add(read(isa, &buffer[split(BYTES, pool.threads(), thread, 4096)]), Ordering::Relaxed);
-        });
-        best = best.min(start.elapsed().as_secs_f64());
-        black_box(total.into_inner());
+/// Memory to read again and again.
+#[derive(Debug)]
+pub struct Memory(AlignedBytes);
+
+impl Memory {
+    /// 256 MiB, which each of the pool's threads touches its own part of first, as the packing of a matrix does.
+    pub fn new(pool: &Pool) -> Self {
+        let mut buffer = AlignedBytes::zeroed(BYTES);
+        pool.for_rows(&mut buffer, 4096, 1, |_, part| part.fill(1));
+        Self(buffer)
     }
-    BYTES as f64 / best
+
+    /// Bytes per second that a pool's threads together read: the best of `passes` passes with the loads of each instruction set of this
+    /// CPU, since wider ones keep more under way.
+    pub fn read_bandwidth(&self, pool: &Pool, passes: usize) -> f64 {
+        let mut best = f64::INFINITY;
+        for isa in (0..passes).flat_map(|_| Isa::available()) {
+            let total = AtomicU64::new(0);
+            let start = Instant::now();
+            pool.run(&|thread| {
+                total.fetch_add(read(isa, &self.0[split(BYTES, pool.threads(), thread, 4096)]), Ordering::Relaxed);
+            });
+            best = best.min(start.elapsed().as_secs_f64());
+            black_box(total.into_inner());
+        }
+        BYTES as f64 / best
+    }
 }
 
 /// A sum of all bytes of whole lines, so that none need not be read.
@@ -176,6 +186,6 @@ mod tests {
         for isa in Isa::available() {
             assert!(int8_peak(&pool, isa, 1) > 0.0);
         }
-        assert!(read_bandwidth(&pool, 1) > 0.0);
+        assert!(Memory::new(&pool).read_bandwidth(&pool, 1) > 0.0);
     }
 }

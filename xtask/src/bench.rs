@@ -76,8 +76,8 @@ impl Subject {
 struct Samples {
     /// Tokens per second.
     rates: BTreeMap<String, Vec<f64>>,
-    /// Tokens per second that memory and arithmetic allow, where the program says so.
-    limits: BTreeMap<String, Vec<f64>>,
+    /// Which part of what memory and arithmetic allow was reached, where the program says so.
+    shares: BTreeMap<String, Vec<f64>>,
 }
 
 /// Times both programs in alternating rounds and prints a table of medians, spreads and ratios.
@@ -118,10 +118,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for test in options.tests.split(',') {
         for (isa, samples) in options.isa.iter().zip(&ours) {
             let rates = row(&samples.rates, test)?;
-            let share = match row(&samples.limits, test) {
-                Ok(limits) => format!("{:.2}", median(&rates) / median(&limits)),
-                Err(_) => String::new(),
-            };
+            let share = row(&samples.shares, test).map_or_else(|_| String::new(), |shares| format!("{:.2}", median(&shares)));
             print!("| {test} | {isa} | {} | {share} |", shown(&rates));
             for samples in &theirs {
                 let peer = row(&samples.rates, test)?;
@@ -141,8 +138,8 @@ fn collect(program: &mut Command, samples: &mut Samples) -> Result<()> {
         let rate = result["tok_s"].as_f64().with_context(|| format!("no tok_s in {line}"))?;
         eprintln!("    {test}: {rate:.1} tokens/s");
         samples.rates.entry(test.to_owned()).or_default().push(rate);
-        if let Some(most) = result["allowed_tok_s"].as_f64() {
-            samples.limits.entry(test.to_owned()).or_default().push(most);
+        if let Some(share) = result["of_allowed"].as_f64() {
+            samples.shares.entry(test.to_owned()).or_default().push(share);
         }
     }
     Ok(())

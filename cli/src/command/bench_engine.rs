@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use engine::Timings;
-use plan::predict;
+use plan::predict::{self, Machine};
 use router::replica::WorkerTimes;
 use serde::Serialize;
 
@@ -19,7 +19,7 @@ use crate::{
     blocks::Blocks,
     drive::Drive,
     exit::{BadInput, Outcome, bad_input},
-    local::loaded::{self, Loaded, Needs},
+    local::loaded::{self, Loaded, Needs, Prober},
     model::Model,
     output::{self, Unit},
 };
@@ -33,7 +33,8 @@ struct Measured {
     tok_s: f64,
     min: f64,
     max: f64,
-    /// Most bytes per second that the same threads read from memory, in units of 1e9, probed in this process.
+    /// Most bytes per second that the same threads read from memory, in units of 1e9, probed in this process between the repetitions: the
+    /// median.
     read_gb_s: f64,
     /// Name of the kernels' instructions.
     isa: &'static str,
@@ -42,9 +43,10 @@ struct Measured {
     repetitions: usize,
     /// Bytes of weights in the files.
     weight_bytes: u64,
-    /// Tokens per second that memory and arithmetic allow this plan; decodes only.
+    /// Which part of what memory and arithmetic allow this plan was reached: the median over the repetitions, each beside what was probed
+    /// before and after it; decodes only.
     #[serde(skip_serializing_if = "Option::is_none")]
-    allowed_tok_s: Option<f64>,
+    of_allowed: Option<f64>,
     /// Where the time of worker processes went.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     workers: Vec<PerToken>,
@@ -157,26 +159,33 @@ fn print_loading(args: &BenchEngineArgs, loaded: &Loaded, read: Duration, ready:
 async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench: &mut EngineBench) -> Outcome {
     let chunk = args.placement.chunk();
     let (pp, tp) = args.placement.parallelism();
-    let machine = loaded.probe();
+    let prober = loaded.prober();
     for &test in &args.tests {
         let blocks = Blocks::new(&loaded.plan.kv, test.sequences(), test.context(), chunk).bad_input()?;
-        let (before, workers, started) = (loaded.timings(), loaded.worker_times(), Instant::now());
-        let rates = repeat(global, bench, test, &blocks, args.repetitions.get()).await?;
-        let (elapsed, tokens) = (started.elapsed(), test.counted() * (args.repetitions.get() + 1));
-        let Some(spread) = Spread::of(&rates) else { continue };
+        let (before, workers) = (loaded.timings(), loaded.worker_times());
+        let Repeated { rates, machines, elapsed } = repeat(global, bench, test, &blocks, args.repetitions.get(), &prober).await?;
+        let tokens = test.counted() * (args.repetitions.get() + 1);
+        let reads: Vec<f64> = machines.iter().map(|machine| machine.read / 1e9).collect();
+        let (Some(spread), Some(reads)) = (Spread::of(&rates), Spread::of(&reads)) else { continue };
+        let of_allowed = test.depth().map(|depth| {
+            let allowed = |machine: &Machine| predict::decode(&loaded.plan, machine, test.sequences(), depth);
+            // What was allowed in the time of a repetition is between what was allowed before and after it.
+            let around = machines.windows(2).map(|two| (allowed(&two[0]) + allowed(&two[1])) / 2.0);
+            rates.iter().zip(around).map(|(rate, allowed)| rate / allowed).collect::<Vec<_>>()
+        });
         let measured = Measured {
             test: test.to_string(),
             threads: loaded.threads,
             tok_s: spread.median,
             min: spread.min,
             max: spread.max,
-            read_gb_s: machine.read / 1e9,
+            read_gb_s: reads.median,
             isa: loaded.isa.name(),
             pp,
             tp,
             repetitions: rates.len(),
             weight_bytes: loaded.plan.file_bytes,
-            allowed_tok_s: test.depth().map(|depth| predict::decode(&loaded.plan, &machine, test.sequences(), depth)),
+            of_allowed: of_allowed.and_then(|shares| Spread::of(&shares)).map(|shares| shares.median),
             workers: workers
                 .iter()
                 .zip(&loaded.worker_times())
@@ -198,20 +207,40 @@ async fn measure(global: &Global, args: &BenchEngineArgs, loaded: &Loaded, bench
     Ok(())
 }
 
-/// Rates of the timed repetitions, after one that warms caches and threads up.
-async fn repeat(global: &Global, bench: &mut EngineBench, test: BenchTest, blocks: &Blocks, times: usize) -> Outcome<Vec<f64>> {
+/// What repetitions of a test gave.
+struct Repeated {
+    /// Tokens per second of each.
+    rates: Vec<f64>,
+    /// What the machine yielded before each of them, and after the last.
+    machines: Vec<Machine>,
+    /// The time of all, that of the first, which does not count, included.
+    elapsed: Duration,
+}
+
+/// Repeats a test `times` times, after once that warms caches and threads up.
+async fn repeat(
+    global: &Global,
+    bench: &mut EngineBench,
+    test: BenchTest,
+    blocks: &Blocks,
+    times: usize,
+    prober: &Prober,
+) -> Outcome<Repeated> {
     let bar = output::bar(global.quiet, "Measuring", times as u64 + 1, Unit::Items);
-    let mut rates = Vec::with_capacity(times);
+    let mut all = Repeated { rates: Vec::with_capacity(times), machines: Vec::with_capacity(times + 1), elapsed: Duration::ZERO };
     for repetition in 0..=times {
         bar.set_message(test.to_string());
+        let started = Instant::now();
         let rate = bench.once(test, blocks).await?;
+        all.elapsed += started.elapsed();
         if repetition > 0 {
-            rates.push(rate);
+            all.rates.push(rate);
         }
+        all.machines.push(prober.measure());
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok(rates)
+    Ok(all)
 }
 
 /// Prints what each phase of the steps between two readings took, on stderr.
@@ -243,7 +272,7 @@ fn profile_workers(measured: &Measured) {
 
 /// The result for a person.
 fn print(measured: &Measured) -> Outcome {
-    let allowed = measured.allowed_tok_s.map(|most| format!(", {:.2} of what this machine allows the plan", measured.tok_s / most));
+    let allowed = measured.of_allowed.map(|share| format!(", {share:.2} of what this machine allows the plan"));
     output::line(&format!(
         "{:<12} {:>10.1} tok/s  (min {:.1}, max {:.1}; {} threads, {}, memory reads {:.1} GB/s{})",
         measured.test,

@@ -27,8 +27,28 @@ use crate::{
     output::{self, Unit},
 };
 
-/// Passes of the bandwidth probe; the best counts.
-const PROBES: usize = 5;
+/// Passes of each probe; the best counts.
+const PASSES: usize = 3;
+
+/// Measures what this machine yields to as many threads as a replica's engines have.
+pub(crate) struct Prober {
+    all: Pool,
+    /// As many threads as one worker has.
+    one: Pool,
+    memory: probe::Memory,
+    isa: Isa,
+}
+
+impl Prober {
+    /// What the machine yields now.
+    pub(crate) fn measure(&self) -> Machine {
+        Machine {
+            read: self.memory.read_bandwidth(&self.all, PASSES),
+            read_alone: self.memory.read_bandwidth(&self.one, PASSES),
+            products: probe::int8_peak(&self.all, self.isa, PASSES),
+        }
+    }
+}
 
 /// What the steps will need.
 #[derive(Clone, Debug, Default)]
@@ -159,15 +179,11 @@ impl Loaded {
         self.replica.times()
     }
 
-    /// What this machine yields to as many threads as the engines have, measured now.
-    pub(crate) fn probe(&self) -> Machine {
+    /// Measures what this machine yields to as many threads as the engines have.
+    pub(crate) fn prober(&self) -> Prober {
         let all = Pool::new(self.threads);
         let one = Pool::new((self.threads / fleet::workers(&self.plan)).max(1));
-        Machine {
-            read: probe::read_bandwidth(&all, PROBES),
-            read_alone: probe::read_bandwidth(&one, PROBES),
-            products: probe::int8_peak(&all, self.isa, PROBES),
-        }
+        Prober { memory: probe::Memory::new(&all), all, one, isa: self.isa }
     }
 
     /// Ends the workers, where there are any, and waits for them.
