@@ -103,12 +103,7 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
         for group in 0..groups {
             let columns = crate::pool::split(panel.n, groups, group, 1);
             // SAFETY: the caller's token proves the features, and the lengths were checked above.
-            unsafe {
-                match groups {
-                    1 => few_columns_of::<D, true>(layout.dtype, at(0, columns.start, columns.len()), out),
-                    _ => few_columns_of::<D, false>(layout.dtype, at(0, columns.start, columns.len()), out),
-                }
-            }
+            unsafe { few_columns_of::<D>(layout.dtype, at(0, columns.start, columns.len()), out) };
         }
         return;
     }
@@ -130,7 +125,7 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
 
 /// A tile with few columns, as it is unpacked.
 #[inline(always)]
-unsafe fn few_columns_of<D: Dot, const ALONE: bool>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
+unsafe fn few_columns_of<D: Dot>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's.
     unsafe {
         match dtype {
@@ -141,11 +136,11 @@ unsafe fn few_columns_of<D: Dot, const ALONE: bool>(dtype: WeightType, tile: Til
             WeightType::Q5_1 => few_columns!(tile.n, D::tile32::<Q5Min, false>(tile, out)),
             WeightType::IQ4_NL => few_columns!(tile.n, D::tile32::<Iq4, false>(tile, out)),
             WeightType::MXFP4 => few_columns!(tile.n, D::tile32::<Mx4, false>(tile, out)),
-            WeightType::Q2_K => few_columns!(tile.n, D::tile256::<Q2K, false, ALONE>(tile, out)),
-            WeightType::Q3_K => few_columns!(tile.n, D::tile256::<Q3K, false, ALONE>(tile, out)),
-            WeightType::Q5_K => few_columns!(tile.n, D::tile256::<Q5K, false, ALONE>(tile, out)),
-            WeightType::Q4_K => few_columns!(tile.n, D::tile256::<Q4K, false, ALONE>(tile, out)),
-            WeightType::Q6_K => few_columns!(tile.n, D::tile256::<Q6K, false, ALONE>(tile, out)),
+            WeightType::Q2_K => few_columns!(tile.n, D::tile256::<Q2K, false>(tile, out)),
+            WeightType::Q3_K => few_columns!(tile.n, D::tile256::<Q3K, false>(tile, out)),
+            WeightType::Q5_K => few_columns!(tile.n, D::tile256::<Q5K, false>(tile, out)),
+            WeightType::Q4_K => few_columns!(tile.n, D::tile256::<Q4K, false>(tile, out)),
+            WeightType::Q6_K => few_columns!(tile.n, D::tile256::<Q6K, false>(tile, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -163,11 +158,11 @@ unsafe fn many_columns<D: Dot, const H: usize>(dtype: WeightType, tile: Tile<'_>
             WeightType::Q4_1 | WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, true; H>(tile, out)),
             WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Q8, true; H>(tile, out)),
             WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, true; H>(tile, out)),
-            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, true, false; H>(tile, out)),
-            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, true, false; H>(tile, out)),
-            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, true, false; H>(tile, out)),
-            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, true, false; H>(tile, out)),
-            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, true, false; H>(tile, out)),
+            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, true; H>(tile, out)),
+            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, true; H>(tile, out)),
+            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, true; H>(tile, out)),
+            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, true; H>(tile, out)),
+            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, true; H>(tile, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -196,7 +191,7 @@ unsafe fn chunk<W: Weights, const EXPANDED: bool>(tile: &Tile<'_>, block: usize,
         if EXPANDED {
             line(tile.bytes.add((block * W::CHUNKS + c) * LINE + half * 32))
         } else {
-            W::chunk(tile.body.add(block * W::BODY), half, c / 8, c % 8)
+            W::chunk(tile.body.add(block * W::BODY), half, c)
         }
     }
 }
@@ -219,10 +214,7 @@ trait Dot {
     unsafe fn tile32<W: Weights32, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results);
 
     /// [`tile256`], compiled for these instructions.
-    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const ALONE: bool, const H: usize, const N: usize>(
-        tile: Tile<'_>,
-        out: &mut Results,
-    );
+    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results);
 }
 
 /// AVX2: in pairs, into 16 bits.
@@ -246,12 +238,9 @@ impl Dot for Pairs {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const ALONE: bool, const H: usize, const N: usize>(
-        tile: Tile<'_>,
-        out: &mut Results,
-    ) {
+    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
         // SAFETY: the caller's.
-        unsafe { tile256::<Self, W, EXPANDED, ALONE, H, N>(tile, out) }
+        unsafe { tile256::<Self, W, EXPANDED, H, N>(tile, out) }
     }
 }
 
@@ -271,12 +260,9 @@ impl Dot for Fours {
     }
 
     #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
-    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const ALONE: bool, const H: usize, const N: usize>(
-        tile: Tile<'_>,
-        out: &mut Results,
-    ) {
+    unsafe fn tile256<W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
         // SAFETY: the caller's.
-        unsafe { tile256::<Self, W, EXPANDED, ALONE, H, N>(tile, out) }
+        unsafe { tile256::<Self, W, EXPANDED, H, N>(tile, out) }
     }
 }
 
@@ -370,34 +356,66 @@ unsafe fn tile32<D: Dot, W: Weights32, const EXPANDED: bool, const H: usize, con
 
 /// `H` halves of the tile with `N` columns.
 #[inline(always)]
-unsafe fn tile256<D: Dot, W: Weights256, const EXPANDED: bool, const ALONE: bool, const H: usize, const N: usize>(
-    tile: Tile<'_>,
-    out: &mut Results,
-) {
+unsafe fn tile256<D: Dot, W: Weights256, const EXPANDED: bool, const H: usize, const N: usize>(tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's promise of sizes: for each block 32 bytes at `front` (none with minima), W::BODY at `body`, 64 lines at `bytes` if
     // EXPANDED, and of the panel 256 values, a scale, 16 offsets and 4 pairs of sums for each of its n columns.
     unsafe {
-        let n = if ALONE { N } else { tile.panel.n };
+        let n = tile.panel.n;
         let mut acc = [[_mm256_setzero_ps(); N]; H];
         for b in 0..tile.blocks {
             let body = tile.body.add(b * W::BODY);
             let q = tile.panel.q.as_ptr().add(b * 256 * n + 4 * tile.column);
             let offsets = tile.panel.offsets.as_ptr().add(b * 16 * n + tile.column);
+            let chunks = W::RUN / 4;
             let mut total = [[_mm256_setzero_si256(); N]; H];
-            let columns = Columns { n, q, offsets, half: tile.half };
-            if !EXPANDED && W::APART && N <= 2 {
-                pair::<D, W, H, N, 0, 2>(&mut total, (body, columns), 0);
-                pair::<D, W, H, N, 1, 3>(&mut total, (body, columns), 1);
-                pair::<D, W, H, N, 4, 6>(&mut total, (body, columns), 2);
-                pair::<D, W, H, N, 5, 7>(&mut total, (body, columns), 3);
-            } else {
-                let lines = if EXPANDED { 0 } else { W::BODY / LINE / 8 + 1 };
-                for j in 0..256 / W::RUN {
-                    let (g, r) = (j * W::RUN / 32, j % (32 / W::RUN));
-                    let ahead = (body.wrapping_add(g * lines * LINE), lines);
-                    run::<D, W, H, N, 1>(&mut total, body, columns, ([g], r), ahead, |half, i| {
-                        [chunk::<W, EXPANDED>(&tile, b, half, 8 * g + i)]
-                    });
+            for j in 0..256 / W::RUN {
+                if !EXPANDED {
+                    // A share of the lines ahead with every run.
+                    let lines = W::BODY / LINE * W::RUN / 256 + 1;
+                    ask_ahead(body.wrapping_add(j * lines * LINE), lines);
+                }
+                for h in 0..H {
+                    let half = tile.half + h;
+                    let scales = W::scales(body, half, j);
+                    if D::FOURS {
+                        let mut sums = [_mm256_setzero_si256(); N];
+                        if !W::MINS {
+                            for c in 0..N {
+                                sums[c] = _mm256_set1_epi32(*offsets.add(j * n + c) >> W::SHIFT);
+                            }
+                        }
+                        for i in j * chunks..(j + 1) * chunks {
+                            let w = chunk::<W, EXPANDED>(&tile, b, half, i);
+                            for c in 0..N {
+                                sums[c] = D::fours(sums[c], w, four(q.add(4 * (i * n + c))));
+                            }
+                        }
+                        for c in 0..N {
+                            total[h][c] = _mm256_add_epi32(total[h][c], _mm256_mullo_epi32(sums[c], scales));
+                        }
+                        continue;
+                    }
+                    // The scale in both 16-bit halves of a lane: the pair sums of a row get the same one.
+                    let both = _mm256_blend_epi16::<0xAA>(scales, _mm256_slli_epi32::<16>(scales));
+                    for part in 0..chunks / W::SAFE {
+                        let mut pairs = [_mm256_setzero_si256(); N];
+                        for i in 0..W::SAFE {
+                            let i = j * chunks + part * W::SAFE + i;
+                            let w = chunk::<W, EXPANDED>(&tile, b, half, i);
+                            for c in 0..N {
+                                pairs[c] = _mm256_add_epi16(pairs[c], _mm256_maddubs_epi16(w, four(q.add(4 * (i * n + c)))));
+                            }
+                        }
+                        for c in 0..N {
+                            total[h][c] = _mm256_add_epi32(total[h][c], _mm256_madd_epi16(pairs[c], both));
+                        }
+                    }
+                    if !W::MINS {
+                        for c in 0..N {
+                            let offset = _mm256_set1_epi32(*offsets.add(j * n + c) >> W::SHIFT);
+                            total[h][c] = _mm256_add_epi32(total[h][c], _mm256_mullo_epi32(scales, offset));
+                        }
+                    }
                 }
             }
             for h in 0..H {
@@ -422,102 +440,6 @@ unsafe fn tile256<D: Dot, W: Weights256, const EXPANDED: bool, const ALONE: bool
     }
 }
 
-/// A panel's columns at a block of 256.
-#[derive(Clone, Copy)]
-struct Columns {
-    /// Columns of the panel.
-    n: usize,
-    q: *const i8,
-    offsets: *const i32,
-    /// First half of the tile.
-    half: usize,
-}
-
-/// Adds groups `A` and `B` to `total`, side by side, so that a line that they share is unpacked for both: pair `nth` of the four of a block.
-/// They are constants, so that nothing is decided or shifted by what is only known as it runs.
-#[inline(always)]
-unsafe fn pair<D: Dot, W: Weights256, const H: usize, const N: usize, const A: usize, const B: usize>(
-    total: &mut [[__m256i; N]; H],
-    (body, columns): (*const u8, Columns),
-    nth: usize,
-) {
-    let lines = W::BODY / LINE / 4 + 1;
-    let ahead = (body.wrapping_add(nth * lines * LINE), lines);
-    for r in 0..32 / W::RUN {
-        // SAFETY: the caller's block and columns.
-        unsafe {
-            run::<D, W, H, N, 2>(total, body, columns, ([A, B], r), ahead, |half, i| {
-                [W::chunk(body, half, A, i), W::chunk(body, half, B, i)]
-            });
-        }
-    }
-}
-
-/// Adds run `r` of each of some groups, side by side, times its scales to `total`; `weights`: chunk `i` of each group, for a half of the
-/// tile. What lies ahead of `lines` lines from `ahead` on, the share of the groups, is asked for meanwhile: evenly, since many requests at
-/// once wait for each other.
-#[inline(always)]
-unsafe fn run<D: Dot, W: Weights256, const H: usize, const N: usize, const G: usize>(
-    total: &mut [[__m256i; N]; H],
-    body: *const u8,
-    columns: Columns,
-    (groups, r): ([usize; G], usize),
-    (ahead, lines): (*const u8, usize),
-    weights: impl Fn(usize, usize) -> [__m256i; G],
-) {
-    let Columns { n, q, offsets, half } = columns;
-    // Chunks whose sums go together.
-    let together = if D::FOURS { W::RUN / 4 } else { W::SAFE };
-    let run = |g: usize| groups[g] * 32 / W::RUN + r;
-    // SAFETY: the caller's block and columns.
-    unsafe {
-        let offset = |g: usize, c: usize| _mm256_set1_epi32(*offsets.add(run(g) * n + c) >> W::SHIFT);
-        let scales: [[__m256i; H]; G] = std::array::from_fn(|g| std::array::from_fn(|h| W::scales(body, half + h, run(g))));
-        for part in 0..W::RUN / 4 / together {
-            let mut sums = [[[_mm256_setzero_si256(); N]; H]; G];
-            if D::FOURS && !W::MINS {
-                for g in 0..G {
-                    for c in 0..N {
-                        let offset = offset(g, c);
-                        sums[g].iter_mut().for_each(|sums| sums[c] = offset);
-                    }
-                }
-            }
-            for i in 0..together {
-                let i = r * W::RUN / 4 + part * together + i;
-                ask_ahead(ahead.wrapping_add(i * lines / 8 * LINE), (i + 1) * lines / 8 - i * lines / 8);
-                for h in 0..H {
-                    for (g, w) in weights(half + h, i).into_iter().enumerate() {
-                        for c in 0..N {
-                            let (sum, a) = (&mut sums[g][h][c], four(q.add(4 * ((groups[g] * 8 + i) * n + c))));
-                            *sum = if D::FOURS { D::fours(*sum, w, a) } else { _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w, a)) };
-                        }
-                    }
-                }
-            }
-            for (scales, sums) in scales.iter().zip(&sums) {
-                for h in 0..H {
-                    // The scale in both 16-bit halves of a lane: the pair sums of a row get the same one.
-                    let both = _mm256_blend_epi16::<0xAA>(scales[h], _mm256_slli_epi32::<16>(scales[h]));
-                    for c in 0..N {
-                        let scaled = if D::FOURS { _mm256_mullo_epi32(sums[h][c], scales[h]) } else { _mm256_madd_epi16(sums[h][c], both) };
-                        total[h][c] = _mm256_add_epi32(total[h][c], scaled);
-                    }
-                }
-            }
-        }
-        if !D::FOURS && !W::MINS {
-            for g in 0..G {
-                for h in 0..H {
-                    for c in 0..N {
-                        total[h][c] = _mm256_add_epi32(total[h][c], _mm256_mullo_epi32(scales[g][h], offset(g, c)));
-                    }
-                }
-            }
-        }
-    }
-}
-
 #[target_feature(enable = "avx2")]
 unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and W::CHUNKS lines at `out` for each block.
@@ -528,7 +450,7 @@ unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
                     ask_ahead(body.wrapping_add(b * W::BODY + c * LINE), 1);
                 }
                 for half in 0..2 {
-                    let bytes = W::chunk(body.add(b * W::BODY), half, c / 8, c % 8);
+                    let bytes = W::chunk(body.add(b * W::BODY), half, c);
                     _mm256_storeu_si256(out.add((b * W::CHUNKS + c) * LINE + half * 32).cast(), bytes);
                 }
             }

@@ -28,11 +28,11 @@ pub(super) unsafe fn halves(at: *const u8) -> __m256 {
 
 /// How half-lines of a type are unpacked.
 pub(super) trait Weights {
-    /// Bytes of a block of a tile, and chunks of four k in it, eight in a group.
+    /// Bytes of a block of a tile, and chunks of four k in it.
     const BODY: usize;
     const CHUNKS: usize;
-    /// Half-line `half` of chunk `i` of group `g` of the block at `body`, as unsigned bytes (signed values: + 128).
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i;
+    /// Half-line `half` of chunk `c` of the block at `body`, as unsigned bytes (signed values: + 128).
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i;
 }
 
 /// Weights in blocks of 32.
@@ -60,8 +60,6 @@ pub(super) trait Weights256: Weights {
     const SAFE: usize;
     /// Whether every run has a minimum; else the bytes are biased, and the panel's offsets correct it.
     const MINS: bool;
-    /// Whether groups `g` and `g + 2` share lines of which so much is unpacked that few columns are bound by it.
-    const APART: bool = false;
     /// The bias is the offsets' 32, shifted right by this.
     const SHIFT: u32 = 0;
     /// Scales of the 8 rows of `half` for run `j`.
@@ -103,9 +101,9 @@ impl Weights for Q8 {
     const CHUNKS: usize = 8;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, _: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 8 lines.
-        unsafe { line(body.add(i * LINE + half * 32)) }
+        unsafe { line(body.add(c * LINE + half * 32)) }
     }
 }
 
@@ -118,16 +116,16 @@ impl Weights for Q5 {
     const CHUNKS: usize = 8;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, _: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 5 lines.
         unsafe {
-            let (bits, nibbles) = (line(body.add(half * 32)), line(body.add((i % 4 + 1) * LINE + half * 32)));
-            let nibbles = if i < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
-            // Bit i of every byte moves to bit 4.
-            let bits = if i < 4 {
-                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(4 - i as i32))
+            let (bits, nibbles) = (line(body.add(half * 32)), line(body.add((c % 4 + 1) * LINE + half * 32)));
+            let nibbles = if c < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
+            // Bit c of every byte moves to bit 4.
+            let bits = if c < 4 {
+                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(4 - c as i32))
             } else {
-                _mm256_srl_epi16(bits, _mm_cvtsi32_si128(i as i32 - 4))
+                _mm256_srl_epi16(bits, _mm_cvtsi32_si128(c as i32 - 4))
             };
             _mm256_or_si256(_mm256_and_si256(nibbles, _mm256_set1_epi8(15)), _mm256_and_si256(bits, _mm256_set1_epi8(16)))
         }
@@ -141,11 +139,11 @@ impl Weights for Q4 {
     const CHUNKS: usize = 8;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, _: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 4 lines.
         unsafe {
-            let nibbles = line(body.add(i % 4 * LINE + half * 32));
-            _mm256_and_si256(if i < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) }, _mm256_set1_epi8(15))
+            let nibbles = line(body.add(c % 4 * LINE + half * 32));
+            _mm256_and_si256(if c < 4 { nibbles } else { _mm256_srli_epi16::<4>(nibbles) }, _mm256_set1_epi8(15))
         }
     }
 }
@@ -157,9 +155,9 @@ impl<W: Weights> Weights for WithMin<W> {
     const CHUNKS: usize = W::CHUNKS;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's.
-        unsafe { W::chunk(body, half, g, i) }
+        unsafe { W::chunk(body, half, c) }
     }
 }
 
@@ -182,9 +180,9 @@ impl Weights for Iq4 {
     const CHUNKS: usize = 8;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 4 lines.
-        unsafe { look_up(&blocks::IQ4_NL, Q4::chunk(body, half, g, i)) }
+        unsafe { look_up(&blocks::IQ4_NL, Q4::chunk(body, half, c)) }
     }
 }
 
@@ -197,9 +195,9 @@ impl Weights for Mx4 {
     const CHUNKS: usize = 8;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 4 lines.
-        unsafe { look_up(&blocks::MXFP4, Q4::chunk(body, half, g, i)) }
+        unsafe { look_up(&blocks::MXFP4, Q4::chunk(body, half, c)) }
     }
 }
 
@@ -225,11 +223,11 @@ impl Weights for Q4K {
     const CHUNKS: usize = 64;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 32 lines of nibbles.
         unsafe {
-            let nibbles = line(body.add(Q4_K_LINES + (g / 2 * 8 + i) * LINE + half * 32));
-            let shifted = if g.is_multiple_of(2) { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
+            let nibbles = line(body.add(Q4_K_LINES + (c / 16 * 8 + c % 8) * LINE + half * 32));
+            let shifted = if (c / 8).is_multiple_of(2) { nibbles } else { _mm256_srli_epi16::<4>(nibbles) };
             _mm256_and_si256(shifted, _mm256_set1_epi8(15))
         }
     }
@@ -253,17 +251,17 @@ impl Weights for Q5K {
     const CHUNKS: usize = 64;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 32 lines of nibbles and 8 of fifth bits.
         unsafe {
-            let bits = line(body.add(Q5_K_BITS + i * LINE + half * 32));
-            // Bit g of every byte moves to bit 4.
-            let bits = if g < 4 {
-                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(4 - g as i32))
+            let bits = line(body.add(Q5_K_BITS + c % 8 * LINE + half * 32));
+            // Bit c / 8 of every byte moves to bit 4.
+            let bits = if c < 32 {
+                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(4 - (c / 8) as i32))
             } else {
-                _mm256_srl_epi16(bits, _mm_cvtsi32_si128(g as i32 - 4))
+                _mm256_srl_epi16(bits, _mm_cvtsi32_si128((c / 8) as i32 - 4))
             };
-            _mm256_or_si256(Q4K::chunk(body, half, g, i), _mm256_and_si256(bits, _mm256_set1_epi8(16)))
+            _mm256_or_si256(Q4K::chunk(body, half, c), _mm256_and_si256(bits, _mm256_set1_epi8(16)))
         }
     }
 }
@@ -281,13 +279,13 @@ impl Weights256 for Q5K {
     }
 }
 
-/// Two bits of every byte of a line of `qs`, for chunk `i` of group `g`: lines of a half follow each other, fields are shifts.
+/// Two bits of every byte of a line of `qs`, for chunk `c`: lines of a half follow each other, fields are shifts.
 #[inline(always)]
-unsafe fn two_bits(lines: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+unsafe fn two_bits(lines: *const u8, half: usize, c: usize) -> __m256i {
     // SAFETY: the caller's block has 16 lines.
     unsafe {
-        let line = line(lines.add((g / 4 * 8 + i) * LINE + half * 32));
-        _mm256_and_si256(_mm256_srl_epi16(line, _mm_cvtsi32_si128((g % 4 * 2) as i32)), _mm256_set1_epi8(3))
+        let line = line(lines.add((c / 32 * 8 + c % 8) * LINE + half * 32));
+        _mm256_and_si256(_mm256_srl_epi16(line, _mm_cvtsi32_si128((c / 8 % 4 * 2) as i32)), _mm256_set1_epi8(3))
     }
 }
 
@@ -296,9 +294,9 @@ impl Weights for Q2K {
     const CHUNKS: usize = 64;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's.
-        unsafe { two_bits(body.add(Q2_K_LINES), half, g, i) }
+        unsafe { two_bits(body.add(Q2_K_LINES), half, c) }
     }
 }
 
@@ -337,17 +335,17 @@ impl Weights for Q3K {
     const CHUNKS: usize = 64;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 8 lines of bits and 16 of `qs`.
         unsafe {
-            let bits = line(body.add(Q3_K_BITS + i * LINE + half * 32));
-            // Bit g of every byte moves to bit 2.
-            let bits = if g < 3 {
-                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(2 - g as i32))
+            let bits = line(body.add(Q3_K_BITS + c % 8 * LINE + half * 32));
+            // Bit c / 8 of every byte moves to bit 2.
+            let bits = if c < 24 {
+                _mm256_sll_epi16(bits, _mm_cvtsi32_si128(2 - (c / 8) as i32))
             } else {
-                _mm256_srl_epi16(bits, _mm_cvtsi32_si128(g as i32 - 2))
+                _mm256_srl_epi16(bits, _mm_cvtsi32_si128((c / 8) as i32 - 2))
             };
-            _mm256_or_si256(two_bits(body.add(Q3_K_LINES), half, g, i), _mm256_and_si256(bits, _mm256_set1_epi8(4)))
+            _mm256_or_si256(two_bits(body.add(Q3_K_LINES), half, c), _mm256_and_si256(bits, _mm256_set1_epi8(4)))
         }
     }
 }
@@ -372,11 +370,11 @@ impl Weights for Q6K {
     const CHUNKS: usize = 64;
 
     #[inline(always)]
-    unsafe fn chunk(body: *const u8, half: usize, g: usize, i: usize) -> __m256i {
+    unsafe fn chunk(body: *const u8, half: usize, c: usize) -> __m256i {
         // SAFETY: the caller's block has 2 · 8 · 3 lines.
         unsafe {
-            let field = g % 4;
-            let lines = body.add(Q6_K_LINES + (g / 4 * 24 + i * 3) * LINE + half * 32);
+            let (part, field, i) = (c / 32, c / 8 % 4, c % 8);
+            let lines = body.add(Q6_K_LINES + (part * 24 + i * 3) * LINE + half * 32);
             let (low, high) = (line(lines.add(field % 2 * LINE)), line(lines.add(2 * LINE)));
             let low = if field < 2 { low } else { _mm256_srli_epi16::<4>(low) };
             let high = match field {
@@ -394,7 +392,6 @@ impl Weights256 for Q6K {
     const RUN: usize = 16;
     // 2 · 2 · 63 · 127 = 32004.
     const SAFE: usize = 2;
-    const APART: bool = true;
     const MINS: bool = false;
 
     #[inline(always)]
