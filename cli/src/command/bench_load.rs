@@ -199,12 +199,17 @@ fn print(load: &Load) -> Outcome {
         ("request", &load.request_ms, "ms"),
         ("one stream", &load.stream_tokens_per_second, "tok/s"),
     ];
+    print_clients(&rows, load.first_error.as_deref())
+}
+
+/// What clients saw: rows of a label, percentiles and their unit, and the first error.
+pub(super) fn print_clients(rows: &[(&str, &Option<Percentiles>, &str)], first_error: Option<&str>) -> Outcome {
     for (label, row, unit) in rows {
         if let Some(row) = row {
             output::line(&format!("{label:<15} p50 {:.1} {unit}, p90 {:.1} {unit}, p99 {:.1} {unit}", row.p50, row.p90, row.p99))?;
         }
     }
-    match &load.first_error {
+    match first_error {
         Some(error) => output::line(&format!("first error     {error}")),
         None => Ok(()),
     }

@@ -29,7 +29,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::bench_load::{Percentiles, percentiles, prompts};
+use super::bench_load::{Percentiles, percentiles, print_clients, prompts};
 use crate::{
     args::{BenchRouterArgs, Global},
     bench::{
@@ -456,15 +456,9 @@ fn print(measured: &Measured) -> Outcome {
         }
         None => output::line("router, cores   this system does not say what threads use")?,
     }
-    for (label, row) in [("first token", &measured.ttft_ms), ("between tokens", &measured.itl_ms), ("request", &measured.request_ms)] {
-        if let Some(row) = row {
-            output::line(&format!("{label:<15} p50 {:.1} ms, p90 {:.1} ms, p99 {:.1} ms", row.p50, row.p90, row.p99))?;
-        }
-    }
-    match &measured.first_error {
-        Some(error) => output::line(&format!("first error     {error}")),
-        None => Ok(()),
-    }
+    let rows =
+        [("first token", &measured.ttft_ms, "ms"), ("between tokens", &measured.itl_ms, "ms"), ("request", &measured.request_ms, "ms")];
+    print_clients(&rows, measured.first_error.as_deref())
 }
 
 #[cfg(test)]

@@ -33,8 +33,8 @@ const PASSES: usize = 3;
 /// Measures what this machine yields to as many threads as a replica's engines have.
 pub(crate) struct Prober {
     all: Pool,
-    /// As many threads as one worker has.
-    one: Pool,
+    /// As many threads as one worker has, where there are several workers.
+    one: Option<Pool>,
     memory: probe::Memory,
     isa: Isa,
 }
@@ -42,9 +42,10 @@ pub(crate) struct Prober {
 impl Prober {
     /// What the machine yields now.
     pub(crate) fn measure(&self) -> Machine {
+        let read = self.memory.read_bandwidth(&self.all, PASSES);
         Machine {
-            read: self.memory.read_bandwidth(&self.all, PASSES),
-            read_alone: self.memory.read_bandwidth(&self.one, PASSES),
+            read,
+            read_alone: self.one.as_ref().map_or(read, |one| self.memory.read_bandwidth(one, PASSES)),
             products: probe::int8_peak(&self.all, self.isa, PASSES),
         }
     }
@@ -182,7 +183,8 @@ impl Loaded {
     /// Measures what this machine yields to as many threads as the engines have.
     pub(crate) fn prober(&self) -> Prober {
         let all = Pool::new(self.threads);
-        let one = Pool::new((self.threads / fleet::workers(&self.plan)).max(1));
+        let workers = fleet::workers(&self.plan);
+        let one = (workers > 1).then(|| Pool::new((self.threads / workers).max(1)));
         Prober { memory: probe::Memory::new(&all), all, one, isa: self.isa }
     }
 
