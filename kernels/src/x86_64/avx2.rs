@@ -1,7 +1,7 @@
 //! Products of one tile of 16 rows with one panel of up to 12 columns, 256-bit vectors.
 //!
-//! A vector holds half a tile: lane r of half h is row 8h + r. Up to three columns both halves go together, so that a tile is read from
-//! memory once; above, the weights are first expanded to bytes, and each half runs over at most six columns at a time. Bytes are multiplied
+//! A vector holds half a tile: lane r of half h is row 8h + r. With few columns both halves go together, so that a tile is read from memory
+//! once; with more, each half runs over at most six at a time, unpacked anew for each six or expanded to bytes before. Bytes are multiplied
 //! in pairs into 16-bit sums, as many of them as cannot overflow, before they are widened (with the scale of the run, where there is one);
 //! with AVX-VNNI, in fours into 32-bit sums that begin at what the weights' bias makes too much. The inner functions have no target features
 //! of their own: they are always inlined into one that has.
@@ -19,9 +19,9 @@ use weights::{Iq4, Mx4, Q2K, Q3K, Q4, Q4K, Q4Min, Q5, Q5K, Q5Min, Q6K, Q8, Weigh
 
 mod weights;
 
-/// Up to this many columns, both halves of a tile are multiplied as they are unpacked: in pairs, and in fours.
-pub(super) const FUSED: usize = 3;
-pub(super) const FUSED_FOURS: usize = 4;
+/// Columns that a kernel takes, at most.
+const MOST: usize = 6;
+
 /// Calls a kernel with its last two generic arguments, halves and columns, made constants.
 macro_rules! columns {
     ($n:expr, $dot:ident::$kernel:ident::<$($generic:tt),+; $halves:tt>($($argument:expr),+)) => {
@@ -36,17 +36,15 @@ macro_rules! columns {
         }
     };
 }
-/// As `columns`, for the whole tile and 1..=4 columns.
-macro_rules! few_columns {
-    ($n:expr, $dot:ident::$kernel:ident::<$($generic:tt),+>($($argument:expr),+)) => {
-        match $n {
-            1 => $dot::$kernel::<$($generic),+, 2, 1>($($argument),+),
-            2 => $dot::$kernel::<$($generic),+, 2, 2>($($argument),+),
-            3 => $dot::$kernel::<$($generic),+, 2, 3>($($argument),+),
-            4 => $dot::$kernel::<$($generic),+, 2, 4>($($argument),+),
-            _ => unreachable!("more columns are multiplied expanded"),
-        }
-    };
+/// Columns of a lone panel that are multiplied with what is unpacked on the way, at most; for more of them it is written first. Found by
+/// measurement: what is unpacked by much is so twice above [`MOST`] columns.
+pub(super) fn most_unpacked(dtype: WeightType, fours: bool) -> usize {
+    match (dtype, fours) {
+        (WeightType::Q5_K, false) | (WeightType::Q3_K | WeightType::Q6_K, true) => 3,
+        (WeightType::Q2_K | WeightType::Q5_K, true) => 4,
+        (WeightType::Q2_K | WeightType::Q3_K | WeightType::Q6_K, false) => MOST,
+        _ => PANEL,
+    }
 }
 
 /// Expands the weights of a tile to bytes, a line for every four values of k, in order.
@@ -98,24 +96,22 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
         n,
         shift: u32::from(layout.dtype == WeightType::Q4_0),
     };
-    if expanded.is_none() && (panel.n <= D::FUSED || layout.dtype != WeightType::Q8_0) {
-        let groups = panel.n.div_ceil(D::FUSED);
-        for group in 0..groups {
-            let columns = crate::pool::split(panel.n, groups, group, 1);
-            // SAFETY: the caller's token proves the features, and the lengths were checked above.
-            unsafe { few_columns_of::<D>(layout.dtype, at(0, columns.start, columns.len()), out) };
-        }
-        return;
-    }
-    let groups = panel.n.div_ceil(D::COLUMNS);
-    for half in (0..2).step_by(D::HALVES) {
+    let (halves, columns) = match expanded {
+        None if layout.dtype == WeightType::Q8_0 && panel.n <= 3 => (2, 3),
+        None if layout.dtype != WeightType::Q8_0 => D::unpacked(layout.dtype, panel.n),
+        _ => (D::HALVES, D::COLUMNS),
+    };
+    let groups = panel.n.div_ceil(columns);
+    for half in (0..2).step_by(halves) {
         for group in 0..groups {
             let columns = crate::pool::split(panel.n, groups, group, 1);
             let tile = at(half, columns.start, columns.len());
             // SAFETY: the caller's token proves the features, and the lengths were checked above.
             unsafe {
-                match D::HALVES {
-                    1 => many_columns::<D, 1>(layout.dtype, tile, out),
+                match (expanded, halves) {
+                    (None, 1) => unpacked::<D, 1>(layout.dtype, tile, out),
+                    (None, _) => unpacked::<D, 2>(layout.dtype, tile, out),
+                    (_, 1) => many_columns::<D, 1>(layout.dtype, tile, out),
                     _ => many_columns::<D, 2>(layout.dtype, tile, out),
                 }
             }
@@ -123,24 +119,24 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
     }
 }
 
-/// A tile with few columns, as it is unpacked.
+/// `H` halves of a tile with up to six columns, as it is unpacked.
 #[inline(always)]
-unsafe fn few_columns_of<D: Dot>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
+unsafe fn unpacked<D: Dot, const H: usize>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's.
     unsafe {
         match dtype {
-            WeightType::Q8_0 => few_columns!(tile.n, D::tile32::<Q8, false>(tile, out)),
-            WeightType::Q4_0 => few_columns!(tile.n, D::tile32::<Q4, false>(tile, out)),
-            WeightType::Q4_1 => few_columns!(tile.n, D::tile32::<Q4Min, false>(tile, out)),
-            WeightType::Q5_0 => few_columns!(tile.n, D::tile32::<Q5, false>(tile, out)),
-            WeightType::Q5_1 => few_columns!(tile.n, D::tile32::<Q5Min, false>(tile, out)),
-            WeightType::IQ4_NL => few_columns!(tile.n, D::tile32::<Iq4, false>(tile, out)),
-            WeightType::MXFP4 => few_columns!(tile.n, D::tile32::<Mx4, false>(tile, out)),
-            WeightType::Q2_K => few_columns!(tile.n, D::tile256::<Q2K, false>(tile, out)),
-            WeightType::Q3_K => few_columns!(tile.n, D::tile256::<Q3K, false>(tile, out)),
-            WeightType::Q5_K => few_columns!(tile.n, D::tile256::<Q5K, false>(tile, out)),
-            WeightType::Q4_K => few_columns!(tile.n, D::tile256::<Q4K, false>(tile, out)),
-            WeightType::Q6_K => few_columns!(tile.n, D::tile256::<Q6K, false>(tile, out)),
+            WeightType::Q8_0 => columns!(tile.n, D::tile32::<Q8, false; H>(tile, out)),
+            WeightType::Q4_0 => columns!(tile.n, D::tile32::<Q4, false; H>(tile, out)),
+            WeightType::Q4_1 => columns!(tile.n, D::tile32::<Q4Min, false; H>(tile, out)),
+            WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, false; H>(tile, out)),
+            WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, false; H>(tile, out)),
+            WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Iq4, false; H>(tile, out)),
+            WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, false; H>(tile, out)),
+            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, false; H>(tile, out)),
+            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, false; H>(tile, out)),
+            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, false; H>(tile, out)),
+            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, false; H>(tile, out)),
+            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, false; H>(tile, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -200,12 +196,24 @@ unsafe fn chunk<W: Weights, const EXPANDED: bool>(tile: &Tile<'_>, block: usize,
 trait Dot {
     /// Whether four products are added to a 32-bit sum at once.
     const FOURS: bool;
-    /// [`FUSED`] or [`FUSED_FOURS`].
-    const FUSED: usize = if Self::FOURS { FUSED_FOURS } else { FUSED };
     /// Halves of a tile that go together with many columns: sums of both fit into the registers where pairs need none beside them.
     const HALVES: usize = if Self::FOURS { 2 } else { 1 };
     /// Columns of them, at most.
     const COLUMNS: usize = if Self::FOURS { 4 } else { 6 };
+
+    /// Halves of a tile, and columns at most, that go together where `columns` columns are multiplied with what is unpacked. With both halves
+    /// what is read of the columns serves twice, and each line is read once; with one there are registers for more columns, so that less is
+    /// unpacked twice. Found by measurement.
+    fn unpacked(dtype: WeightType, columns: usize) -> (usize, usize) {
+        match (dtype, columns) {
+            (WeightType::Q4_K, _) if !Self::FOURS => (1, MOST),
+            (WeightType::Q5_K, ..=3) if !Self::FOURS => (2, 3),
+            (_, 1) => (2, 1),
+            (WeightType::Q5_0 | WeightType::Q5_1, ..=3) if Self::FOURS => (2, 3),
+            (WeightType::Q4_0 | WeightType::Q4_1 | WeightType::IQ4_NL | WeightType::MXFP4 | WeightType::Q2_K, _) if Self::FOURS => (2, 4),
+            _ => (1, MOST),
+        }
+    }
 
     /// `sums` and the products of four bytes each.
     unsafe fn fours(sums: __m256i, w: __m256i, a: __m256i) -> __m256i;
