@@ -94,7 +94,6 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
         half,
         column,
         n,
-        shift: u32::from(layout.dtype == WeightType::Q4_0),
     };
     let (halves, columns) = match expanded {
         None if layout.dtype == WeightType::Q8_0 && panel.n <= 3 => (2, 3),
@@ -149,9 +148,10 @@ unsafe fn many_columns<D: Dot, const H: usize>(dtype: WeightType, tile: Tile<'_>
     unsafe {
         match dtype {
             WeightType::Q8_0 => columns!(tile.n, D::tile32::<Q8, false; H>(tile, out)),
-            // What is expanded has lost what told these apart but for the numbers in front.
-            WeightType::Q4_0 | WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, true; H>(tile, out)),
-            WeightType::Q4_1 | WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, true; H>(tile, out)),
+            WeightType::Q4_0 => columns!(tile.n, D::tile32::<Q4, true; H>(tile, out)),
+            WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, true; H>(tile, out)),
+            WeightType::Q4_1 => columns!(tile.n, D::tile32::<Q4Min, true; H>(tile, out)),
+            WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, true; H>(tile, out)),
             WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Q8, true; H>(tile, out)),
             WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, true; H>(tile, out)),
             WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, true; H>(tile, out)),
@@ -175,8 +175,13 @@ struct Tile<'a> {
     half: usize,
     column: usize,
     n: usize,
-    /// Blocks of 32: the weights' bias is the panel's 16, shifted right by this.
-    shift: u32,
+}
+
+/// What weights' bias of 16 makes too much, for one of 8 where that is theirs.
+#[inline(always)]
+unsafe fn of_bias<W: Weights32>(offset: __m256i) -> __m256i {
+    // SAFETY: the caller's.
+    unsafe { if W::EIGHT { _mm256_srai_epi32::<1>(offset) } else { offset } }
 }
 
 /// Half-line `c`, expanded or to be unpacked.
@@ -297,9 +302,10 @@ unsafe fn tile32<D: Dot, W: Weights32, const EXPANDED: bool, const H: usize, con
             if (D::FOURS || !W::SIGNED) && !W::MINS {
                 for c in 0..N {
                     // −bias · Σ a: of 128 where bytes stand for signed ones, else of 16 or less.
-                    let offset = if W::SIGNED { *biases.add(b * n + c) } else { *offsets.add(b * n + c) >> tile.shift };
+                    let offset = if W::SIGNED { *biases.add(b * n + c) } else { *offsets.add(b * n + c) };
+                    let offset = of_bias::<W>(_mm256_set1_epi32(offset));
                     for h in 0..H {
-                        sums[h][c] = _mm256_set1_epi32(offset);
+                        sums[h][c] = offset;
                     }
                 }
             }
@@ -325,11 +331,10 @@ unsafe fn tile32<D: Dot, W: Weights32, const EXPANDED: bool, const H: usize, con
                     }
                 }
             } else {
-                for part in 0..2 {
+                for part in 0..8 / W::SAFE {
                     for h in 0..H {
-                        // 4 · 2 · 31 · 127 = 31496.
                         let mut pairs = [_mm256_setzero_si256(); N];
-                        for i in 4 * part..4 * part + 4 {
+                        for i in W::SAFE * part..W::SAFE * (part + 1) {
                             let w = chunk::<W, EXPANDED>(&tile, b, tile.half + h, i);
                             for c in 0..N {
                                 pairs[c] = _mm256_add_epi16(pairs[c], _mm256_maddubs_epi16(w, four(q.add(4 * (i * n + c)))));

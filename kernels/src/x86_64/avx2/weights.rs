@@ -41,6 +41,10 @@ pub(super) trait Weights32: Weights {
     const SIGNED: bool = false;
     /// Whether a number is added to all values of a block, so that they have no bias.
     const MINS: bool = false;
+    /// Whether the bytes' bias is 8, in place of 16.
+    const EIGHT: bool = false;
+    /// Chunks whose 16-bit sums cannot overflow together.
+    const SAFE: usize;
     /// Bytes of the numbers in front for each block.
     const FRONT: usize = if Self::MINS { 64 } else { 32 };
 
@@ -108,6 +112,7 @@ impl Weights for Q8 {
 }
 
 impl Weights32 for Q8 {
+    const SAFE: usize = 1;
     const SIGNED: bool = true;
 }
 
@@ -132,7 +137,10 @@ impl Weights for Q5 {
     }
 }
 
-impl Weights32 for Q5 {}
+impl Weights32 for Q5 {
+    // 4 · 2 · 31 · 127 = 31496.
+    const SAFE: usize = 4;
+}
 
 impl Weights for Q4 {
     const BODY: usize = 4 * LINE;
@@ -148,7 +156,11 @@ impl Weights for Q4 {
     }
 }
 
-impl Weights32 for Q4 {}
+impl Weights32 for Q4 {
+    const EIGHT: bool = true;
+    // 8 · 2 · 15 · 127 = 30480.
+    const SAFE: usize = 8;
+}
 
 impl<W: Weights> Weights for WithMin<W> {
     const BODY: usize = W::BODY;
@@ -161,7 +173,8 @@ impl<W: Weights> Weights for WithMin<W> {
     }
 }
 
-impl<W: Weights> Weights32 for WithMin<W> {
+impl<W: Weights32> Weights32 for WithMin<W> {
+    const SAFE: usize = W::SAFE;
     const MINS: bool = true;
 }
 
@@ -187,6 +200,7 @@ impl Weights for Iq4 {
 }
 
 impl Weights32 for Iq4 {
+    const SAFE: usize = 1;
     const SIGNED: bool = true;
 }
 
@@ -204,6 +218,7 @@ impl Weights for Mx4 {
 impl Weights32 for Mx4 {
     const FRONT: usize = 16;
 
+    const SAFE: usize = 1;
     const SIGNED: bool = true;
 
     #[inline(always)]
