@@ -1,6 +1,9 @@
 //! How much a parser holds at once, beside what it was given.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    backtrace::Backtrace,
+    sync::{Mutex, MutexGuard, Once, PoisonError},
+};
 
 use e2e::parsers::Parser;
 
@@ -8,6 +11,9 @@ use crate::ALLOCATOR;
 
 /// What is counted is of the whole process: one test at a time.
 static ALONE: Mutex<()> = Mutex::new(());
+
+/// Where backtraces are wanted (`RUST_BACKTRACE`), a parser's library that panics inside has the symbols of this program read, which stay.
+static SYMBOLS: Once = Once::new();
 
 /// Keeps other tests of this program from running.
 pub(crate) fn alone() -> MutexGuard<'static, ()> {
@@ -19,6 +25,7 @@ pub(crate) fn alone() -> MutexGuard<'static, ()> {
 /// # Panics
 /// If the parser panics, does not say where, or holds more than it may.
 pub(crate) fn meet(parser: &Parser, file: &[u8]) -> bool {
+    SYMBOLS.call_once(|| drop(Backtrace::capture().to_string()));
     let before = ALLOCATOR.current_usage();
     ALLOCATOR.reset_peak_usage();
     let loads = parser.loads(file);
