@@ -21,7 +21,8 @@ pub(crate) fn generate(package: &Path, scratch: &Path) -> Result<BTreeMap<String
     files.insert("skein.v1.binpb".to_owned(), public.encode_to_vec());
     // Large payloads are slices of the received buffer, not copies.
     let mut builder = tonic_prost_build::configure();
-    for field in ["HiddenFrame.data", "CardChunk.data", "CardChunk.hash", "Output.logits", "Output.pooled"] {
+    let links = ["HiddenFrame.data", "QuestionFrame.data", "PartFrame.data"];
+    for field in links.into_iter().chain(["CardChunk.data", "CardChunk.hash", "Output.logits", "Output.pooled"]) {
         builder = builder.bytes(format!(".skein.worker.v1.{field}"));
     }
     builder.out_dir(scratch).compile_fds(descriptors)?;

@@ -17,7 +17,7 @@ use clap::{
     builder::styling::{AnsiColor, Effects, Styles},
 };
 
-use plan::{dtype::DType, worker::CollectiveKind};
+use plan::{dtype::DType, planner::Vocabulary, worker::CollectiveKind};
 use source::{AccessKeys, StoreOptions};
 
 pub(crate) use self::{
@@ -227,6 +227,9 @@ pub(crate) struct Placement {
     /// Most tokens in one step [default: 512, or the manifest's].
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) chunk: Option<NonZeroUsize>,
+    /// Stages that multiply the vocabulary: auto (the last, and the first where it holds the table and that is faster), last, or spread.
+    #[arg(long, value_enum, default_value_t = VocabularyChoice::Auto, help_heading = "Placement")]
+    pub(crate) vocabulary: VocabularyChoice,
     /// How the ranks of a stage talk.
     #[arg(long, value_enum, default_value_t = CollectiveChoice::Shm, help_heading = "Placement")]
     pub(crate) collective: CollectiveChoice,
@@ -334,6 +337,25 @@ pub(crate) enum KvChoice {
     F16,
     /// 8 bits and shared scales: half of f16; results change slightly.
     Q8,
+}
+
+/// Stages that multiply the vocabulary.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum VocabularyChoice {
+    Auto,
+    Last,
+    Spread,
+}
+
+impl VocabularyChoice {
+    /// As plans name it.
+    pub(crate) fn planned(self) -> Vocabulary {
+        match self {
+            Self::Auto => Vocabulary::Auto,
+            Self::Last => Vocabulary::Last,
+            Self::Spread => Vocabulary::Spread,
+        }
+    }
 }
 
 /// Transport of a stage's collective.

@@ -28,9 +28,9 @@ pub(crate) trait Backend: Send {
     /// What [`Backend::forward`] left, `[rows, hidden]`.
     fn rows(&self) -> &[f32];
 
-    /// This rank's logits, `[rows.len(), own vocabulary rows]`, of some of [`Backend::rows`], on the last stage. `only`: its vocabulary rows
-    /// that are computed, ascending; what stands in the others' places means nothing then.
-    fn logits(&mut self, rows: &[usize], only: Option<&[usize]>, context: &mut Context<'_, '_>) -> &mut [f32];
+    /// This rank's logits, `[rows, own vocabulary rows]`, of normed states, `[rows, hidden]`, on a stage that multiplies the vocabulary. `only`:
+    /// its vocabulary rows that are computed, ascending; what stands in the others' places means nothing then.
+    fn logits(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32];
 
     /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
     fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;

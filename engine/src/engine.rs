@@ -6,11 +6,11 @@ use kernels::{Isa, Pool};
 use plan::{
     model::ModelConfig,
     shard::{KvGeometry, Shard},
-    step::{Output, Step},
+    step::{Output, SequenceId, Step},
 };
 
 use crate::{
-    Adapter, LoadShardError, MaskSource, Observed, Progress, StepError, Timings, WeightReader,
+    Adapter, InvalidStep, LoadShardError, MaskSource, Observed, Progress, Question, StepError, Timings, WeightReader,
     backend::{Backend, Context},
     batch::Batch,
     collective::Collective,
@@ -18,7 +18,7 @@ use crate::{
     cpu::Cpu,
     fit, pooling,
     ranks::Ranks,
-    sampler::{Sampler, Session},
+    sampler::{self, Sampled, Sampler, Session},
     sequences::Sequences,
     validate::{self, Limits},
 };
@@ -43,12 +43,14 @@ pub enum StageOutput {
     Hidden(Vec<f32>),
     /// From the last stage, in the order of the step's wants; empty on ranks other than 0.
     Outputs(Vec<Output>),
+    /// From the last stage where the first multiplies a part of the vocabulary: what that is asked. [`Engine::multiply`] is to follow.
+    Question(Arc<Question>),
 }
 
 /// What makes results of states.
 enum Head {
     /// Of a decoder's.
-    Sampler(Sampler),
+    Sampler(Box<Sampler>),
     /// Of an encoder's.
     Pooling,
 }
@@ -61,6 +63,9 @@ pub struct Engine {
     first: bool,
     /// On the last stage.
     head: Option<Head>,
+    /// Rows of the vocabulary that the first stage multiplies for the last.
+    lent: Range<usize>,
+    compute: Compute,
     backend: Box<dyn Backend>,
     sequences: Sequences,
     /// Adapters by slot, from 1.
@@ -91,7 +96,7 @@ impl Engine {
         let compute = Compute { pool: Arc::new(Pool::new(options.threads)), isa: options.isa };
         let backend = Cpu::load(config, shard, kv, options, &compute, weights, loaded)?;
         let head = shard.is_last().then(|| match config.encoder {
-            None => Head::Sampler(Sampler::new(compute, shard.splits.vocab.clone(), config.hidden)),
+            None => Head::Sampler(Box::new(Sampler::new(compute.clone(), &shard.splits, config.hidden))),
             Some(_) => Head::Pooling,
         });
         Ok(Self {
@@ -100,6 +105,8 @@ impl Engine {
             options,
             first: shard.is_first(),
             head,
+            lent: if shard.is_last() { 0..0 } else { shard.product() },
+            compute,
             backend: Box::new(backend),
             sequences: Sequences::new(kv, shard.is_last(), shard.is_last() && shard.rank == 0),
             adapters: HashMap::new(),
@@ -133,6 +140,9 @@ impl Engine {
             last: self.head.is_some(),
         };
         validate::check(&limits, step, &self.sequences).map_err(|source| StepError::Invalid { step: step.id, source })?;
+        if let Some(sequence) = self.unfinished(step) {
+            return Err(StepError::Invalid { step: step.id, source: InvalidStep::Unfinished { sequence } });
+        }
         self.progress.begin(step.id);
         self.last_step = step.id;
         for &copy in &step.copies {
@@ -153,7 +163,10 @@ impl Engine {
             Some(Head::Pooling) => StageOutput::Outputs(pooling::run(step, &batch, self.options.isa, self.backend.as_mut())),
             Some(Head::Sampler(sampler)) => {
                 let mut session = Session { step, histories: &mut self.sequences.histories, masks };
-                StageOutput::Outputs(sampler.run(&mut session, &batch.wanted, self.backend.as_mut(), &mut context)?)
+                match sampler.run(&mut session, &batch.wanted, self.backend.as_mut(), &mut context)? {
+                    Sampled::Outputs(outputs) => StageOutput::Outputs(outputs),
+                    Sampled::Question(question) => StageOutput::Question(question),
+                }
             }
         };
         self.timings.steps += 1;
@@ -161,6 +174,62 @@ impl Engine {
         self.timings.collective += ranks.spent;
         self.progress.finish(step.id);
         Ok(output)
+    }
+
+    /// On the last stage: the first sequence of `step` that is in a step which waits for the first stage's part of its draw. That one is to be
+    /// finished before this one is run.
+    pub fn unfinished(&self, step: &Step) -> Option<SequenceId> {
+        match &self.head {
+            Some(Head::Sampler(sampler)) => sampler.waits(step),
+            _ => None,
+        }
+    }
+
+    /// On the last stage, once for each [`StageOutput::Question`]: multiplies this rank's part of the vocabulary for the first of them. That step
+    /// then waits for the parts of the first stage. Other steps may be run before either.
+    ///
+    /// # Errors
+    /// If an exchange fails, which ends the session.
+    pub fn multiply(&mut self) -> Result<(), StepError> {
+        let Some(Head::Sampler(sampler)) = &mut self.head else { return Ok(()) };
+        let mut ranks = Ranks::new(self.collective.as_mut());
+        self.progress.begin(self.last_step);
+        let mut context = Context { ranks: &mut ranks, progress: &self.progress, timings: &mut self.timings };
+        sampler.multiply(self.backend.as_mut(), &mut context)?;
+        self.timings.collective += ranks.spent;
+        self.progress.finish(self.last_step);
+        Ok(())
+    }
+
+    /// On the first stage: this rank's part of what the last one asks.
+    ///
+    /// # Errors
+    /// If the question is not of this model.
+    pub fn lend(&mut self, question: &Question) -> Result<Vec<u8>, StepError> {
+        let Question { step, needs, states } = question;
+        let (expected, vocab) = (needs.len() * self.config.hidden, self.config.vocab);
+        let most =
+            needs.iter().flat_map(|need| need.targets.iter().map(|&id| u64::from(id)).chain([need.top.saturating_sub(1) as u64])).max();
+        let most = most.unwrap_or(0);
+        if states.len() != expected || most >= vocab as u64 {
+            let source = InvalidStep::Question { got: states.len(), most, rows: needs.len(), expected, vocab };
+            return Err(StepError::Invalid { step: *step, source });
+        }
+        self.progress.begin(*step);
+        let part = sampler::part(&self.compute, &self.lent, self.config.hidden, question, self.backend.as_mut(), &mut self.timings);
+        self.progress.finish(*step);
+        Ok(part)
+    }
+
+    /// On rank 0 of the last stage: the results of step `step`, of those that wait the first, with the first stage's parts by rank.
+    ///
+    /// # Errors
+    /// If it is not the first that waits, or the parts are of other lengths.
+    pub fn finish(&mut self, step: u64, parts: &[Vec<u8>]) -> Result<Vec<Output>, StepError> {
+        match &mut self.head {
+            Some(Head::Sampler(sampler)) => sampler.finish(step, parts, &mut self.sequences.histories, &mut self.timings),
+            _ => Err(StepError::Invalid { step, source: InvalidStep::NotAsked }),
+        }
     }
 
     /// Sums, from now on, the squares of what goes into each product by column: [`Engine::observed`] has them.
@@ -216,6 +285,9 @@ impl Engine {
     pub fn reset(&mut self) {
         self.adapters.clear();
         self.sequences.clear();
+        if let Some(Head::Sampler(sampler)) = &mut self.head {
+            sampler.clear();
+        }
         self.last_step = 0;
         self.progress.reset();
     }

@@ -197,6 +197,18 @@ pub enum InvalidStep {
     /// A sequence's KV content is of one adapter.
     #[error("sequence {sequence} names adapter slot {adapter}, it began with {before}")]
     OtherAdapter { sequence: SequenceId, adapter: u32, before: u32 },
+    /// Parts of another step than the one that waits for them.
+    #[error("it does not wait for parts of logits, or another one waits before it")]
+    NotAsked,
+    /// Parts of logits of other lengths.
+    #[error("parts of {got:?} bytes came, expected {expected:?}")]
+    Parts { got: Vec<usize>, expected: Vec<usize> },
+    /// A question that cannot be.
+    #[error("{got} states and tokens up to {most} came for {rows} rows, expected {expected} and less than {vocab}")]
+    Question { got: usize, most: u64, rows: usize, expected: usize, vocab: usize },
+    /// A draw of the sequence is not finished.
+    #[error("sequence {sequence} is in a step that waits for parts of logits, expected that to be finished before")]
+    Unfinished { sequence: SequenceId },
     /// A mask that is to be the one before, where there was none.
     #[error("the first mask of sequence {sequence} is said to be unchanged, expected ids or bits")]
     Mask { sequence: SequenceId },

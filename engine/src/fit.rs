@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use plan::{
     model::{ExpertGroups, ModelConfig, RopeScaling},
-    shard::{KvGeometry, Shard, VOCAB_TILE},
+    shard::{KvGeometry, Shard, Splits, VOCAB_TILE},
 };
 
 use crate::{EngineOptions, LoadShardError, collective::Collective};
@@ -154,6 +154,7 @@ fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError>
     if splits.vocab.iter().any(|r| !r.start.is_multiple_of(VOCAB_TILE) && !r.is_empty()) {
         return Err(wrong("the split of the vocabulary", format!("{:?}", splits.vocab), format!("whole tiles of {VOCAB_TILE}")));
     }
+    cuts_fit(config, shard)?;
     let group = config.heads / config.kv_heads;
     let read = |heads: &Range<usize>| heads.start / group..heads.end.div_ceil(group);
     for (rank, heads) in splits.heads.iter().enumerate() {
@@ -167,6 +168,23 @@ fn splits_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError>
                 format!("{:?} for rank {rank}", read(heads)),
             ));
         }
+    }
+    Ok(())
+}
+
+/// A vocabulary that is spread over stages is one that the first stage holds too.
+fn cuts_fit(config: &ModelConfig, shard: &Shard) -> Result<(), LoadShardError> {
+    let Splits { vocab, cuts, .. } = &shard.splits;
+    if cuts.is_empty() {
+        return Ok(());
+    }
+    let shared = shard.stages > 1 && config.tied_embeddings && config.encoder.is_none();
+    equal("whether the vocabulary is spread over stages", 1, usize::from(shared))?;
+    let whole = |(rows, &cut): (&Range<usize>, &usize)| {
+        (rows.start..=rows.end).contains(&cut) && (cut.is_multiple_of(VOCAB_TILE) || cut == rows.end)
+    };
+    if cuts.len() != vocab.len() || !vocab.iter().zip(cuts).all(whole) {
+        return Err(wrong("where the vocabulary is cut", format!("{cuts:?}"), format!("a row between tiles in each of {vocab:?}")));
     }
     Ok(())
 }

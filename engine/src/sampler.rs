@@ -1,31 +1,44 @@
 //! From logits to results: log-probabilities, scores, draws.
 //!
 //! Rank 0 of the last stage has the last word. Where a request leaves the logits as they are, the other ranks hand it the softmax sums of
-//! their tiles and their likeliest rows; where it changes them, or draws from all of them, whole slices of logits.
+//! their tiles and their likeliest rows; where it changes them, or draws from all of them, whole slices of logits. So do the ranks of the first
+//! stage where that multiplies a part of the vocabulary: they are asked, and the step waits for their parts (`spread`).
 
 mod draw;
 mod exchange;
 mod history;
 mod philox;
 mod results;
+mod spread;
 
-use std::{collections::HashMap, ops::Range, time::Instant};
+use std::{
+    collections::{HashMap, VecDeque},
+    ops::Range,
+    sync::Arc,
+    time::Instant,
+};
 
-use plan::step::{Output, OutputValue, SequenceId, Step, Want, WantKind};
+use plan::{
+    shard::Splits,
+    step::{Output, OutputValue, SequenceId, Step, Want, WantKind},
+};
 
 use crate::{
-    InvalidStep, MaskSource, StepError,
+    InvalidStep, MaskSource, Question, StepError,
     backend::{Backend, Context},
     batch::Wanted,
     compute::Compute,
     pooling,
+    question::{Need, few_rows},
     ranks::Ranks,
 };
 
-use exchange::{Exchange, Need};
+use exchange::{Exchange, Reader};
 pub(crate) use history::History;
 use history::NoMask;
 use results::{Results, Row};
+use spread::Waiting;
+pub(crate) use spread::part;
 
 /// Rows of logits computed at once: enough that the weights' way from memory costs less than the products, few enough to be small.
 const ROWS: usize = 32;
@@ -34,9 +47,27 @@ const ROWS: usize = 32;
 pub(crate) struct Sampler {
     /// Vocabulary rows of each rank.
     vocab: Vec<Range<usize>>,
+    /// Those of each rank of the first stage; none where the last has them all.
+    lent: Vec<Range<usize>>,
     hidden: usize,
     results: Results,
     exchange: Exchange,
+    /// States of the rows at hand.
+    states: Vec<f32>,
+    /// A row of logits that came in parts.
+    row: Vec<f32>,
+    /// Steps that were asked for, until this stage has multiplied its own part, in their order.
+    asked: VecDeque<Waiting>,
+    /// On rank 0, steps that wait for the parts of the first stage, in their order.
+    waiting: VecDeque<Waiting>,
+}
+
+/// What became of a step's wants.
+pub(crate) enum Sampled {
+    /// Results, in order; none on ranks other than 0.
+    Outputs(Vec<Output>),
+    /// What the first stage is asked.
+    Question(Arc<Question>),
 }
 
 /// What draws and scores need to know beside the step.
@@ -47,49 +78,87 @@ pub(crate) struct Session<'a> {
 }
 
 impl Sampler {
-    pub(crate) fn new(compute: Compute, vocab: Vec<Range<usize>>, hidden: usize) -> Self {
-        let results = Results::new(compute, vocab.last().map_or(0, |rows| rows.end));
-        Self { vocab, hidden, results, exchange: Exchange::default() }
+    pub(crate) fn new(compute: Compute, splits: &Splits, hidden: usize) -> Self {
+        let ranks = 0..splits.vocab.len();
+        let results = Results::new(compute, splits.vocab.last().map_or(0, |rows| rows.end));
+        Self {
+            vocab: ranks.clone().map(|rank| splits.kept(rank)).collect(),
+            lent: if splits.cuts.is_empty() { Vec::new() } else { ranks.map(|rank| splits.lent(rank)).collect() },
+            hidden,
+            results,
+            exchange: Exchange::default(),
+            states: Vec::new(),
+            row: Vec::new(),
+            asked: VecDeque::new(),
+            waiting: VecDeque::new(),
+        }
     }
 
-    /// Results of the batch's wants, in order; none on ranks other than 0.
+    /// Forgets what waits.
+    pub(crate) fn clear(&mut self) {
+        self.asked.clear();
+        self.waiting.clear();
+    }
+
+    /// Results of the batch's wants, or what the first stage is asked for them.
     pub(crate) fn run(
         &mut self,
         session: &mut Session<'_>,
         wanted: &[Wanted],
         backend: &mut dyn Backend,
         context: &mut Context<'_, '_>,
-    ) -> Result<Vec<Output>, StepError> {
+    ) -> Result<Sampled, StepError> {
+        if !self.lent.is_empty() && wanted.iter().any(|wanted| wanted.logits) {
+            return self.ask(session, wanted, backend).map(Sampled::Question);
+        }
         let mut outputs = Vec::new();
         for (chunk, first) in wanted.chunks(ROWS).zip((0..).step_by(ROWS)) {
             let states: Vec<Option<Vec<f32>>> = (first..).zip(chunk).map(|(row, w)| self.state(session.step, w, row, backend)).collect();
-            let rows: Vec<usize> = (first..).zip(chunk).filter(|(_, w)| w.logits).map(|(row, _)| row).collect();
+            self.gather_states(chunk, first, backend);
             let with_logits: Vec<&Wanted> = chunk.iter().filter(|w| w.logits).collect();
             for wanted in &with_logits {
                 self.take_mask(session, wanted)?;
             }
-            let needs: Vec<Need> = with_logits.iter().map(|wanted| Need::of(session, wanted, self.results.vocab)).collect();
-            let only = self.few_rows(&needs, context.ranks.rank());
-            let logits: &[f32] = if rows.is_empty() { &[] } else { backend.logits(&rows, only.as_deref(), context) };
+            let needs: Vec<Need> = with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab)).collect();
+            let only = few_rows(&needs, &self.vocab[context.ranks.rank()]);
+            let logits: &[f32] = if with_logits.is_empty() { &[] } else { backend.logits(&self.states, only.as_deref(), context.timings) };
             let start = Instant::now();
             let exchanged = context.ranks.spent;
             let mut found = self.results(session, &with_logits, &needs, logits, context.ranks)?.into_iter();
             context.timings.sampling += start.elapsed().saturating_sub(context.ranks.spent - exchanged);
-            if context.ranks.rank() > 0 {
-                continue;
-            }
-            for (wanted, state) in chunk.iter().zip(states) {
-                let part = &session.step.sequences[wanted.part];
-                for want in &part.wants[wanted.wants.clone()] {
-                    let value = match (&want.kind, &state) {
-                        (WantKind::Pooled(pooled), Some(state)) => pooling::vector(self.results.isa(), state.clone(), pooled),
-                        _ => found.next().unwrap_or_else(|| OutputValue::Failed("no result was computed".to_owned())),
-                    };
-                    outputs.push(Output { sequence: part.sequence, position: part.first_position + want.offset, value });
-                }
+            if context.ranks.rank() == 0 {
+                self.outputs(session.step, chunk.iter().zip(states), &mut found, &mut outputs);
             }
         }
-        Ok(outputs)
+        Ok(Sampled::Outputs(outputs))
+    }
+
+    /// Puts results of logits and vectors into the order of the wants.
+    fn outputs<'a>(
+        &self,
+        step: &Step,
+        rows: impl Iterator<Item = (&'a Wanted, Option<Vec<f32>>)>,
+        found: &mut impl Iterator<Item = OutputValue>,
+        outputs: &mut Vec<Output>,
+    ) {
+        for (wanted, state) in rows {
+            let part = &step.sequences[wanted.part];
+            for want in &part.wants[wanted.wants.clone()] {
+                let value = match (&want.kind, &state) {
+                    (WantKind::Pooled(pooled), Some(state)) => pooling::vector(self.results.isa(), state.clone(), pooled),
+                    _ => found.next().unwrap_or_else(|| OutputValue::Failed("no result was computed".to_owned())),
+                };
+                outputs.push(Output { sequence: part.sequence, position: part.first_position + want.offset, value });
+            }
+        }
+    }
+
+    /// Brings the states together whose logits are wanted; `first`: the row of the first of `wanted`.
+    fn gather_states(&mut self, wanted: &[Wanted], first: usize, backend: &dyn Backend) {
+        self.states.clear();
+        for (row, _) in (first..).zip(wanted).filter(|(_, wanted)| wanted.logits) {
+            self.states.extend_from_slice(&backend.rows()[row * self.hidden..(row + 1) * self.hidden]);
+        }
     }
 
     /// The final hidden state of row `row`, if it is wanted.
@@ -108,19 +177,6 @@ impl Sampler {
         set.map_err(|NoMask| StepError::Invalid { step, source: InvalidStep::Mask { sequence } })
     }
 
-    /// The vocabulary rows of rank `rank` that any of these needs, counted from its first, where none needs more than a few.
-    fn few_rows(&self, needs: &[Need], rank: usize) -> Option<Vec<usize>> {
-        if needs.is_empty() || !needs.iter().all(|need| need.sparse) {
-            return None;
-        }
-        let own = &self.vocab[rank];
-        let ids = needs.iter().flat_map(|need| &need.targets).map(|&id| id as usize).filter(|id| own.contains(id));
-        let mut rows: Vec<usize> = ids.map(|id| id - own.start).collect();
-        rows.sort_unstable();
-        rows.dedup();
-        Some(rows)
-    }
-
     /// Results of the wants that need logits, in order; none on ranks other than 0. `logits`: this rank's, of each row.
     fn results(
         &mut self,
@@ -130,7 +186,7 @@ impl Sampler {
         logits: &[f32],
         ranks: &mut Ranks<'_>,
     ) -> Result<Vec<OutputValue>, StepError> {
-        let Self { vocab, results, exchange, .. } = self;
+        let Self { vocab, results, exchange, row, .. } = self;
         let mut values = Vec::new();
         if !ranks.many() {
             for ((logits, wanted), need) in logits.chunks_exact(results.vocab).zip(rows).zip(needs) {
@@ -139,10 +195,12 @@ impl Sampler {
             }
             return Ok(values);
         }
-        exchange.run(&results.compute, vocab, needs, logits, ranks)?;
+        let own = &vocab[ranks.rank()];
+        exchange.run(vocab, needs, ranks, |into| exchange::write(&results.compute, own, needs, logits, into))?;
         if ranks.rank() == 0 {
             let compute = results.compute.clone();
-            let mut reader = exchange.reader(vocab);
+            let parts = vocab.iter().cloned().zip(exchange.parts.iter().map(|part| &exchange.buffer[part.clone()]));
+            let mut reader = Reader::new(parts, row);
             for (wanted, need) in rows.iter().zip(needs) {
                 let row = reader.row(&compute, need);
                 results.of_row(session, wanted, &row, &mut values)?;

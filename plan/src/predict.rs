@@ -7,7 +7,7 @@ use std::ops::Add;
 
 use crate::{
     model::{ModelConfig, Role},
-    shard::{ExecutionPlan, KvGeometry, Shard},
+    shard::{ExecutionPlan, KvGeometry, Shard, TensorSlice},
 };
 
 /// What a machine can do for the workers of one replica, all of which have as many threads.
@@ -24,7 +24,7 @@ pub struct Machine {
 /// Times that 8-bit products are faster than those of floats: a vector holds four times as many.
 const FLOATS: f64 = 4.0;
 
-/// What a worker does in a step.
+/// What a worker does in a part of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Cost {
     /// Bytes read: weights once, and the cache of every sequence.
@@ -44,39 +44,48 @@ impl Add for Cost {
 /// Most tokens per second of `sequences` sequences that decode together, with `depth` tokens in the cache of each; 0 where a machine does
 /// nothing.
 ///
-/// With as many sequences as stages, or more, each stage works on a micro-batch of its own; with fewer, stages wait for each other.
+/// With as many sequences as stages, or more, each stage works on a micro-batch of its own; with fewer, stages wait for each other. The vocabulary
+/// comes after all layers, at the same time on all stages that multiply its rows.
 pub fn decode(plan: &ExecutionPlan, machine: &Machine, sequences: usize, depth: usize) -> f64 {
     let stages = plan.stages.len();
     let workers: usize = plan.stages.iter().map(|stage| stage.shards.len()).sum();
     let width = sequences.div_ceil(stages.max(1)).max(1);
     let batches = sequences.div_ceil(width);
-    let times: Vec<f64> = plan
-        .stages
-        .iter()
-        .map(|stage| {
-            // The memory is shared by those that work at the same time.
-            let working = stage.shards.len() * batches.min(stages);
-            let read = machine.read_alone.min(machine.read / working as f64);
-            let products = machine.products / workers as f64;
-            let time = |cost: Cost| (cost.bytes / read).max(cost.products / products);
-            stage.shards.iter().map(|shard| time(cost(&plan.config, &plan.kv, shard, width, depth))).fold(0.0, f64::max)
-        })
-        .collect();
-    let longest = times.iter().copied().fold(0.0, f64::max);
+    let spread = plan.stages.iter().filter(|stage| stage.shards.iter().any(|shard| !shard.product().is_empty())).count();
+    // The memory is shared by those that work at the same time.
+    let time = |cost: Cost, working: usize| {
+        let read = machine.read_alone.min(machine.read / working as f64);
+        (cost.bytes / read).max(cost.products / (machine.products / workers as f64))
+    };
+    let (mut longest, mut layers, mut vocabulary) = (0.0_f64, 0.0, 0.0_f64);
+    for stage in &plan.stages {
+        let ranks = stage.shards.len();
+        let slowest = |of: fn(Cost, Cost) -> Cost, working: usize| {
+            let costs = stage.shards.iter().map(|shard| cost(&plan.config, &plan.kv, shard, width, depth));
+            costs.map(|(layers, head)| time(of(layers, head), working)).fold(0.0, f64::max)
+        };
+        longest = longest.max(slowest(|layers, head| layers + head, ranks * batches.min(stages)));
+        layers += slowest(|layers, _| layers, ranks * batches.min(stages));
+        vocabulary = vocabulary.max(slowest(|_, head| head, ranks * batches.max(spread).min(stages)));
+    }
     // All sequences have their next token when the longest stage has had every micro-batch, or the only one has passed every stage.
-    let cycle = (batches as f64 * longest).max(times.iter().sum());
+    let cycle = (batches as f64 * longest).max(layers + vocabulary);
     if cycle > 0.0 { sequences as f64 / cycle } else { 0.0 }
 }
 
-/// What a worker does in a step of one token of each of `sequences` sequences.
-fn cost(config: &ModelConfig, kv: &KvGeometry, shard: &Shard, sequences: usize, depth: usize) -> Cost {
-    let weights = shard.slices.iter().filter_map(|slice| {
-        let (width, rows) = (*slice.tensor.shape.get(1)?, slice.rows.len());
+/// What a worker does in a step of one token of each of `sequences` sequences, for layers and for the vocabulary.
+fn cost(config: &ModelConfig, kv: &KvGeometry, shard: &Shard, sequences: usize, depth: usize) -> (Cost, Cost) {
+    let output = if config.tied_embeddings { Role::Embedding } else { Role::Output };
+    let of = |slice: &TensorSlice| {
+        let rows = if slice.id.role == output { shard.product().len() } else { slice.rows.len() };
+        let width = *slice.tensor.shape.get(1)?;
         let bytes = (rows * slice.tensor.dtype.row_bytes(width)?) as f64;
         let products = (rows * width) as f64 * if slice.tensor.dtype.block_len() == 1 { FLOATS } else { 1.0 };
-        let (read, used) = share(config, shard, slice.id.role, sequences);
+        let (read, used) = share(config, slice.id.role, sequences);
         Some(Cost { bytes: bytes * read, products: products * used * sequences as f64 })
-    });
+    };
+    let sum =
+        |head: bool| shard.slices.iter().filter(|slice| (slice.id.role == output) == head).filter_map(of).fold(Cost::default(), Cost::add);
     let cached = kv.groups.iter().map(|group| {
         let layers = group.layers.iter().filter(|layer| shard.layers.contains(layer)).count();
         let heads = shard.splits.kv_heads.get(shard.rank).map_or(0, ExactSizeIterator::len);
@@ -86,14 +95,14 @@ fn cost(config: &ModelConfig, kv: &KvGeometry, shard: &Shard, sequences: usize, 
             products: 0.0,
         }
     });
-    weights.chain(cached).fold(Cost::default(), Cost::add)
+    (cached.fold(sum(false), Cost::add), sum(true))
 }
 
 /// Which part of a tensor is read in a step, and by which part of the tokens it is multiplied.
-fn share(config: &ModelConfig, shard: &Shard, role: Role, sequences: usize) -> (f64, f64) {
+fn share(config: &ModelConfig, role: Role, sequences: usize) -> (f64, f64) {
     match role {
         // Rows are looked up, but for the vocabulary product.
-        Role::Embedding if !(shard.is_last() && config.tied_embeddings) => (0.0, 0.0),
+        Role::Embedding if !config.tied_embeddings => (0.0, 0.0),
         Role::Positions | Role::TokenTypes => (0.0, 0.0),
         Role::ExpertGate(_) | Role::ExpertUp(_) | Role::ExpertDown(_) => {
             let used = config.experts.map_or(1.0, |experts| experts.used as f64 / experts.count.max(1) as f64);
@@ -110,7 +119,7 @@ mod tests {
     use crate::{
         dtype::DType,
         model::Experts,
-        planner::{self, Capacity, Spec},
+        planner::{self, Capacity, Spec, Vocabulary},
         samples::Sample,
     };
 
@@ -128,7 +137,7 @@ mod tests {
 
     /// Bytes that a token reads: everything but norms, and the table unless it is the vocabulary matrix too.
     fn matrices(plan: &ExecutionPlan) -> f64 {
-        let read = |s: &&crate::shard::TensorSlice| s.tensor.shape.len() == 2 && s.id.role != Role::Embedding;
+        let read = |s: &&TensorSlice| s.tensor.shape.len() == 2 && s.id.role != Role::Embedding;
         plan.stages[0].shards[0].slices.iter().filter(read).map(|s| s.len() as f64).sum()
     }
 
@@ -166,13 +175,34 @@ mod tests {
     }
 
     #[test]
+    fn a_vocabulary_that_is_spread_takes_its_stages_the_time_of_a_part() {
+        let tied = Sample { tied: true, vocab: 65_536, ..llama() }.model();
+        let planned = |vocabulary| {
+            let spec = Spec { pipeline: 2, vocabulary, ..Spec::default() };
+            planner::plan(&spec, &tied, &Capacity { memory_bytes: None }).expect("a plan")
+        };
+        let (last, spread) = (planned(Vocabulary::Last), planned(Vocabulary::Spread));
+        // Each stage reads as fast as the other, whether that works or not.
+        let machine = Machine { read: 2e3, ..SLOW_MEMORY };
+        let head = (65_536 * 68) as f64 / 1e3;
+        let (before, after) = (1.0 / decode(&last, &machine, 1, 0), 1.0 / decode(&spread, &machine, 1, 0));
+        assert!((before - after - head / 2.0).abs() < 1e-6 * head, "{before} and {after}, of which {head} is the vocabulary");
+        // The longest stage had nearly all of it.
+        let faster = decode(&spread, &machine, 8, 0) / decode(&last, &machine, 8, 0);
+        assert!((1.9..=2.0).contains(&faster), "{faster}");
+        // Where one worker reads as fast as both, one sequence gains nothing.
+        let shared = Machine { read: 1e3, ..SLOW_MEMORY };
+        let ratio = decode(&spread, &shared, 1, 0) / decode(&last, &shared, 1, 0);
+        assert!((ratio - 1.0).abs() < 1e-9, "{ratio}");
+    }
+
+    #[test]
     fn experts_are_read_as_often_as_tokens_reach_them() {
         let plan = planned(&llama(), 1, 1);
         let config = ModelConfig { experts: Some(Experts::softmax(8, 1, 16, true)), ..plan.config.clone() };
-        let shard = &plan.stages[0].shards[0];
-        assert_eq!(share(&config, shard, Role::ExpertUp(0), 1), (0.125, 0.125));
-        let (read, used) = share(&config, shard, Role::ExpertUp(0), 1000);
+        assert_eq!(share(&config, Role::ExpertUp(0), 1), (0.125, 0.125));
+        let (read, used) = share(&config, Role::ExpertUp(0), 1000);
         assert!(read > 0.999 && used == 0.125);
-        assert_eq!(share(&config, shard, Role::Router, 1), (1.0, 1.0));
+        assert_eq!(share(&config, Role::Router, 1), (1.0, 1.0));
     }
 }

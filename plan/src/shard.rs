@@ -87,9 +87,32 @@ pub struct Splits {
     pub shared: Vec<Range<usize>>,
     /// Rows of the vocabulary matrix and of the embedding table: whole tiles. Disjoint, cover `vocab`.
     pub vocab: Vec<Range<usize>>,
+    /// Where the vocabulary product is spread over stages, the row of each rank's at which it is cut, between tiles: those before it are
+    /// multiplied on the first stage, the others on the last, which holds no more of the table. Empty: all of them on the last.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub cuts: Vec<usize>,
 }
 
 impl Splits {
+    /// Vocabulary rows that `rank` of the first stage multiplies, where that is not also the last.
+    pub fn lent(&self, rank: usize) -> Range<usize> {
+        self.vocab.get(rank).zip(self.cuts.get(rank)).map_or(0..0, |(rows, &cut)| rows.start..cut)
+    }
+
+    /// Vocabulary rows that `rank` of the last stage multiplies.
+    pub fn kept(&self, rank: usize) -> Range<usize> {
+        let rows = self.vocab.get(rank).cloned().unwrap_or(0..0);
+        self.cuts.get(rank).map_or(rows.start, |&cut| cut)..rows.end
+    }
+
+    /// As [`Splits::rows`], of what `rank` of a stage holds: behind the first stage, of a table only the rows that it multiplies.
+    pub fn held(&self, config: &ModelConfig, role: Role, rank: usize, first: bool) -> Range<usize> {
+        match role {
+            Role::Embedding if !first => self.kept(rank),
+            _ => self.rows(config, role, rank),
+        }
+    }
+
     /// Rows (elements, for vectors) that `rank` owns of the tensor with a role.
     pub fn rows(&self, config: &ModelConfig, role: Role, rank: usize) -> Range<usize> {
         let of = |ranges: &[Range<usize>], unit: usize| ranges.get(rank).map_or(0..0, |r| r.start * unit..r.end * unit);
@@ -239,6 +262,15 @@ impl Shard {
     /// Whether this stage turns ids into hidden states.
     pub fn is_first(&self) -> bool {
         self.stage == 0
+    }
+
+    /// Vocabulary rows that this worker multiplies.
+    pub fn product(&self) -> Range<usize> {
+        match (self.is_first(), self.is_last()) {
+            (_, true) => self.splits.kept(self.rank),
+            (true, false) => self.splits.lent(self.rank),
+            (false, false) => 0..0,
+        }
     }
 
     /// Whether this stage turns hidden states into tokens.

@@ -32,6 +32,11 @@ impl Step {
     pub fn tokens(&self) -> usize {
         self.sequences.iter().map(|s| s.input.len()).sum()
     }
+
+    /// Whether anything is wanted for which logits are needed.
+    pub fn wants_logits(&self) -> bool {
+        self.sequences.iter().flat_map(|part| &part.wants).any(|want| !want.kind.is_vector())
+    }
 }
 
 /// Copies a whole block's entries, in every layer of the group.

@@ -54,7 +54,8 @@ fn weights(random: &mut Random, dtype: DType, rows: usize, k: usize) -> Vec<u8> 
     data
 }
 
-/// Writes a llama with 4 heads and 2 KV heads, 3 layers and 2,500 tokens whose matrices are `dtype` (Q8_0 or Q4_K).
+/// Writes a llama with 4 heads and 2 KV heads, 3 layers and 2,500 tokens whose matrices are `dtype` (Q8_0 or Q4_K); `tied`: its embedding table is
+/// its vocabulary matrix.
 ///
 /// Between two ranks the middle head border and the middle of the FFN both cut an activation block: heads × head_dim is 96 (Q8_0, blocks of 32)
 /// or 256 (Q4_K, blocks of 256), the FFN is three blocks wide. The same call writes the same bytes.
@@ -64,7 +65,7 @@ fn weights(random: &mut Random, dtype: DType, rows: usize, k: usize) -> Vec<u8> 
 ///
 /// # Panics
 /// If `dtype` is another one.
-pub fn write_llama(path: &Path, dtype: DType) -> io::Result<()> {
+pub fn write_llama(path: &Path, dtype: DType, tied: bool) -> io::Result<()> {
     let (hidden, head_dim) = match dtype {
         DType::Q8_0 => (96, 24),
         DType::Q4_K => (256, 64),
@@ -99,7 +100,9 @@ pub fn write_llama(path: &Path, dtype: DType) -> io::Result<()> {
         file.tensor(name, &[hidden], DType::F32, weights(&mut Random(0), DType::F32, 1, hidden));
     };
     matrix(&mut file, "token_embd.weight", VOCAB, hidden);
-    matrix(&mut file, "output.weight", VOCAB, hidden);
+    if !tied {
+        matrix(&mut file, "output.weight", VOCAB, hidden);
+    }
     norm(&mut file, "output_norm.weight");
     for layer in 0..LAYERS {
         let name = |part: &str| format!("blk.{layer}.{part}.weight");

@@ -46,9 +46,14 @@ async fn an_old_epoch_is_refused_on_step_streams() {
 
 /// A link to `worker` that says it is of `epoch`, from stage 0 as granted.
 async fn link(worker: &Running, grant: &Grant, epoch: Epoch) -> Result<tonic::Streaming<wire::LinkAck>, tonic::Status> {
+    link_of(worker, grant, epoch, false).await
+}
+
+/// The same; `parts`: it says that it brings parts of logits.
+async fn link_of(worker: &Running, grant: &Grant, epoch: Epoch, parts: bool) -> Result<tonic::Streaming<wire::LinkAck>, tonic::Status> {
     let of = |stage: u32| grant.workers.iter().find(|w| (w.stage, w.rank) == (stage, 0)).expect("a worker");
     let from = WorkerIdentity { replica: worker.spec.replica.clone(), stage: 0, rank: 0, incarnation: of(0).incarnation };
-    let hello = LinkHello { epoch: Some(encode_epoch(epoch)), from: Some(from), to_incarnation: of(1).incarnation };
+    let hello = LinkHello { epoch: Some(encode_epoch(epoch)), from: Some(from), to_incarnation: of(1).incarnation, parts };
     let (frames, outgoing) = mpsc::channel(1);
     frames.try_send(LinkFrame { message: Some(link_frame::Message::Hello(hello)) }).expect("room");
     worker.client().await.link(ReceiverStream::new(outgoing)).await.map(tonic::Response::into_inner)
@@ -70,6 +75,9 @@ async fn an_old_epoch_is_refused_on_links() {
     let _taken = link(&workers[1], &grant, grant.epoch).await.expect("the link of the present epoch");
     let second = link(&workers[1], &grant, grant.epoch).await.map(|_| ()).expect_err("a refusal");
     assert!(second.message().contains("already"), "{second:?}");
+    // This vocabulary is not spread.
+    let parts = link_of(&workers[1], &grant, grant.epoch, true).await.map(|_| ()).expect_err("a refusal");
+    assert!(parts.message().contains("no link is expected here"), "{parts:?}");
     drop(talk);
     // And it is over with its session.
     until(|| async { link(&workers[1], &grant, grant.epoch).await.is_err_and(|s| s.message().contains("is over")) }).await;

@@ -11,7 +11,7 @@ use identity::{Dialer, Identity};
 use kernels::Isa;
 use plan::{
     fleet::FleetReplica,
-    planner::{self, Capacity, Origin, Spec},
+    planner::{self, Capacity, Origin, Spec, Vocabulary},
     shard::ExecutionPlan,
     worker::{CollectiveKind, Epoch, WorkerSpec},
 };
@@ -46,13 +46,27 @@ pub(crate) type Client = WorkerClient<InterceptedService<Channel, Bearer>>;
 
 /// The fixture model.
 pub(crate) fn model() -> String {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
+    fixture("llama")
+}
+
+/// A fixture whose embedding table is its vocabulary matrix.
+pub(crate) fn tied() -> String {
+    fixture("gemma3")
+}
+
+fn fixture(name: &str) -> String {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(name);
     path.to_string_lossy().into_owned()
 }
 
 pub(crate) fn plan(pipeline: usize, tensor: usize) -> ExecutionPlan {
-    let header = Source::open(&model(), SourceOptions::default()).and_then(|s| s.header()).expect("the fixture's header");
-    let spec = Spec { pipeline, tensor, max_context: Some(128), max_batch_sequences: 4, max_batch_tokens: 64, ..Spec::default() };
+    plan_of(&model(), pipeline, tensor, Vocabulary::Auto)
+}
+
+pub(crate) fn plan_of(model: &str, pipeline: usize, tensor: usize, vocabulary: Vocabulary) -> ExecutionPlan {
+    let header = Source::open(model, SourceOptions::default()).and_then(|s| s.header()).expect("the fixture's header");
+    let (max_batch_sequences, max_batch_tokens) = (4, 64);
+    let spec = Spec { pipeline, tensor, vocabulary, max_context: Some(128), max_batch_sequences, max_batch_tokens, ..Spec::default() };
     planner::plan(&spec, &header, &Capacity { memory_bytes: None }).expect("a plan")
 }
 
@@ -161,7 +175,11 @@ impl Running {
 
 /// Every worker of a plan, stage by stage and rank by rank.
 pub(crate) fn specs(plan: &ExecutionPlan, collective: CollectiveKind) -> Vec<WorkerSpec> {
-    planner::worker_specs(plan, &Origin { replica: "fixture-r0", uri: &model(), digest: None }, 1, collective)
+    specs_of(&model(), plan, collective)
+}
+
+fn specs_of(model: &str, plan: &ExecutionPlan, collective: CollectiveKind) -> Vec<WorkerSpec> {
+    planner::worker_specs(plan, &Origin { replica: "fixture-r0", uri: model, digest: None }, 1, collective)
 }
 
 /// Starts every worker of a plan.
@@ -170,8 +188,17 @@ pub(crate) async fn start(plan: &ExecutionPlan, collective: CollectiveKind) -> V
 }
 
 pub(crate) async fn start_with(plan: &ExecutionPlan, collective: CollectiveKind, deadlines: Deadlines) -> Vec<Running> {
+    start_all(specs(plan, collective), deadlines).await
+}
+
+/// The same of another model.
+pub(crate) async fn start_of(model: &str, plan: &ExecutionPlan, collective: CollectiveKind) -> Vec<Running> {
+    start_all(specs_of(model, plan, collective), Deadlines::default()).await
+}
+
+async fn start_all(specs: Vec<WorkerSpec>, deadlines: Deadlines) -> Vec<Running> {
     let mut workers = Vec::new();
-    for spec in specs(plan, collective) {
+    for spec in specs {
         workers.push(Running::start(spec, own_address(), deadlines).await);
     }
     workers

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use engine::{Engine, EngineOptions, NoMasks, StageOutput, WeightReader, collective::Solo};
 use kernels::Isa;
 use plan::{
+    planner::Vocabulary,
     shard::{BLOCK_TOKENS, ExecutionPlan},
     step::{Begin, Input, Output, OutputValue, Pooled, Sampling, SequenceStep, Step, TableChange, Want, WantKind},
     worker::CollectiveKind,
@@ -13,7 +14,7 @@ use router::replica::{Connector, Replica, ReplicaError, WorkersConnector};
 use source::{Source, SourceOptions};
 use tokio::time::timeout;
 
-use crate::fleet::{LONG, Running, TOKEN, fleet, model, plan, start};
+use crate::fleet::{LONG, Running, TOKEN, fleet, model, plan, plan_of, start, start_of, tied};
 
 /// Sequences of the batch, and tokens each of them draws.
 const SEQUENCES: u64 = 3;
@@ -112,8 +113,12 @@ impl WeightReader for Reader {
 
 /// What one engine makes of the steps.
 pub(crate) fn solo(steps: &[Step]) -> Vec<Vec<Output>> {
-    let plan = plan(1, 1);
-    let source = Reader(Source::open(&model(), SourceOptions::default()).expect("the fixture"));
+    solo_of(&model(), steps)
+}
+
+fn solo_of(model: &str, steps: &[Step]) -> Vec<Vec<Output>> {
+    let plan = plan_of(model, 1, 1, Vocabulary::Auto);
+    let source = Reader(Source::open(model, SourceOptions::default()).expect("the fixture"));
     let isa = Isa::named("auto").expect("an instruction set");
     let options = EngineOptions { isa, threads: 1, max_batch_tokens: plan.max_batch_tokens, max_context: plan.max_context };
     let shard = &plan.stages[0].shards[0];
@@ -132,7 +137,7 @@ pub(crate) fn solo(steps: &[Step]) -> Vec<Vec<Output>> {
         }
         match engine.run(&step, &[], &mut NoMasks).expect("a step") {
             StageOutput::Outputs(outputs) => all.push(outputs),
-            StageOutput::Hidden(_) => panic!("hidden states of the last stage"),
+            other => panic!("{other:?} of the last stage"),
         }
     }
     all
@@ -195,6 +200,55 @@ async fn stages_and_ranks_give_the_bits_of_one_engine() {
     // Control: one other id is seen.
     let other = solo(&steps(&plan(1, 1), |sequence, i| ids(sequence, i) ^ u32::from(sequence == 2 && i == 3)));
     assert!(other != expected);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn stages_that_share_the_vocabulary_give_the_bits_of_one_engine() {
+    let model = tied();
+    let expected = solo_of(&model, &steps(&plan_of(&model, 1, 1, Vocabulary::Auto), ids));
+    for (pipeline, tensor, kind) in [
+        (2, 1, CollectiveKind::SharedMemory),
+        (3, 1, CollectiveKind::SharedMemory),
+        (4, 1, CollectiveKind::SharedMemory),
+        (2, 2, CollectiveKind::Unix),
+    ] {
+        let plan = plan_of(&model, pipeline, tensor, Vocabulary::Spread);
+        assert!(plan.stages[0].shards.iter().any(|shard| !shard.product().is_empty()), "the first stage multiplies");
+        let workers = start_of(&model, &plan, kind).await;
+        let replica = connect(&workers, TOKEN);
+        for session in ["first", "second"] {
+            let got = driven(&*replica, &steps(&plan, ids)).await.expect("replies");
+            assert!(got == expected, "the {session} session at pp {pipeline}, tp {tensor} differs from one engine");
+        }
+        for worker in workers {
+            worker.stop().await;
+        }
+    }
+    let other = solo_of(&model, &steps(&plan_of(&model, 1, 1, Vocabulary::Auto), |sequence, i| ids(sequence, i) ^ u32::from(i == 3)));
+    assert!(other != expected);
+}
+
+/// Whoever of those that share the vocabulary is lost in the middle of a session, it ends, and the next one gives the same bits.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lost_worker_ends_a_session_that_shares_the_vocabulary() {
+    let model = tied();
+    let plan = plan_of(&model, 2, 2, Vocabulary::Spread);
+    let mut workers = start_of(&model, &plan, CollectiveKind::SharedMemory).await;
+    let all = steps(&plan, ids);
+    let expected = solo_of(&model, &all);
+    for victim in 0..4 {
+        let replica = connect(&workers, TOKEN);
+        let mut session = timeout(LONG, replica.open()).await.expect("in time").expect("a session");
+        session.steps.send(all[0].clone()).await.expect("a session");
+        timeout(LONG, session.replies.recv()).await.expect("in time").expect("a reply").expect("a good one");
+        let restarted = workers.remove(victim).restart().await;
+        workers.insert(victim, restarted);
+        let ended = timeout(LONG, session.replies.recv()).await.expect("in time").expect("an error");
+        assert!(matches!(ended, Err(ReplicaError::Failed { .. } | ReplicaError::Lost { .. })), "{ended:?}");
+        drop(session);
+        let got = driven(&*connect(&workers, TOKEN), &all).await.expect("replies");
+        assert!(got == expected, "after the loss of worker {victim}");
+    }
 }
 
 /// Whoever sends without reading is made to wait, and loses no reply.

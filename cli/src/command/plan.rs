@@ -62,6 +62,8 @@ struct Rank {
     kv_heads: (usize, usize),
     ffn: (usize, usize),
     vocab: (usize, usize),
+    /// Rows of the vocabulary that it multiplies.
+    product: (usize, usize),
 }
 
 /// Runs the command; a plan that does not fit is shown and is bad input.
@@ -120,6 +122,7 @@ fn rank(shard: &Shard) -> Rank {
         kv_heads: own(&shard.splits.kv_heads),
         ffn: own(&shard.splits.ffn),
         vocab: own(&shard.splits.vocab),
+        product: (shard.product().start, shard.product().end),
     }
 }
 
@@ -139,12 +142,12 @@ fn print(plan: &Planned<'_>) -> Outcome {
         let window = group.window.map_or_else(|| "full attention".to_owned(), |window| format!("window {window}"));
         output::line(&format!("  KV {:?}: {} layers, {window}, {} blocks", plan.kv_dtype, group.layers, group.blocks))?;
     }
-    output::line("  stage  layers     rank  weights      KV cache     query heads  feed-forward   vocabulary")?;
+    output::line("  stage  layers     rank  weights      KV cache     query heads  feed-forward   vocabulary     multiplied")?;
     for stage in &plan.stages {
         for rank in &stage.ranks {
             let span = |(start, end): (usize, usize)| format!("{start}–{}", end.saturating_sub(1));
             output::line(&format!(
-                "  {:<5}  {:<9}  {:<4}  {:<11}  {:<11}  {:<11}  {:<13}  {}",
+                "  {:<5}  {:<9}  {:<4}  {:<11}  {:<11}  {:<11}  {:<13}  {:<13}  {}",
                 stage.index,
                 span((stage.first_layer, stage.last_layer + 1)),
                 rank.rank,
@@ -152,7 +155,8 @@ fn print(plan: &Planned<'_>) -> Outcome {
                 output::bytes(rank.kv_bytes),
                 span(rank.heads),
                 span(rank.ffn),
-                span(rank.vocab)
+                span(rank.vocab),
+                if rank.product.0 < rank.product.1 { span(rank.product) } else { "–".to_owned() }
             ))?;
         }
     }

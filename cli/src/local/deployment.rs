@@ -167,6 +167,7 @@ fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<us
     spec.tensor = placement.tp.map_or(spec.tensor, NonZeroUsize::get);
     spec.max_batch_tokens = placement.chunk.map_or(spec.max_batch_tokens, NonZeroUsize::get);
     spec.kv_dtype = placement.kv.map(loaded::kv_dtype).or(spec.kv_dtype);
+    spec.vocabulary = placement.vocabulary.planned();
     spec.max_context = context.or(spec.max_context);
     Ok(spec)
 }

@@ -183,7 +183,7 @@ fn run(engine: &mut Engine, mut step: Step, sampled: &mut HashMap<SequenceId, (u
             remember(step.id, &outputs, sampled);
             Ok(StepReply { step: step.id, arrived: Instant::now(), outputs })
         }
-        Ok(StageOutput::Hidden(_)) => Err(failed("engine", "the engine holds no last stage".into())),
+        Ok(StageOutput::Hidden(_) | StageOutput::Question(_)) => Err(failed("engine", "the engine holds no last stage".into())),
         Err(error) => Err(failed("engine", format!("{:#}", anyhow::Error::new(error)))),
     }
 }

@@ -8,9 +8,10 @@ use plan::model::ModelConfig;
 use super::{
     adapter::Adapted,
     stage::{Buffers, Cpu},
-    weights::Norm,
+    weights::{Norm, first_values},
 };
 use crate::{
+    Timings,
     backend::Context,
     batch::{Batch, Span},
     collective::CollectiveError,
@@ -225,27 +226,20 @@ impl Cpu {
         Ok(())
     }
 
-    /// This rank's logits of some of the rows that are left.
-    pub(super) fn vocabulary_product(&mut self, rows: &[usize], only: Option<&[usize]>, context: &mut Context<'_, '_>) -> &mut [f32] {
+    /// This rank's logits of states, `[rows, hidden]`.
+    pub(super) fn vocabulary_product(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32] {
         let mut laps = Laps(Instant::now());
         let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
-        let hidden = self.config.hidden;
-        let Buffers { x, h, logits, .. } = &mut self.buffers;
-        let len = rows.len() * matrix.rows();
-        if logits.len() < len {
-            logits.resize(len, 0.0);
-        }
-        let logits = &mut logits[..len];
-        // The residual stream is not needed any more.
-        let input = &mut x[..rows.len() * hidden];
-        for (&row, input) in rows.iter().zip(input.chunks_exact_mut(hidden)) {
-            input.copy_from_slice(&h[row * hidden..(row + 1) * hidden]);
-        }
+        let tokens = states.len() / self.config.hidden;
+        let logits = first_values(&mut self.buffers.logits, tokens * self.product);
+        // The last stage sees every state that goes in; the first, which has a part of the rows, sees them once more.
+        let observed = if self.is_last { None } else { self.inputs.observed.take() };
         match only {
-            Some(only) => self.inputs.multiply_rows(&self.compute, input, rows.len(), (id, matrix), only, logits),
-            None => self.inputs.multiply_matrix(&self.compute, input, rows.len(), (id, matrix), logits),
+            Some(only) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (only, self.product), logits),
+            None => self.inputs.multiply_first(&self.compute, states, tokens, (id, matrix), self.product, logits),
         }
-        laps.add(&mut context.timings.vocabulary);
+        self.inputs.observed = observed.or(self.inputs.observed.take());
+        laps.add(&mut timings.vocabulary);
         logits
     }
 }

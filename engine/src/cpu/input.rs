@@ -101,29 +101,30 @@ impl Inputs {
         }
     }
 
-    /// Multiplies `x`, `[tokens, k]`, with a matrix.
-    pub(super) fn multiply_matrix(
+    /// Multiplies `x`, `[tokens, k]`, with the first `rows` rows of a matrix.
+    pub(super) fn multiply_first(
         &mut self,
         compute: &Compute,
         x: &[f32],
         tokens: usize,
         (id, matrix): (TensorId, &Matrix),
+        rows: usize,
         out: &mut [f32],
     ) {
         self.observe(id, matrix, x, tokens);
         let input = self.whole.input(compute, matrix, x, tokens);
-        matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
+        matmul(&compute.pool, compute.isa, matrix, 0..rows, input, tokens, out);
     }
 
-    /// Multiplies `x`, `[tokens, k]`, with some rows of a matrix, ascending; the others' places in `out`, `[tokens, matrix.rows()]`, are left as
-    /// they are.
+    /// Multiplies `x`, `[tokens, k]`, with some of the first `width` rows of a matrix, ascending; the others' places in `out`,
+    /// `[tokens, width]`, are left as they are.
     pub(super) fn multiply_rows(
         &mut self,
         compute: &Compute,
         x: &[f32],
         tokens: usize,
         (id, matrix): (TensorId, &Matrix),
-        rows: &[usize],
+        (rows, width): (&[usize], usize),
         out: &mut [f32],
     ) {
         self.observe(id, matrix, x, tokens);
@@ -140,7 +141,7 @@ impl Inputs {
         matmul_group(&compute.pool, compute.isa, &mut products, input, tokens);
         for Product { rows, out: own, .. } in &products {
             for (token, own) in own.chunks_exact(rows.len()).enumerate() {
-                out[token * matrix.rows() + rows.start..][..rows.len()].copy_from_slice(own);
+                out[token * width + rows.start..][..rows.len()].copy_from_slice(own);
             }
         }
     }

@@ -238,7 +238,8 @@ fn offset(config: &ModelConfig, role: Role) -> f32 {
 /// Checks a slice's shape, rows and bytes before anything of it is read.
 fn check(loading: &Loading<'_>, slice: &TensorSlice) -> Result<(), LoadShardError> {
     let (shard, tensor) = (loading.shard, &slice.tensor);
-    let (shape, rows) = (loading.config.shape(slice.id.role), shard.splits.rows(loading.config, slice.id.role, shard.rank));
+    let (shape, rows) =
+        (loading.config.shape(slice.id.role), shard.splits.held(loading.config, slice.id.role, shard.rank, shard.is_first()));
     let wrong = |got: String, expected: String| LoadShardError::Shape {
         name: tensor.name.clone(),
         got,

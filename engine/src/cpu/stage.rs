@@ -17,7 +17,7 @@ use super::{
     weights::{RopeFactors, Weights},
 };
 use crate::{
-    EngineOptions, LoadShardError, Observed, WeightReader,
+    EngineOptions, LoadShardError, Observed, Timings, WeightReader,
     backend::{Backend, Context},
     batch::Batch,
     collective::CollectiveError,
@@ -44,6 +44,8 @@ pub(crate) struct Cpu {
     pub(super) first_layer: usize,
     pub(super) is_first: bool,
     pub(super) is_last: bool,
+    /// Rows of the vocabulary matrix that are multiplied, from its first.
+    pub(super) product: usize,
     pub(super) compute: Compute,
     pub(super) weights: Weights,
     pub(super) places: Vec<LayerPlace>,
@@ -141,6 +143,7 @@ impl Cpu {
             first_layer: shard.layers.start,
             is_first: shard.is_first(),
             is_last: shard.is_last(),
+            product: shard.product().len(),
             compute: compute.clone(),
             weights,
             places,
@@ -257,7 +260,7 @@ impl Backend for Cpu {
         self.inputs.observed.take().unwrap_or_default()
     }
 
-    fn logits(&mut self, rows: &[usize], only: Option<&[usize]>, context: &mut Context<'_, '_>) -> &mut [f32] {
-        self.vocabulary_product(rows, only, context)
+    fn logits(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32] {
+        self.vocabulary_product(states, only, timings)
     }
 }

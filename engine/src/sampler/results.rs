@@ -3,8 +3,8 @@
 use kernels::vocab::{self, Candidate, TileSum, Total};
 use plan::step::{Logprobs, OutputValue, Sampling, Want, WantKind};
 
-use super::{Session, draw, exchange::Need, history::Counts, philox, wants};
-use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute};
+use super::{Session, draw, history::Counts, philox, wants};
+use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute, question::Need};
 
 /// Largest `top_k` for which ranks hand over candidates in place of slices.
 const FEW: usize = 1024;

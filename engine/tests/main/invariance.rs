@@ -108,6 +108,16 @@ fn ranks_and_stages_change_no_bit() {
             let layout = Layout { pipeline, tensor, threads: 2, ..Layout::default() };
             assert!(mixed_batch(&model, layout) == expected, "{pipeline} stages of {tensor} ranks");
         }
+        if recipe.config.tied_embeddings {
+            for (pipeline, tensor) in [(2, 1), (3, 1), (2, 2), (2, 3), (3, 4)] {
+                let layout = Layout::spread(pipeline, tensor);
+                let plan = crate::rig::plan(&model, layout);
+                let products = |stage: usize| plan.stages[stage].shards.iter().map(|s| s.product().len()).sum::<usize>();
+                assert!(products(0) > 0, "the first stage multiplies some of the vocabulary");
+                assert!(pipeline > 2 || products(1) > 0, "the last one too, {pipeline} stages of {tensor} ranks");
+                assert!(mixed_batch(&model, layout) == expected, "{pipeline} stages of {tensor} ranks with the vocabulary spread");
+            }
+        }
         // Control: one rank with another model's weights. (Ranks that route differently notice at the exchange.)
         if recipe.config.experts.is_some() {
             continue;

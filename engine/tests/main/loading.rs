@@ -135,6 +135,7 @@ fn what_does_not_fit_together_is_refused() {
         (|p| p.stages[0].shards[0].ranks = 2, "expected 2 ranges"),
         (|p| p.stages[0].shards[0].stages = 2, "last layer"),
         (|p| p.stages[0].shards[0].splits.vocab[0].end = 1499, "vocabulary"),
+        (|p| p.stages[0].shards[0].splits.cuts = vec![1024], "spread over stages"),
         (|p| p.stages[0].shards[0].splits.kv_heads[0].end = 2, "key-value heads"),
         (|p| p.stages[0].shards[0].splits.ffn[0].end = 128, "feed-forward"),
     ] {

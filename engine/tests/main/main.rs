@@ -11,4 +11,5 @@ mod observed;
 mod reference;
 mod rig;
 mod sampling;
+mod spread;
 mod steps;

@@ -88,6 +88,9 @@ fn chunks_threads_instructions_and_stages_change_no_bit() {
                 assert!(observed(&model, layout, &ids, chunk) == whole, "{isa}, {threads} threads, {pipeline} stages, chunks of {chunk}");
             }
         }
+        if model.header.config.tied_embeddings {
+            assert!(observed(&model, Layout::spread(2, 1), &ids, 64) == whole, "each state once, whoever multiplies");
+        }
         ids[80] ^= 1;
         assert!(observed(&model, Layout::default(), &ids, ids.len()) != whole);
     }

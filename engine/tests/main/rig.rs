@@ -9,12 +9,12 @@ use std::{
 };
 
 use engine::{
-    Adapter, Engine, EngineOptions, MaskSource, NoMasks, StageOutput, StepError,
+    Adapter, Engine, EngineOptions, MaskSource, NoMasks, Question, StageOutput, StepError,
     collective::{Collective, Solo, Threads},
 };
 use kernels::Isa;
 use plan::{
-    planner,
+    planner::{self, Vocabulary},
     shard::{BLOCK_TOKENS, ExecutionPlan, KvDType},
     step::{
         Begin, BlockId, Input, Mask, Output, OutputValue, Sampling, SequenceId, SequenceStep, Step, TableChange, TokenId, Want, WantKind,
@@ -35,11 +35,19 @@ pub(crate) struct Layout {
     pub(crate) isa: Isa,
     pub(crate) kv: KvDType,
     pub(crate) sequences: usize,
+    pub(crate) vocabulary: Vocabulary,
+}
+
+impl Layout {
+    /// With the vocabulary spread over the first and the last stage.
+    pub(crate) fn spread(pipeline: usize, tensor: usize) -> Self {
+        Self { pipeline, tensor, threads: 2, vocabulary: Vocabulary::Spread, ..Self::default() }
+    }
 }
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { pipeline: 1, tensor: 1, threads: 1, isa: Isa::best(), kv: KvDType::F32, sequences: 12 }
+        Self { pipeline: 1, tensor: 1, threads: 1, isa: Isa::best(), kv: KvDType::F32, sequences: 12, vocabulary: Vocabulary::Auto }
     }
 }
 
@@ -113,6 +121,7 @@ pub(crate) fn plan(model: &Model, layout: Layout) -> ExecutionPlan {
         max_batch_sequences: layout.sequences,
         max_batch_tokens: 400,
         kv_dtype: Some(layout.kv),
+        vocabulary: layout.vocabulary,
         ..planner::Spec::default()
     };
     planner::plan(&spec, &model.header, &planner::Capacity { memory_bytes: None }).expect("a plan")
@@ -229,9 +238,12 @@ impl Rig {
                 let mut started = Vec::new();
                 for engine in ranks.iter_mut() {
                     let mut masks = EachRank(&masks);
-                    started.push(scope.spawn(move || match stage == last {
-                        true => engine.run(step, hidden, &mut masks),
-                        false => engine.run(step, hidden, &mut NoMasks),
+                    started.push(scope.spawn(move || {
+                        let output = match stage == last {
+                            true => engine.run(step, hidden, &mut masks),
+                            false => engine.run(step, hidden, &mut NoMasks),
+                        }?;
+                        engine.multiply().map(|()| output)
                     }));
                 }
                 started.into_iter().map(|thread| thread.join().expect("no panic")).collect()
@@ -244,6 +256,12 @@ impl Rig {
                     }
                     return Ok(outputs);
                 }
+                StageOutput::Question(question) => {
+                    for other in rest {
+                        assert_eq!(other?, StageOutput::Question(question.clone()));
+                    }
+                    return self.finish(&question);
+                }
                 StageOutput::Hidden(states) => {
                     for other in rest {
                         let StageOutput::Hidden(other) = other? else { panic!("ranks of different stages") };
@@ -254,6 +272,13 @@ impl Rig {
             }
         }
         panic!("no last stage")
+    }
+
+    /// The results of a step whose logits the first stage is asked for.
+    pub(crate) fn finish(&mut self, question: &Question) -> Result<Vec<Output>, StepError> {
+        let parts = self.engines[0].iter_mut().map(|engine| engine.lend(question)).collect::<Result<Vec<_>, _>>()?;
+        let last = self.engines.len() - 1;
+        self.engines[last][0].finish(question.step, &parts)
     }
 
     /// Drops a sequence with the next step; its blocks are used again.

@@ -6,7 +6,7 @@ use engine::{InvalidStep, MaskSource, NoMasks, StepError};
 use plan::step::{Logprobs, Mask, OutputValue, Pooled, Sampling, SequenceId, TokenId, WantKind};
 
 use crate::{
-    model,
+    model::{self, Model},
     rig::{Layout, Part, Rig, prompt, token, tokens},
 };
 
@@ -34,9 +34,8 @@ fn settings() -> Vec<Sampling> {
 }
 
 /// Twelve tokens of each of the settings, all sequences together.
-fn generate_all(layout: Layout) -> Vec<Vec<OutputValue>> {
-    let model = model::llama(model::mixed).build();
-    let mut rig = Rig::new(&model, Layout { sequences: 40, ..layout });
+fn generate_all(model: &Model, layout: Layout) -> Vec<Vec<OutputValue>> {
+    let mut rig = Rig::new(model, Layout { sequences: 40, ..layout });
     let begin = |(i, s): (usize, &Sampling)| {
         let ids = prompt(i as u64, 5 + i, VOCAB);
         Part::new(i as u64, &ids).begin(&ids, ids.len(), s).sample()
@@ -58,15 +57,15 @@ fn generate_all(layout: Layout) -> Vec<Vec<OutputValue>> {
 
 #[test]
 fn draws_are_the_same_on_any_plan() {
-    let expected = generate_all(Layout::default());
+    let model = model::llama(model::mixed).build();
+    let expected = generate_all(&model, Layout::default());
     for (pipeline, tensor) in [(1, 2), (1, 3), (1, 4), (2, 2)] {
-        let got = generate_all(Layout { pipeline, tensor, threads: 2, ..Layout::default() });
+        let got = generate_all(&model, Layout { pipeline, tensor, threads: 2, ..Layout::default() });
         for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
             assert_eq!(got, expected, "settings {i} with {pipeline} stages of {tensor} ranks");
         }
     }
     // Each of them also alone.
-    let model = model::llama(model::mixed).build();
     for (i, s) in settings().iter().enumerate() {
         let mut rig = Rig::new(&model, Layout::default());
         let ids = prompt(i as u64, 5 + i, VOCAB);
@@ -76,6 +75,19 @@ fn draws_are_the_same_on_any_plan() {
             assert_ne!(tokens(&other), tokens(&expected[i]), "another seed, settings {i}");
         }
     }
+}
+
+#[test]
+fn draws_are_the_same_where_the_vocabulary_is_spread() {
+    let model = model::gpt2(model::mixed).build();
+    let expected = generate_all(&model, Layout::default());
+    for (pipeline, tensor) in [(2, 1), (3, 1), (2, 2), (2, 3)] {
+        let got = generate_all(&model, Layout::spread(pipeline, tensor));
+        for (i, (got, expected)) in got.iter().zip(&expected).enumerate() {
+            assert_eq!(got, expected, "settings {i} with {pipeline} stages of {tensor} ranks");
+        }
+    }
+    assert!(generate_all(&model::Recipe { seed: 77, ..model::gpt2(model::mixed) }.build(), Layout::spread(2, 1)) != expected);
 }
 
 #[test]
@@ -264,7 +276,7 @@ fn masks_restrict_each_draw() {
 /// What few allowed tokens leave out of the vocabulary product changes no draw: with log-probabilities, and as bits, the whole is computed.
 #[test]
 fn few_allowed_rows_draw_what_the_whole_product_draws() {
-    let model = model::llama(model::mixed).build();
+    let (llama, tied) = (model::llama(model::mixed).build(), model::gpt2(model::mixed).build());
     let kinds = [
         Sampling { temperature: 0.0, ..Sampling::default() },
         Sampling { temperature: 1.3, seed: 5, ..Sampling::default() },
@@ -287,8 +299,8 @@ fn few_allowed_rows_draw_what_the_whole_product_draws() {
         ids.iter().for_each(|id| bits[*id as usize / 8] |= 1 << (id % 8));
         Mask::Bits(bits)
     };
-    let run = |tensor, few: bool, mates: bool| {
-        let mut rig = Rig::new(&model, Layout { tensor, ..Layout::default() });
+    let run = |model: &Model, layout: Layout, few: bool, mates: bool| {
+        let mut rig = Rig::new(model, layout);
         let mut masks: HashMap<SequenceId, Vec<Mask>> = HashMap::new();
         let mut parts = Vec::new();
         for (i, sampling) in (1..).zip(&kinds) {
@@ -314,11 +326,19 @@ fn few_allowed_rows_draw_what_the_whole_product_draws() {
         }
         drawn
     };
-    let expected = run(1, false, false);
+    let expected = run(&llama, Layout::default(), false, false);
     assert!(expected.iter().map(|(_, id)| id).collect::<std::collections::HashSet<_>>().len() > 12, "{expected:?}");
     for tensor in [1, 2, 3] {
         for (few, mates) in [(true, false), (true, true), (false, false)] {
-            assert_eq!(run(tensor, few, mates), expected, "{tensor} ranks, lists: {few}, an unmasked mate: {mates}");
+            let layout = Layout { tensor, ..Layout::default() };
+            assert_eq!(run(&llama, layout, few, mates), expected, "{tensor} ranks, lists: {few}, an unmasked mate: {mates}");
+        }
+    }
+    let expected = run(&tied, Layout::default(), false, false);
+    for tensor in [1, 2] {
+        for (few, mates) in [(true, false), (true, true), (false, false)] {
+            let got = run(&tied, Layout::spread(2, tensor), few, mates);
+            assert_eq!(got, expected, "spread, {tensor} ranks, lists: {few}, an unmasked mate: {mates}");
         }
     }
 }

@@ -38,6 +38,18 @@ pub enum KvMemory {
     Fraction(f64),
 }
 
+/// Which stages multiply the vocabulary's rows. No bit depends on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Vocabulary {
+    /// The last one, and the first too where it holds the table and the longest stage becomes clearly shorter.
+    #[default]
+    Auto,
+    /// The last one alone.
+    Last,
+    /// The first and the last.
+    Spread,
+}
+
 /// The part of a deployment that a plan depends on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
@@ -47,6 +59,8 @@ pub struct Spec {
     pub tensor: usize,
     /// Layers of each stage; `None` balances them by bytes.
     pub stage_layers: Option<Vec<usize>>,
+    /// Which stages multiply the vocabulary.
+    pub vocabulary: Vocabulary,
     /// Longest sequence in tokens; `None` takes the model's context.
     pub max_context: Option<usize>,
     /// Most sequences in a step.
@@ -70,6 +84,7 @@ impl Default for Spec {
             pipeline: 1,
             tensor: 1,
             stage_layers: None,
+            vocabulary: Vocabulary::Auto,
             max_context: None,
             max_batch_sequences: DEFAULT_BATCH_SEQUENCES,
             max_batch_tokens: DEFAULT_BATCH_TOKENS,
@@ -98,6 +113,10 @@ pub enum PlanError {
     Ranks { ranks: usize, heads: usize },
     #[error("stages hold {got:?} layers, expected {stages} numbers of at least 1 with the sum {layers}")]
     StageLayers { got: Vec<usize>, stages: usize, layers: usize },
+    #[error(
+        "the vocabulary is to be spread over {stages} stages, expected several, of a model whose embedding table is its vocabulary matrix"
+    )]
+    Vocabulary { stages: usize },
     #[error("{got} tokens of context, expected at least 1 and at most the model's {limit}")]
     Context { got: usize, limit: usize },
     #[error("sequences of {got} tokens in steps of {batch} (maxBatchTokens), expected steps that hold a whole one, as an encoder reads it")]
@@ -162,10 +181,10 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
 
     let memory_bytes = capacity.memory_bytes.into_iter().chain(spec.worker_memory).min();
     let capacity = &Capacity { memory_bytes };
-    let ranges = stages::layer_ranges(spec, header)?;
+    let stages::Layout { ranges, lent } = stages::layout(spec, header)?;
     let mut stages: Vec<Stage> = Vec::with_capacity(ranges.len());
     for (stage, range) in ranges.iter().enumerate() {
-        let splits = split::splits(header, range, spec.tensor);
+        let splits = split::splits(header, range, spec.tensor, lent);
         let shards = (0..spec.tensor).map(|rank| {
             let slices = slices::slices(header, range, (stage, ranges.len()), rank, &splits);
             Shard {
@@ -216,7 +235,7 @@ fn shards(stages: &[Stage]) -> impl Iterator<Item = &Shard> {
 /// Per token of a step: residual, norm and gathered outputs (8 × hidden), gate, up and their product (3 × ffn), query, key, value and
 /// attention output of all heads, with latent attention the compressed vectors and what they are unpacked to, of each expert that it goes to
 /// input, output, gate and up, and of the shared ones gate, up, their product and output, as f32; on the last stage one row of logits per
-/// sequence. An encoder has keys and values of one layer, in blocks of which each sequence's last may be begun, and no logits.
+/// sequence, on the first as much of it as it multiplies. An encoder has keys and values of one layer, in blocks of which each sequence's last may be begun, and no logits.
 fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
     let c = &header.config;
     let experts = c.experts.map_or(0, |e| e.count + e.used * 2 * (c.hidden + e.ffn) + 3 * e.shared_ffn() + e.shared.min(1) * c.hidden);
@@ -228,7 +247,8 @@ fn working_bytes(spec: &Spec, header: &ModelHeader, shard: &Shard) -> u64 {
         let held = spec.max_batch_sequences.saturating_mul(BLOCK_TOKENS).saturating_add(spec.max_batch_tokens) as u64;
         return tokens.saturating_add(held.saturating_mul(2 * 4 * (c.kv_heads * c.head_dim) as u64));
     }
-    let logits = if shard.is_last() { (spec.max_batch_sequences as u64).saturating_mul(c.vocab as u64).saturating_mul(4) } else { 0 };
+    let rows = if shard.is_last() { c.vocab } else { shard.product().len() };
+    let logits = (spec.max_batch_sequences as u64).saturating_mul(rows as u64).saturating_mul(4);
     tokens.saturating_add(logits)
 }
 

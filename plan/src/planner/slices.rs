@@ -33,7 +33,7 @@ pub(super) fn slices(
         .tensors
         .iter()
         .filter(|(id, _)| used(id))
-        .map(|(id, tensor)| TensorSlice::new(*id, tensor, splits.rows(&header.config, id.role, rank)))
+        .map(|(id, tensor)| TensorSlice::new(*id, tensor, splits.held(&header.config, id.role, rank, first)))
         .filter(|slice| !(slice.is_empty() && slice.id.role.expert().is_some()))
         .collect();
     slices.sort_by_key(|s| (s.tensor.file, s.bytes.start, s.id));

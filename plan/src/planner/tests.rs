@@ -4,7 +4,9 @@ use std::{collections::HashMap, ops::Range};
 
 use proptest::prelude::*;
 
-use super::{Capacity, KvMemory, Origin, PlanError, Spec, default_kv_dtype, kv::shard_bytes, limits, numerics, plan, worker_specs};
+use super::{
+    Capacity, KvMemory, Origin, PlanError, Spec, Vocabulary, default_kv_dtype, kv::shard_bytes, limits, numerics, plan, worker_specs,
+};
 use crate::{
     dtype::DType,
     model::{ModelHeader, Role, RopeScaling, TensorId},
@@ -119,11 +121,19 @@ fn faults(plan: &ExecutionPlan, model: &ModelHeader) -> Vec<String> {
                     joins
                 });
                 check(joined && reach == tensor.shape[0], format!("{} in stage {stage}: {rows:?}", tensor.name));
+            } else if id.role == Role::Embedding && stage > 0 {
+                let kept: Vec<_> = plan.stages[stage].shards.iter().map(Shard::product).filter(|rows| !rows.is_empty()).collect();
+                check(rows == kept, format!("{} in stage {stage}: {rows:?}", tensor.name));
             } else {
                 check(covers(&rows, tensor.shape[0]), format!("{} in stage {stage}: {rows:?}", tensor.name));
             }
         }
     }
+    // Whoever holds them, every row of the vocabulary is multiplied once, in whole tiles.
+    let mut products: Vec<_> = shards(plan).map(Shard::product).filter(|rows| !rows.is_empty()).collect();
+    products.sort_by_key(|rows| rows.start);
+    check(covers(&products, c.vocab), format!("products {products:?}"));
+    check(products.iter().all(|rows| rows.start.is_multiple_of(VOCAB_TILE)), format!("products {products:?} cut tiles"));
     let held: u64 = shards(plan).map(|s| s.weight_bytes).sum();
     check(held == plan.tensor_bytes + plan.shared_bytes, format!("{held} held, {} + {}", plan.tensor_bytes, plan.shared_bytes));
     check(plan.tensor_bytes == model.tensors.values().map(|t| t.bytes).sum::<u64>(), "tensor bytes".to_owned());
@@ -151,6 +161,11 @@ fn every_stage_and_rank_count_covers_the_model_exactly() {
                 let plan = planned(&spec(pipeline, tensor), &model);
                 assert_eq!(faults(&plan, &model), [""; 0], "{sample:?} at {pipeline} × {tensor}");
                 assert_eq!((plan.stages.len(), plan.stages[0].shards.len()), (pipeline, tensor));
+                if sample.tied && pipeline > 1 {
+                    let spread = planned(&Spec { vocabulary: Vocabulary::Spread, ..spec(pipeline, tensor) }, &model);
+                    assert_eq!(faults(&spread, &model), [""; 0], "{sample:?} at {pipeline} × {tensor}, spread");
+                    assert!(spread.stages[0].shards.iter().any(|s| !s.product().is_empty()));
+                }
             }
         }
         for (pipeline, tensor) in [(0, 1), (sample.layers + 1, 1)] {
@@ -233,9 +248,9 @@ fn slices_are_whole_blocks_and_tiles_even_where_ranks_are_left_empty() {
 
 #[test]
 fn layers_go_where_the_bytes_are() {
-    // The table outweighs the layers: the last stage gets the least it may have.
+    // The table outweighs the layers: where the last stage multiplies all of it, that gets the least it may have.
     let model = gemma_270m().model();
-    let two = planned(&spec(2, 1), &model);
+    let two = planned(&Spec { vocabulary: Vocabulary::Last, ..spec(2, 1) }, &model);
     assert_eq!(two.stages[1].layers, 17..18);
     let given = Spec { stage_layers: Some(vec![9, 9]), ..spec(2, 1) };
     assert_eq!(planned(&given, &model).stages[1].layers, 9..18);
@@ -245,6 +260,66 @@ fn layers_go_where_the_bytes_are() {
         let error = plan(&Spec { stage_layers: Some(wrong.clone()), ..spec(2, 1) }, &model, &UNKNOWN).unwrap_err();
         assert_eq!(error, PlanError::StageLayers { got: wrong, stages: 2, layers: 18 });
         assert!(error.to_string().contains("2 numbers of at least 1 with the sum 18"), "{error}");
+    }
+}
+
+/// What each worker multiplies of the vocabulary, stage by stage and rank by rank.
+fn products(plan: &ExecutionPlan) -> Vec<Range<usize>> {
+    shards(plan).map(Shard::product).collect()
+}
+
+#[test]
+fn a_vocabulary_is_spread_where_the_longest_stage_becomes_shorter() {
+    let model = gemma_270m().model();
+    let two = planned(&spec(2, 1), &model);
+    assert_eq!(faults(&two, &model), [""; 0]);
+    assert_eq!((two.stages[1].layers.clone(), products(&two)), (9..18, vec![0..131_072, 131_072..262_144]));
+    // The first stage needs the table to look rows up, the last no more than it multiplies.
+    let table = |plan: &ExecutionPlan, stage: usize| {
+        let slices = &plan.stages[stage].shards[0].slices;
+        slices.iter().find(|s| s.id.role == Role::Embedding).map(|s| s.rows.clone())
+    };
+    assert_eq!((table(&two, 0), table(&two, 1)), (Some(0..262_144), Some(131_072..262_144)));
+    let alone = planned(&Spec { vocabulary: Vocabulary::Last, ..spec(2, 1) }, &model);
+    assert_eq!(products(&alone), [0..0, 0..262_144]);
+    assert_eq!((2 * two.shared_bytes, two.tensor_bytes), (alone.shared_bytes, alone.tensor_bytes));
+    // Stages between them have layers alone.
+    let four = planned(&spec(4, 1), &model);
+    assert_eq!(faults(&four, &model), [""; 0]);
+    assert_eq!(products(&four), [0..131_072, 0..0, 0..0, 131_072..262_144]);
+    assert_eq!((four.stages[0].layers.len(), four.stages[3].layers.len()), (1, 1));
+    assert_eq!(table(&four, 1), None);
+    // Each rank's rows are cut.
+    let ranks = planned(&spec(2, 2), &model);
+    assert_eq!(products(&ranks), [0..65_536, 131_072..196_608, 65_536..131_072, 196_608..262_144]);
+    // Layers as given: the last stage has fewer of them, so it takes more of the vocabulary.
+    let given = planned(&Spec { stage_layers: Some(vec![12, 6]), ..spec(2, 1) }, &model);
+    assert_eq!(faults(&given, &model), [""; 0]);
+    let lent = given.stages[0].shards[0].product().len();
+    assert!((60_000..130_000).contains(&lent), "{lent}");
+    assert_eq!(products(&planned(&spec(1, 2), &model)), [0..131_072, 131_072..262_144]);
+}
+
+#[test]
+fn a_vocabulary_stays_together_where_nothing_is_gained() {
+    let together = |plan: &ExecutionPlan| shards(plan).all(|s| s.splits.cuts.is_empty());
+    // Layers that outweigh the table are cut so that stages are even already; tables of other models are not the vocabulary; small ones cost
+    // less than the way to another stage.
+    let heavy = Sample { layers: 12, hidden: 2048, ffn: 8192, vocab: 32_768, ..gemma_270m() };
+    let untied = Sample { tied: false, ..gemma_270m() };
+    let small = Sample { vocab: 8192, ..gemma_270m() };
+    for sample in [heavy, untied.clone(), small.clone()] {
+        assert!(together(&planned(&spec(2, 1), &sample.model())), "{sample:?}");
+    }
+    let asked = Spec { vocabulary: Vocabulary::Spread, ..spec(2, 2) };
+    let spread = planned(&asked, &small.model());
+    assert_eq!(products(&spread), [0..2048, 4096..6144, 2048..4096, 6144..8192]);
+    // One tile is not cut: one of the stages has it.
+    let least = planned(&asked, &Sample { vocab: 700, ..gemma_270m() }.model());
+    assert_eq!(products(&least), [0..700, 700..700, 700..700, 700..700]);
+    for (spec, sample) in [(asked.clone(), untied), (Spec { pipeline: 1, ..asked }, small)] {
+        let error = plan(&spec, &sample.model(), &UNKNOWN).unwrap_err();
+        assert_eq!(error, PlanError::Vocabulary { stages: spec.pipeline });
     }
 }
 

@@ -470,7 +470,7 @@ pub struct StepReply {
     pub step: u64,
     #[prost(message, repeated, tag = "2")]
     pub outputs: ::prost::alloc::vec::Vec<Output>,
-    /// Where this worker's time went in this step.
+    /// Where this worker's time went since its last reply.
     #[prost(message, optional, tag = "3")]
     pub timing: ::core::option::Option<Timing>,
 }
@@ -530,14 +530,14 @@ pub struct Logprobs {
     #[prost(float, repeated, tag = "3")]
     pub top: ::prost::alloc::vec::Vec<f32>,
 }
-#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+#[derive(Clone, PartialEq, ::prost::Message)]
 pub struct LinkFrame {
-    #[prost(oneof = "link_frame::Message", tags = "1, 2, 3")]
+    #[prost(oneof = "link_frame::Message", tags = "1, 2, 3, 4, 5")]
     pub message: ::core::option::Option<link_frame::Message>,
 }
 /// Nested message and enum types in `LinkFrame`.
 pub mod link_frame {
-    #[derive(Clone, PartialEq, Eq, Hash, ::prost::Oneof)]
+    #[derive(Clone, PartialEq, ::prost::Oneof)]
     pub enum Message {
         #[prost(message, tag = "1")]
         Hello(super::LinkHello),
@@ -545,6 +545,10 @@ pub mod link_frame {
         Hidden(super::HiddenFrame),
         #[prost(message, tag = "3")]
         Tokens(super::TokensFrame),
+        #[prost(message, tag = "4")]
+        Question(super::QuestionFrame),
+        #[prost(message, tag = "5")]
+        Part(super::PartFrame),
     }
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -555,6 +559,9 @@ pub struct LinkHello {
     pub from: ::core::option::Option<WorkerIdentity>,
     #[prost(fixed64, tag = "3")]
     pub to_incarnation: u64,
+    /// It brings parts of logits; else hidden states or tokens, whichever go that way.
+    #[prost(bool, tag = "4")]
+    pub parts: bool,
 }
 /// Rows of a step's hidden state: f32, little-endian, row-major \[tokens, hidden\], at most 1 MiB a frame.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
@@ -586,6 +593,59 @@ pub struct TokensFrame {
     /// Sequences whose draw failed; a later step that takes their token is discarded by the router.
     #[prost(uint64, repeated, tag = "5")]
     pub failed: ::prost::alloc::vec::Vec<u64>,
+}
+/// Rows of normed states whose logits the sampler needs, to every rank of stage 0 where that multiplies a part of the vocabulary: f32,
+/// little-endian, \[rows, hidden\], at most 1 MiB a frame.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct QuestionFrame {
+    #[prost(message, optional, tag = "1")]
+    pub epoch: ::core::option::Option<Epoch>,
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    #[prost(uint32, tag = "3")]
+    pub first_row: u32,
+    #[prost(uint32, tag = "4")]
+    pub total_rows: u32,
+    /// Of each row.
+    #[prost(message, repeated, tag = "5")]
+    pub needs: ::prost::alloc::vec::Vec<Need>,
+    #[prost(bytes = "bytes", tag = "6")]
+    pub data: ::prost::bytes::Bytes,
+}
+/// What is needed of a row of logits.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct Need {
+    /// All of them, and nothing else then.
+    #[prost(bool, tag = "1")]
+    pub whole: bool,
+    /// The softmax sums of tiles; else whether any logit is not finite.
+    #[prost(bool, tag = "2")]
+    pub total: bool,
+    /// So many of the likeliest.
+    #[prost(uint32, tag = "3")]
+    pub top: u32,
+    /// Tokens whose logits are needed.
+    #[prost(uint32, repeated, tag = "4")]
+    pub targets: ::prost::alloc::vec::Vec<u32>,
+    /// Nothing but those.
+    #[prost(bool, tag = "5")]
+    pub sparse: bool,
+}
+/// What a rank of stage 0 answers, at most 1 MiB a frame: row after row whole logits (f32), or a maximum and a sum (f32 each) of every tile, or
+/// in place of those whether a logit is not finite (u32); then ids (u32) and logits (f32) of the likeliest, and the targets' logits (f32). All
+/// little-endian.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct PartFrame {
+    #[prost(message, optional, tag = "1")]
+    pub epoch: ::core::option::Option<Epoch>,
+    #[prost(uint64, tag = "2")]
+    pub step: u64,
+    #[prost(uint64, tag = "3")]
+    pub first_byte: u64,
+    #[prost(uint64, tag = "4")]
+    pub total_bytes: u64,
+    #[prost(bytes = "bytes", tag = "5")]
+    pub data: ::prost::bytes::Bytes,
 }
 #[derive(Clone, Copy, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct LinkAck {
@@ -709,7 +769,8 @@ pub mod worker_client {
                 .insert(GrpcMethod::new("skein.worker.v1.Worker", "Session"));
             self.inner.streaming(req, path, codec).await
         }
-        /// One stream per edge of the pipeline: hidden states to the next stage, sampled tokens back to the first.
+        /// One stream per edge of the pipeline: hidden states to the next stage, sampled tokens and questions back to the first, parts of logits from
+        /// there.
         pub async fn link(
             &mut self,
             request: impl tonic::IntoStreamingRequest<Message = super::LinkFrame>,
@@ -835,7 +896,8 @@ pub mod worker_server {
             >
             + std::marker::Send
             + 'static;
-        /// One stream per edge of the pipeline: hidden states to the next stage, sampled tokens back to the first.
+        /// One stream per edge of the pipeline: hidden states to the next stage, sampled tokens and questions back to the first, parts of logits from
+        /// there.
         async fn link(
             &self,
             request: tonic::Request<tonic::Streaming<super::LinkFrame>>,

@@ -58,11 +58,52 @@ fn llama_splits_exactly() {
 
 #[test]
 fn gemma3_splits_exactly() {
-    splits_exactly(&files::fixture("gemma3"), &ids(&files::expected("gemma3"), "input_ids"), &WAYS);
+    let input = ids(&files::expected("gemma3"), "input_ids");
+    splits_exactly(&files::fixture("gemma3"), &input, &[&WAYS[..], &SPREAD].concat());
+}
+
+/// Ways in which the first stage multiplies a part of the vocabulary too.
+const SPREAD: [&[&str]; 3] = [
+    &["--pp", "2", "--vocabulary", "spread"],
+    &["--pp", "3", "--vocabulary", "spread"],
+    &["--pp", "2", "--tp", "2", "--vocabulary", "spread"],
+];
+
+/// How many rows of the vocabulary the workers multiply, stage by stage.
+fn products(model: &Path, way: &[&str]) -> Vec<Vec<u64>> {
+    let model = model.to_string_lossy();
+    let plan = json(&[&["plan", &model, "--json"][..], way].concat());
+    let list = |value: &serde_json::Value| value.as_array().cloned().unwrap_or_default();
+    let rows = |rank: &serde_json::Value| {
+        let span: Vec<u64> = list(&rank["product"]).iter().filter_map(serde_json::Value::as_u64).collect();
+        span[1] - span[0]
+    };
+    list(&plan["stages"]).iter().map(|stage| list(&stage["ranks"]).iter().map(rows).collect()).collect()
+}
+
+#[test]
+fn a_vocabulary_spread_over_stages_splits_exactly() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for dtype in [DType::Q8_0, DType::Q4_K] {
+        let model = folder.path().join(format!("{dtype:?}.gguf"));
+        write_llama(&model, dtype, true).expect("a writable folder");
+        for way in [SPREAD[0], SPREAD[2]] {
+            let rows: Vec<u64> = products(&model, way).iter().map(|stage| stage.iter().sum()).collect();
+            assert!(rows[0] > 0 && rows.iter().sum::<u64>() == 2500, "{rows:?} rows with {}", way.join(" "));
+            // The larger layers of Q4_K leave the last of two stages none.
+            assert!(rows[1] > 0 || dtype == DType::Q4_K, "{rows:?} rows with {}", way.join(" "));
+        }
+        splits_exactly(&model, &[1, 5, 9, 40, 41, 42, 7, 3, 99, 100], &SPREAD);
+    }
+    let refused = program::run(&["plan", &files::fixture("llama").to_string_lossy(), "--pp", "2", "--vocabulary", "spread"]);
+    assert!(!refused.status.success() && refused.stderr.contains("whose embedding table is its vocabulary matrix"), "{}", refused.stderr);
 }
 
 #[test]
 fn reference_model_splits_exactly() {
+    assert_eq!(products(&files::reference(), WAYS[0]), [[131_072], [131_072]], "the plan gains by it");
+    assert_eq!(products(&files::reference(), WAYS[1]), [[131_072], [0], [0], [131_072]]);
+    assert_eq!(products(&files::reference(), WAYS[4]), [[65_536, 65_536], [65_536, 65_536]]);
     splits_exactly(&files::reference(), &[2, 818, 5279, 529, 7001, 563, 506, 5279, 529], &WAYS);
 }
 
@@ -70,7 +111,7 @@ fn reference_model_splits_exactly() {
 fn generated(dtype: DType) -> (tempfile::TempDir, PathBuf) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let path = folder.path().join("llama.gguf");
-    write_llama(&path, dtype).expect("a writable folder");
+    write_llama(&path, dtype, false).expect("a writable folder");
     (folder, path)
 }
 

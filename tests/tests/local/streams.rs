@@ -52,20 +52,22 @@ async fn concurrent_streams_equal_their_solo_runs() {
     let distinct: std::collections::HashSet<_> = expected.iter().collect();
     assert!(distinct.len() > 28, "the requests hardly differ");
 
-    let server = Server::start(&manifest("model", &files::reference(), &parallelism(2, 2)));
-    let mut running = JoinSet::new();
-    for (i, request) in requests.into_iter().enumerate() {
-        let http = server.http.clone();
-        running.spawn(async move { (i, client::stream(&http, &request, |_| {}).await) });
+    for (pipeline, tensor) in [(2, 2), (2, 1)] {
+        let server = Server::start(&manifest("model", &files::reference(), &parallelism(pipeline, tensor)));
+        let mut running = JoinSet::new();
+        for (i, request) in requests.iter().cloned().enumerate() {
+            let http = server.http.clone();
+            running.spawn(async move { (i, client::stream(&http, &request, |_| {}).await) });
+        }
+        while let Some(done) = running.join_next().await {
+            let (i, streamed) = done.expect("a task");
+            assert_eq!(streamed.expect("a whole stream").text, expected[i], "stream {i} at {pipeline} × {tensor}");
+        }
+        // The comparison sees a seed that is not its own.
+        let mut other = mixed("model", 2).remove(1);
+        other["seed"] = json!(77);
+        assert_ne!(client::complete(&server.http, &other).await.expect("an answer"), expected[1]);
     }
-    while let Some(done) = running.join_next().await {
-        let (i, streamed) = done.expect("a task");
-        assert_eq!(streamed.expect("a whole stream").text, expected[i], "stream {i}");
-    }
-    // The comparison sees a seed that is not its own.
-    let mut other = mixed("model", 2).remove(1);
-    other["seed"] = json!(77);
-    assert_ne!(client::complete(&server.http, &other).await.expect("an answer"), expected[1]);
 }
 
 /// The value of a counter in Prometheus' text form, summed over its labels.

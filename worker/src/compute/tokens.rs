@@ -42,14 +42,18 @@ impl Tokens {
         }
     }
 
-    /// Puts ids in the place of "the token sampled in step s"; `more` waits for the tokens of another step.
-    pub(super) fn resolve(&mut self, step: &mut Step, mut more: impl FnMut() -> Result<Drawn, Stop>) -> Result<(), Stop> {
+    /// Whether the tokens that a step continues from have been drawn, as far as they will be.
+    pub(super) fn are_heard(&self, step: &Step) -> bool {
+        step.sequences.iter().all(|part| match part.input {
+            Input::Sampled { step: from, .. } => self.heard >= from || self.has(part.sequence, from),
+            Input::Ids(_) => true,
+        })
+    }
+
+    /// Puts ids in the place of "the token sampled in step s".
+    pub(super) fn resolve(&self, step: &mut Step) -> Result<(), Stop> {
         for part in &mut step.sequences {
             let Input::Sampled { step: from, drafts } = &mut part.input else { continue };
-            while self.heard < *from && !self.has(part.sequence, *from) {
-                let drawn = more()?;
-                self.hear(drawn);
-            }
             let Some(Some((_, token))) = self.last.get(&part.sequence).filter(|_| self.has(part.sequence, *from)) else {
                 let detail = format!("step {} continues sequence {} from step {from}, which drew nothing for it", step.id, part.sequence);
                 return Err(Failure::new(Reason::Protocol, detail).into());
@@ -104,13 +108,11 @@ mod tests {
         tokens.follow(&step(1, 7, Input::Ids(vec![1])));
         let mut next = step(2, 7, sampled(1));
         tokens.follow(&next);
-        let mut waited = 0;
-        let more = || {
-            waited += 1;
-            Ok(Drawn { step: 1, tokens: vec![(6, Some(5)), (7, Some(42))] })
-        };
-        tokens.resolve(&mut next, more).expect("a token");
-        assert_eq!((next.sequences[0].input.clone(), waited), (Input::Ids(vec![42, 8, 9]), 1));
+        assert!(!tokens.are_heard(&next));
+        tokens.hear(Drawn { step: 1, tokens: vec![(6, Some(5)), (7, Some(42))] });
+        assert!(tokens.are_heard(&next));
+        tokens.resolve(&mut next).expect("a token");
+        assert_eq!(next.sequences[0].input, Input::Ids(vec![42, 8, 9]));
     }
 
     #[test]
@@ -119,10 +121,12 @@ mod tests {
         tokens.follow(&step(1, 7, Input::Ids(vec![1])));
         tokens.hear(Drawn { step: 1, tokens: vec![(7, None)] });
         let mut next = step(2, 7, sampled(1));
-        tokens.resolve(&mut next, || Err(Stop::Over)).expect("a placeholder");
+        tokens.resolve(&mut next).expect("a placeholder");
         assert_eq!(next.sequences[0].input, Input::Ids(vec![PLACEHOLDER, 8, 9]));
         tokens.hear(Drawn { step: 3, tokens: vec![(6, Some(1))] });
-        let missing = tokens.resolve(&mut step(4, 7, sampled(3)), || Err(Stop::Over));
+        let mut missing = step(4, 7, sampled(3));
+        assert!(tokens.are_heard(&missing), "no later step draws it");
+        let missing = tokens.resolve(&mut missing);
         assert!(matches!(missing, Err(Stop::Failed(failure)) if failure.reason == Reason::Protocol));
     }
 

@@ -10,7 +10,10 @@ use tokio::{sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming};
 
-use super::{Cargo, source};
+use super::{
+    Cargo, source,
+    vocabulary::{Parts, Questions},
+};
 use crate::{
     failure::{Failure, Reason},
     session::{Drawn, Live},
@@ -39,17 +42,18 @@ pub(crate) async fn accept(worker: Arc<Worker>, mut frames: Streaming<LinkFrame>
         return Err(refused(&Failure::new(Reason::Incarnation, detail)));
     }
     let live = worker.gate.session(epoch, worker.deadlines.hello).await.map_err(|f| refused(&f))?;
-    let cargo = expected(&worker, &live, hello.from.as_ref()).map_err(|f| refused(&f))?;
+    let cargo = expected(&worker, &live, &hello).map_err(|f| refused(&f))?;
     let (send, acks) = mpsc::channel(ACKS);
     worker.tasks.spawn(run(worker.clone(), live, frames, cargo, send));
     Ok(ReceiverStream::new(acks))
 }
 
 /// What the link brings, if it is the one that is expected.
-fn expected(worker: &Worker, live: &Live, from: Option<&wire::WorkerIdentity>) -> Result<Cargo, Failure> {
+fn expected(worker: &Worker, live: &Live, hello: &wire::LinkHello) -> Result<Cargo, Failure> {
     let failed = |detail: String| Err(Failure::new(Reason::Link, detail));
-    let Some(from) = from else { return failed("the link does not say whom it is from".into()) };
-    let Some(((stage, rank), cargo)) = source(worker, &live.workers) else { return failed("no link is expected here".into()) };
+    let Some(from) = &hello.from else { return failed("the link does not say whom it is from".into()) };
+    let parts = hello.parts.then_some(from.rank as usize);
+    let Some(((stage, rank), cargo)) = source(worker, &live.workers, parts) else { return failed("no link is expected here".into()) };
     let granted = live.workers.iter().find(|w| (w.stage as usize, w.rank as usize) == (stage, rank));
     let known = granted.is_some_and(|w| (w.stage, w.rank, w.incarnation) == (from.stage, from.rank, from.incarnation));
     if !known || from.replica != worker.spec.replica {
@@ -58,7 +62,7 @@ fn expected(worker: &Worker, live: &Live, from: Option<&wire::WorkerIdentity>) -
             from.stage, from.rank, from.replica, worker.spec.replica
         ));
     }
-    if !live.claim_link() {
+    if !live.claim_link(cargo) {
         return failed("there is a link already".into());
     }
     Ok(cargo)
@@ -71,7 +75,8 @@ async fn run(
     cargo: Cargo,
     acks: mpsc::Sender<Result<LinkAck, Status>>,
 ) {
-    let mut receiver = Receiver { worker: &worker, live: &live, cargo, partial: None };
+    let mut receiver =
+        Receiver { worker: &worker, live: &live, cargo, partial: None, questions: Questions::default(), parts: Parts::default() };
     loop {
         let frame = tokio::select! {
             biased;
@@ -87,7 +92,7 @@ async fn run(
                 Ok(None) => {}
                 Err(failure) => return live.fail(failure),
             },
-            Ok(None) => return live.inbox.unlink(),
+            Ok(None) => return live.inbox.unlink(cargo),
             Err(status) => return live.fail(Failure::new(Reason::PeerLost, format!("the inbound link broke: {}", status.message()))),
         }
     }
@@ -99,6 +104,8 @@ struct Receiver<'a> {
     cargo: Cargo,
     /// The hidden state that is arriving: step, rows in all, rows so far, values.
     partial: Option<(u64, u32, u32, Vec<f32>)>,
+    questions: Questions,
+    parts: Parts,
 }
 
 impl Receiver<'_> {
@@ -107,6 +114,8 @@ impl Receiver<'_> {
         match (frame.message, self.cargo) {
             (Some(Message::Hidden(frame)), Cargo::Hidden) => self.hidden(&frame),
             (Some(Message::Tokens(frame)), Cargo::Tokens) => self.tokens(frame).map(Some),
+            (Some(Message::Question(frame)), Cargo::Tokens) => self.question(frame),
+            (Some(Message::Part(frame)), Cargo::Parts(rank)) => self.part(rank, &frame),
             (_, cargo) => Err(Failure::new(Reason::Protocol, format!("a frame came that is not {cargo:?}"))),
         }
     }
@@ -146,6 +155,22 @@ impl Receiver<'_> {
             return Ok(None);
         }
         self.live.inbox.push_hidden(step, values)?;
+        Ok(Some(step))
+    }
+
+    fn question(&mut self, frame: wire::QuestionFrame) -> Result<Option<u64>, Failure> {
+        self.check(frame.epoch)?;
+        let spec = &self.worker.spec;
+        let Some(question) = self.questions.take(frame, spec.config.hidden, spec.max_batch_tokens)? else { return Ok(None) };
+        let step = question.step;
+        self.live.inbox.push_question(question).map(|()| Some(step))
+    }
+
+    fn part(&mut self, rank: usize, frame: &wire::PartFrame) -> Result<Option<u64>, Failure> {
+        self.check(frame.epoch)?;
+        let expected = self.live.inbox.part_bytes(frame.step, rank)?;
+        let Some((step, part)) = self.parts.take(frame, expected)? else { return Ok(None) };
+        self.live.inbox.push_part(step, rank, part);
         Ok(Some(step))
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use engine::Question;
 use futures_util::future::try_join_all;
 use plan::worker::Epoch;
 use proto::{
@@ -12,7 +13,10 @@ use tokio::{runtime::Handle, sync::mpsc, time::timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
-use super::{Cargo, FRAME, targets};
+use super::{
+    Cargo, FRAME, targets,
+    vocabulary::{part_frames, question_frames},
+};
 use crate::{
     failure::{Failure, Reason},
     peer,
@@ -71,6 +75,16 @@ impl Outbound {
         self.send(Cargo::Tokens, &LinkFrame { message: Some(Message::Tokens(frame)) })
     }
 
+    /// Asks the first stage for its part of logits.
+    pub(crate) fn question(&self, question: &Question, width: usize) -> Result<(), Stop> {
+        question_frames(self.epoch, question, width).try_for_each(|frame| self.send(Cargo::Tokens, &frame))
+    }
+
+    /// Sends the part of logits of this rank, `rank` of the first stage, to the sampler.
+    pub(crate) fn part(&self, step: u64, rank: usize, part: Vec<u8>) -> Result<(), Stop> {
+        part_frames(self.epoch, step, part).try_for_each(|frame| self.send(Cargo::Parts(rank), &frame))
+    }
+
     fn send(&self, cargo: Cargo, frame: &LinkFrame) -> Result<(), Stop> {
         for edge in self.edges.iter().filter(|e| e.cargo == cargo) {
             send(&self.runtime, &self.ending, &edge.frames, frame.clone())?;
@@ -93,7 +107,12 @@ async fn open(worker: &Arc<Worker>, live: &Arc<Live>, to: &wire::WorkerAddress, 
     let failed = |status: tonic::Status| Failure::new(Reason::Link, format!("{} took no link: {}", peer::name(to), status.message()));
     let mut client = peer::dial(worker, to.stage, &to.address, worker.deadlines.meet).await.map_err(failed)?;
     let (frames, outgoing) = mpsc::channel(FRAMES);
-    let hello = wire::LinkHello { epoch: Some(encode_epoch(live.epoch)), from: Some(worker.identity()), to_incarnation: to.incarnation };
+    let hello = wire::LinkHello {
+        epoch: Some(encode_epoch(live.epoch)),
+        from: Some(worker.identity()),
+        to_incarnation: to.incarnation,
+        parts: matches!(cargo, Cargo::Parts(_)),
+    };
     let greeted = frames.try_send(LinkFrame { message: Some(Message::Hello(hello)) });
     greeted.map_err(|e| Failure::new(Reason::Link, e.to_string()))?;
     let acks = client.link(ReceiverStream::new(outgoing)).await.map_err(failed)?.into_inner();

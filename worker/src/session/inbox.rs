@@ -1,4 +1,4 @@
-//! What the engine thread waits for: steps, hidden states, tokens and masks of one session.
+//! What the engine thread waits for: steps, hidden states, tokens, masks, questions and parts of logits of one session.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -6,11 +6,13 @@ use std::{
     time::Instant,
 };
 
+use engine::Question;
 use plan::step::{Mask, SequenceId, Step, TokenId};
 
 use crate::{
     adapters::Change,
     failure::{Failure, Reason},
+    link::Cargo,
 };
 
 /// Masks that may wait: more than the sequences of all steps in flight.
@@ -66,10 +68,22 @@ struct State {
     closed: bool,
     hidden: VecDeque<(u64, Vec<f32>)>,
     tokens: VecDeque<Drawn>,
-    /// The link that brings hidden states or tokens has ended.
-    unlinked: bool,
+    questions: VecDeque<Question>,
+    /// What was asked of the first stage, by step and rank.
+    parts: HashMap<u64, Vec<Part>>,
+    /// The links that have ended.
+    unlinked: HashSet<Cargo>,
     masks: HashMap<(u64, SequenceId), Mask>,
     over: bool,
+    /// Grows with everything that comes.
+    changes: u64,
+}
+
+/// A part of logits.
+#[derive(Debug)]
+struct Part {
+    bytes: usize,
+    came: Option<Vec<u8>>,
 }
 
 fn protocol(detail: String) -> Failure {
@@ -142,6 +156,41 @@ impl Inbox {
         Ok(())
     }
 
+    pub(crate) fn push_question(&self, question: Question) -> Result<(), Failure> {
+        let mut state = self.state();
+        if state.questions.len() >= self.most {
+            return Err(protocol(format!("questions of {} steps wait already, expected at most that many", state.questions.len())));
+        }
+        state.questions.push_back(question);
+        self.wake(state);
+        Ok(())
+    }
+
+    /// Parts of these many bytes will come, one from each rank of the first stage.
+    pub(crate) fn expect_parts(&self, step: u64, bytes: Vec<usize>) {
+        let mut state = self.state();
+        if !state.over {
+            state.parts.insert(step, bytes.into_iter().map(|bytes| Part { bytes, came: None }).collect());
+        }
+    }
+
+    /// Bytes of the part that is to come.
+    pub(crate) fn part_bytes(&self, step: u64, rank: usize) -> Result<usize, Failure> {
+        match self.state().parts.get(&step).and_then(|parts| parts.get(rank)) {
+            Some(Part { bytes, came: None }) => Ok(*bytes),
+            _ => Err(protocol(format!("a part of step {step} came from rank {rank}, of which none was expected"))),
+        }
+    }
+
+    pub(crate) fn push_part(&self, step: u64, rank: usize, part: Vec<u8>) {
+        let mut state = self.state();
+        // A session that ended meanwhile expects nothing any more.
+        if let Some(expected) = state.parts.get_mut(&step).and_then(|parts| parts.get_mut(rank)) {
+            expected.came = Some(part);
+            self.wake(state);
+        }
+    }
+
     pub(super) fn push_mask(&self, step: u64, sequence: SequenceId, mask: Mask) -> Result<(), Failure> {
         let mut state = self.state();
         if step == 0 || step > state.last {
@@ -164,10 +213,10 @@ impl Inbox {
         self.wake(state);
     }
 
-    /// No more hidden states or tokens come.
-    pub(crate) fn unlink(&self) {
+    /// No more of this comes.
+    pub(crate) fn unlink(&self, cargo: Cargo) {
         let mut state = self.state();
-        state.unlinked = true;
+        state.unlinked.insert(cargo);
         self.wake(state);
     }
 
@@ -178,29 +227,51 @@ impl Inbox {
         self.wake(state);
     }
 
-    /// The next step or change; `None` after the last.
-    pub(crate) fn work(&self) -> Result<Option<Work>, Stop> {
-        self.wait(|state| match state.work.pop_front() {
-            Some(work) => Some(Ok(Some(work))),
-            None => state.closed.then_some(Ok(None)),
-        })
+    /// The next step or change, if one has come.
+    pub(crate) fn work(&self) -> Option<Work> {
+        self.state().work.pop_front()
     }
 
-    /// The hidden states of step `step`.
-    pub(crate) fn hidden(&self, step: u64) -> Result<Vec<f32>, Stop> {
-        self.wait(|state| match state.hidden.pop_front() {
-            Some((of, values)) if of == step => Some(Ok(values)),
-            Some((of, _)) => Some(Err(protocol(format!("hidden states of step {of} came, expected those of {step}")).into())),
-            None => state.gone(),
-        })
+    /// Whether no step or change is here, and none comes.
+    pub(crate) fn is_drained(&self) -> bool {
+        let state = self.state();
+        state.closed && state.work.is_empty()
     }
 
-    /// The next tokens; waits for them.
-    pub(crate) fn tokens(&self) -> Result<Drawn, Stop> {
-        self.wait(|state| match state.tokens.pop_front() {
-            Some(drawn) => Some(Ok(drawn)),
-            None => state.gone(),
-        })
+    /// The hidden states of step `step`, if they have come.
+    pub(crate) fn hidden(&self, step: u64) -> Result<Option<Vec<f32>>, Stop> {
+        let mut state = self.state();
+        match state.hidden.pop_front() {
+            Some((of, values)) if of == step => Ok(Some(values)),
+            Some((of, _)) => Err(protocol(format!("hidden states of step {of} came, expected those of {step}")).into()),
+            None => state.gone(Cargo::Hidden).map(|()| None),
+        }
+    }
+
+    /// The next question, if one has come; whoever expects one asks for it.
+    pub(crate) fn question(&self) -> Result<Option<Question>, Stop> {
+        let mut state = self.state();
+        match state.questions.pop_front() {
+            Some(question) => Ok(Some(question)),
+            None => state.gone(Cargo::Tokens).map(|()| None),
+        }
+    }
+
+    /// The parts of a step, by rank, if all have come.
+    pub(crate) fn parts(&self, step: u64) -> Result<Option<Vec<Vec<u8>>>, Stop> {
+        let mut state = self.state();
+        let Some(parts) = state.parts.get(&step) else { return Ok(None) };
+        if let Some(rank) = parts.iter().position(|part| part.came.is_none()) {
+            return state.gone(Cargo::Parts(rank)).map(|()| None);
+        }
+        let parts = state.parts.remove(&step).unwrap_or_default();
+        Ok(Some(parts.into_iter().filter_map(|part| part.came).collect()))
+    }
+
+    /// Ends the session when tokens are missing that cannot come any more.
+    pub(crate) fn miss_tokens(&self) -> Result<(), Stop> {
+        let state = self.state();
+        if state.tokens.is_empty() { state.gone(Cargo::Tokens) } else { Ok(()) }
     }
 
     /// The tokens that have come.
@@ -227,14 +298,15 @@ impl Inbox {
         }
     }
 
-    fn wait<T>(&self, mut take: impl FnMut(&mut State) -> Option<Result<T, Stop>>) -> Result<T, Stop> {
+    /// Waits until something has come since `seen`, which is what this said last; 0 at first.
+    pub(crate) fn wait(&self, seen: u64) -> Result<u64, Stop> {
         let mut state = self.state();
         loop {
             if state.over {
                 return Err(Stop::Over);
             }
-            if let Some(taken) = take(&mut state) {
-                return taken;
+            if state.changes != seen {
+                return Ok(state.changes);
             }
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -245,7 +317,8 @@ impl Inbox {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn wake(&self, state: MutexGuard<'_, State>) {
+    fn wake(&self, mut state: MutexGuard<'_, State>) {
+        state.changes += 1;
         drop(state);
         // One thread waits: the engine's.
         self.changed.notify_one();
@@ -253,9 +326,12 @@ impl Inbox {
 }
 
 impl State {
-    /// What a wait for the link ends with.
-    fn gone<T>(&self) -> Option<Result<T, Stop>> {
-        self.unlinked.then(|| Err(Failure::new(Reason::Link, "the link ended while something was expected of it").into()))
+    /// Ends the session where the link that is to bring something has ended.
+    fn gone(&self, cargo: Cargo) -> Result<(), Stop> {
+        if self.unlinked.contains(&cargo) {
+            return Err(Failure::new(Reason::Link, "the link ended while something was expected of it").into());
+        }
+        Ok(())
     }
 }
 
@@ -282,6 +358,52 @@ mod tests {
         let few = [drawn(101, &[(8, 1)]), drawn(102, &[(8, 2)])];
         few.iter().for_each(|drawn| inbox.push_tokens(drawn.clone()).expect("room"));
         assert_eq!(inbox.waiting_tokens(), few);
+    }
+
+    #[test]
+    fn parts_are_there_when_every_rank_has_sent_its_own() {
+        let inbox = Inbox::new(3);
+        inbox.expect_parts(5, vec![3, 0]);
+        inbox.expect_parts(6, vec![1, 1]);
+        assert_eq!((inbox.part_bytes(5, 0), inbox.part_bytes(5, 1)), (Ok(3), Ok(0)));
+        for (step, rank) in [(5, 2), (7, 0)] {
+            assert_eq!(inbox.part_bytes(step, rank).expect_err("none is expected").reason, Reason::Protocol);
+        }
+        inbox.push_part(5, 1, Vec::new());
+        inbox.push_part(6, 0, vec![9]);
+        assert_eq!(inbox.parts(5), Ok(None));
+        inbox.push_part(5, 0, vec![1, 2, 3]);
+        assert!(inbox.part_bytes(5, 0).is_err(), "a second one");
+        assert_eq!(inbox.parts(5), Ok(Some(vec![vec![1, 2, 3], Vec::new()])));
+        // Another rank may be done; the one that is missed may not.
+        inbox.unlink(Cargo::Parts(0));
+        assert_eq!(inbox.parts(6), Ok(None));
+        inbox.unlink(Cargo::Parts(1));
+        assert!(matches!(inbox.parts(6), Err(Stop::Failed(failure)) if failure.reason == Reason::Link));
+        inbox.end();
+        assert_eq!(inbox.parts(6), Ok(None), "everything is dropped");
+        assert_eq!(inbox.wait(0), Err(Stop::Over));
+    }
+
+    #[test]
+    fn whoever_waits_wakes_for_everything_that_comes() {
+        let inbox = Inbox::new(3);
+        let mut seen = 0;
+        let pushes: [&dyn Fn(); 4] = [
+            &|| inbox.push_step(Step { id: 1, ..Step::default() }).expect("room"),
+            &|| inbox.push_question(Question { step: 1, ..Question::default() }).expect("room"),
+            &|| inbox.unlink(Cargo::Hidden),
+            &|| inbox.close(),
+        ];
+        for push in pushes {
+            push();
+            let now = inbox.wait(seen).expect("not over");
+            assert!(now != seen);
+            seen = now;
+        }
+        assert!(matches!(inbox.work(), Some(Work::Step(step)) if step.id == 1) && inbox.is_drained());
+        assert_eq!(inbox.question(), Ok(Some(Question { step: 1, ..Question::default() })));
+        assert!(inbox.hidden(1).is_err(), "their link has ended");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! The session that a worker is in.
 
 use std::{
+    collections::HashSet,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -17,6 +18,7 @@ use super::{BEAT, Ending, Stop, inbox::Inbox, send};
 use crate::{
     collective::Interrupt,
     failure::{Failure, Reason},
+    link::Cargo,
 };
 
 /// A session, as the owner's messages, the engine thread, links and heartbeats see it.
@@ -34,8 +36,8 @@ pub(crate) struct Live {
     /// Heartbeats since the owner spoke last. Counted so, a worker that was stopped itself does not blame the owner.
     quiet: AtomicU32,
     interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
-    /// The one link that comes in.
-    linked: AtomicBool,
+    /// The links that have come in, one of a kind.
+    linked: Mutex<HashSet<Cargo>>,
 }
 
 impl std::fmt::Debug for Live {
@@ -65,7 +67,7 @@ impl Live {
             finished: AtomicU64::new(0),
             quiet: AtomicU32::new(0),
             interrupt: Mutex::new(None),
-            linked: AtomicBool::new(false),
+            linked: Mutex::default(),
         }
     }
 
@@ -103,9 +105,9 @@ impl Live {
         }
     }
 
-    /// Takes the place of the one inbound link.
-    pub(crate) fn claim_link(&self) -> bool {
-        !self.linked.swap(true, Ordering::Relaxed)
+    /// Takes the place of the one inbound link of a kind.
+    pub(crate) fn claim_link(&self, cargo: Cargo) -> bool {
+        self.linked.lock().unwrap_or_else(PoisonError::into_inner).insert(cargo)
     }
 
     /// Tells the owner; waits while it does not read. Says nothing once the owner is gone.

@@ -1,0 +1,60 @@
+//! What the last stage asks of the first where the vocabulary product is spread over both: states, and what is wanted of their logits.
+
+use std::ops::Range;
+
+use kernels::vocab::VOCAB_TILE;
+use plan::step::TokenId;
+
+/// States whose logits are wanted, in a step.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Question {
+    /// The step.
+    pub step: u64,
+    /// What is needed of each row.
+    pub needs: Vec<Need>,
+    /// Normed states, `[rows, hidden]`.
+    pub states: Vec<f32>,
+}
+
+/// What is needed of a row of logits; every rank of the last stage comes to the same answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Need {
+    /// All logits.
+    pub whole: bool,
+    /// The softmax sum.
+    pub total: bool,
+    /// So many of the likeliest.
+    pub top: usize,
+    /// Tokens whose logits are needed.
+    pub targets: Vec<TokenId>,
+    /// Nothing but the targets' logits is needed, not even whether the others are finite.
+    pub sparse: bool,
+}
+
+impl Need {
+    /// Bytes that whoever multiplies `rows` rows of the vocabulary hands over.
+    fn bytes(&self, rows: usize) -> usize {
+        if self.whole {
+            return 4 * rows;
+        }
+        let sums = if self.total { 8 * rows.div_ceil(VOCAB_TILE) } else { 4 };
+        sums + 8 * self.top.min(rows) + 4 * self.targets.len()
+    }
+}
+
+/// Bytes of the part of whoever multiplies `rows` of the vocabulary; nobody hands over anything of no rows.
+pub fn part_bytes(needs: &[Need], rows: &Range<usize>) -> usize {
+    if rows.is_empty() { 0 } else { needs.iter().map(|need| need.bytes(rows.len())).sum() }
+}
+
+/// The vocabulary rows of `own` that any of these needs, counted from its first, where none needs more than a few.
+pub(crate) fn few_rows(needs: &[Need], own: &Range<usize>) -> Option<Vec<usize>> {
+    if needs.is_empty() || !needs.iter().all(|need| need.sparse) {
+        return None;
+    }
+    let ids = needs.iter().flat_map(|need| &need.targets).map(|&id| id as usize).filter(|id| own.contains(id));
+    let mut rows: Vec<usize> = ids.map(|id| id - own.start).collect();
+    rows.sort_unstable();
+    rows.dedup();
+    Some(rows)
+}
