@@ -303,7 +303,8 @@ impl Driver {
 
     fn tick(&mut self, number: u32) -> Result<(), ReplicaError> {
         for worker in &mut self.workers {
-            let due = self.flight.iter().filter(|d| d.id > worker.answered).map(|d| d.tokens).max();
+            // A worker may have answered a step and still compute a part of its logits for another one.
+            let due = self.flight.iter().filter(|d| d.id > worker.answered || !worker.pace.waits()).map(|d| d.tokens).max();
             match worker.pace.tick(due) {
                 None => {}
                 Some(Trouble::Silent { millis }) => return Err(ReplicaError::Silent { worker: worker.remote.name(), millis }),
