@@ -405,6 +405,9 @@ pub(crate) struct PlanArgs {
     /// One JSON object on stdout.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Small model of the same tokenizer that guesses tokens, in a worker of its own [default: the manifest's].
+    #[arg(long, value_name = "SOURCE", conflicts_with = "deployment", help_heading = "Placement")]
+    pub(crate) draft_model: Option<String>,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }

@@ -54,8 +54,21 @@ impl Model {
     /// # Errors
     /// As [`Model::open`].
     pub(crate) async fn pinned(global: &Global, uri: &str, digest: Option<&str>, credentials: Option<Credentials>) -> Outcome<Self> {
-        let mut options = SourceOptions { digest: digest.map(str::to_owned), progress: progress(global.quiet), ..source_options(global)? };
-        options.credentials = credentials.or(options.credentials);
+        let own = source_options(global)?;
+        let credentials = credentials.or(own.credentials.clone());
+        Self::with(global, uri, digest, SourceOptions { credentials, ..own }).await
+    }
+
+    /// Opens the model at `uri`, which stands beside another: what lets that one's source be read is not for it.
+    ///
+    /// # Errors
+    /// As [`Model::open`].
+    pub(crate) async fn beside(global: &Global, uri: &str, digest: Option<&str>) -> Outcome<Self> {
+        Self::with(global, uri, digest, SourceOptions { credentials: None, ..source_options(global)? }).await
+    }
+
+    async fn with(global: &Global, uri: &str, digest: Option<&str>, options: SourceOptions) -> Outcome<Self> {
+        let options = SourceOptions { digest: digest.map(str::to_owned), progress: progress(global.quiet), ..options };
         let credentials = options.credentials.clone();
         let (name, digest) = (uri.to_owned(), digest.map(str::to_owned));
         let opened = tokio::task::spawn_blocking(move || {

@@ -177,6 +177,7 @@ impl Revision {
                 .enumerate()
                 .map(|(stage, of)| (0..of.ranks).map(|rank| address(stage, rank)).collect())
                 .collect(),
+            draft: None,
         }
     }
 }

@@ -181,6 +181,11 @@ pub fn read(object: &ModelDeployment, spec: &Value, fetched: &Fetched) -> Result
     if object.name() == names::POOL {
         return Err(invalid("metadata.name", "this is the name of the namespace's router pool, expected another"));
     }
+    if manifest.spec().engine.draft.model.is_some() {
+        let message =
+            "draft models are not there on a cluster yet, skein run and skein serve have them; expected none, or promptLookup alone";
+        return Err(invalid("spec.engine.draft.model", message));
+    }
     Ok(manifest)
 }
 

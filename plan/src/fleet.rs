@@ -163,4 +163,18 @@ pub struct FleetReplica {
     pub limits: ReplicaLimits,
     /// `workers[stage][rank]`: address `host:port`.
     pub workers: Vec<Vec<String>>,
+    /// The model that guesses for it. It changes no bit, and comes and goes while the replica runs.
+    #[serde(default)]
+    pub draft: Option<FleetDraft>,
+}
+
+/// A small model of the same vocabulary beside a replica, in one worker of its own, that guesses the tokens which come next.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetDraft {
+    /// Its worker's address `host:port`.
+    pub worker: String,
+    /// What it can hold.
+    pub limits: ReplicaLimits,
+    /// What a step of one row takes, in thousandths of such a step of the replica.
+    pub cost: u32,
 }

@@ -24,6 +24,16 @@ pub struct Machine {
 /// Times that 8-bit products are faster than those of floats: a vector holds four times as many.
 const FLOATS: f64 = 4.0;
 
+/// What a step of one row of `plan` takes, in thousandths of such a step of `whole`, where both are bound by reading and one memory serves
+/// all of their workers; at least `least`.
+pub fn thousandths(plan: &ExecutionPlan, whole: &ExecutionPlan, least: u32) -> u32 {
+    let bytes = |plan: &ExecutionPlan| -> f64 {
+        let costs = plan.stages.iter().flat_map(|stage| &stage.shards).map(|shard| cost(&plan.config, &plan.kv, shard, 1, 0));
+        costs.map(|(layers, head)| (layers + head).bytes).sum()
+    };
+    ((1000.0 * bytes(plan) / bytes(whole).max(1.0)).round() as u32).max(least)
+}
+
 /// What a worker does in a part of a step.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Cost {
@@ -194,6 +204,15 @@ mod tests {
         let shared = Machine { read: 1e3, ..SLOW_MEMORY };
         let ratio = decode(&spread, &shared, 1, 0) / decode(&last, &shared, 1, 0);
         assert!((ratio - 1.0).abs() < 1e-9, "{ratio}");
+    }
+
+    #[test]
+    fn the_time_of_a_step_beside_another_is_that_of_its_bytes() {
+        let (whole, half) = (planned(&llama(), 1, 1), planned(&Sample { layers: 2, vocab: 2048, ..llama() }, 1, 1));
+        assert_eq!(thousandths(&half, &whole, 50), 500);
+        assert_eq!(thousandths(&half, &planned(&llama(), 2, 2), 50), 500, "the split changes no bytes");
+        assert_eq!(thousandths(&whole, &whole, 50), 1000);
+        assert_eq!(thousandths(&half, &whole, 700), 700);
     }
 
     #[test]

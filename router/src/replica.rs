@@ -237,4 +237,10 @@ impl ReplicaError {
 pub trait Connector: Send + Sync + 'static {
     /// Called once for each replica of a fleet state and again when its workers change. Does not dial.
     fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica>;
+
+    /// What drives the draft model that the record of a replica names; called again when that changes. `None`: this connector has none. Does
+    /// not dial.
+    fn draft(&self, _replica: &FleetReplica) -> Option<Arc<dyn Replica>> {
+        None
+    }
 }

@@ -23,6 +23,8 @@
 //! - **Drafts** ([`Scheduler::set_prompt_lookup`]): where a sequence repeats itself, ids that are guessed to come next are verified in one
 //!   step, while rows are few and no prompt has work. A sequence waits for its token then, and with one stage the others with it.
 //!   Drafts take no block that another sequence lacks, and draw no token that would not have been drawn.
+//! - **A draft model** ([`Scheduler::set_draft_model`]) guesses where it is trusted more than the lookup, and its steps are worth their time. A
+//!   sequence waits for its guess too, but not for what the draft model has yet to read of it.
 //! - **Masks** ([`Scheduler::set_mask`]): what a constrained sequence may draw follows from the token before, so it waits for that token, and then
 //!   for its mask, while the others go on. It drafts nothing: what its grammar leaves open is what no other place says.
 //! - **Blocks that run out** are taken from the youngest sequence. It keeps its place in the queue and goes on later from
@@ -37,12 +39,15 @@
 mod batch;
 mod blocks;
 mod completion;
+mod drafter;
+mod drafts;
 mod lookup;
 mod prefix;
 mod sequence;
 mod sizes;
 #[cfg(test)]
 mod tests;
+mod trust;
 mod worth;
 
 use std::{
@@ -52,17 +57,19 @@ use std::{
 };
 
 use plan::{
-    fleet::ReplicaLimits,
+    fleet::{FleetDraft, ReplicaLimits},
     shard::BLOCK_TOKENS,
-    step::{Logprobs, Mask, Output, SequenceId, TokenId},
+    step::{Logprobs, Mask, Output, SequenceId, Step, TokenId},
 };
 
 pub use blocks::PrefixChange;
+pub use drafts::is_worth_a_try;
 pub use prefix::BlockHash;
 pub use sequence::Submission;
 pub use sizes::StepSizes;
 
 use blocks::BlockPool;
+use drafter::Drafter;
 use sequence::{Admission, Sequence, Table};
 
 use crate::edge::FinishReason;
@@ -197,6 +204,8 @@ pub struct Scheduler {
     starved: bool,
     /// Most tokens drafted for a sequence in a step; 0: none.
     prompt_lookup: usize,
+    /// The draft model, while there is one.
+    drafter: Option<Drafter>,
     events: Vec<Event>,
     counters: Counters,
 }
@@ -223,6 +232,8 @@ struct Entry {
     draws: bool,
     /// Ids that are guessed to follow, which were run too.
     drafts: Vec<TokenId>,
+    /// The draft model guessed them.
+    by_model: bool,
 }
 
 /// Where a result goes.
@@ -260,6 +271,7 @@ impl Scheduler {
             computing: HashMap::new(),
             starved: false,
             prompt_lookup: 0,
+            drafter: None,
             events: Vec::new(),
             counters: Counters::default(),
         }
@@ -328,6 +340,40 @@ impl Scheduler {
     /// From now on at most `most` tokens of a sequence are drafted in a step; 0 (what it begins with): none. Drafts change no token.
     pub fn set_prompt_lookup(&mut self, most: usize) {
         self.prompt_lookup = most;
+    }
+
+    /// From now on an empty worker of a draft model is there, or none. Drafts change no token.
+    pub fn set_draft_model(&mut self, draft: Option<&FleetDraft>) {
+        self.drafter = draft.map(Drafter::new);
+    }
+
+    /// Whether a draft model is there.
+    pub fn has_draft_model(&self) -> bool {
+        self.drafter.is_some()
+    }
+
+    /// The next step to send to the draft model's worker, or `None` when nothing can run there until a reply comes, or a step is made. Called
+    /// when [`Scheduler::next_step`] has no more. At most two steps are in flight.
+    pub fn next_draft_step(&mut self) -> Option<Step> {
+        self.drafter.as_mut()?.next_step(&self.running)
+    }
+
+    /// Takes the results of the oldest step in flight there.
+    ///
+    /// # Errors
+    /// When the reply does not answer that step. The draft model's session is then to be ended.
+    pub fn draft_reply(&mut self, step: u64, outputs: Vec<Output>) -> Result<(), ReplyError> {
+        match &mut self.drafter {
+            Some(drafter) => drafter.reply(step, outputs),
+            None => Err(ReplyError::Order { got: step, expected: None }),
+        }
+    }
+
+    /// The draft model takes too long: until it has answered, nobody waits for it.
+    pub fn go_on_without_drafts(&mut self) {
+        if let Some(drafter) = &mut self.drafter {
+            drafter.set_late();
+        }
     }
 
     /// The workers have an adapter in `slot`, from 1 on: sequences may name it by its numerics id.
@@ -406,6 +452,7 @@ impl Scheduler {
     /// # Errors
     /// Says what is wrong.
     pub fn check(&self) -> Result<(), String> {
+        self.drafter.as_ref().map_or(Ok(()), Drafter::check)?;
         for (g, pool) in self.pools.iter().enumerate() {
             let mut held: HashMap<_, u32> = HashMap::new();
             for (_, admission) in self.running.values() {
@@ -436,6 +483,9 @@ impl Scheduler {
     /// Takes a running sequence out and gives its blocks back.
     fn evict(&mut self, arrival: u64) -> Option<Sequence> {
         let (sequence, admission) = self.running.remove(&arrival)?;
+        if let Some(drafter) = &mut self.drafter {
+            drafter.forget(arrival);
+        }
         if admission.begun {
             self.frees.push(admission.id);
         }

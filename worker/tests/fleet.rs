@@ -230,6 +230,7 @@ pub(crate) fn fleet(workers: &[Running]) -> FleetReplica {
         draining: false,
         limits: planner::limits(&plan(1, 1), false),
         workers: stages,
+        draft: None,
     }
 }
 

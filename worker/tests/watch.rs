@@ -123,6 +123,7 @@ async fn ends(parts: &[Part]) -> (ReplicaError, Duration) {
         draining: false,
         limits: planner::limits(&plan(1, 1), false),
         workers,
+        draft: None,
     };
     let replica = WorkersConnector::new(None).replica(&fleet);
     let begun = Instant::now();

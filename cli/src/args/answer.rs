@@ -57,6 +57,9 @@ pub(crate) struct RunArgs {
     /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
     pub(crate) prompt_lookup: Option<u32>,
+    /// Small model of the same tokenizer that guesses tokens, in a worker of its own; it changes speed, never results [default: the manifest's].
+    #[arg(long, value_name = "SOURCE", help_heading = "Placement")]
+    pub(crate) draft_model: Option<String>,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }
@@ -165,6 +168,9 @@ pub(crate) struct ServeArgs {
     /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
     #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
     pub(crate) prompt_lookup: Option<u32>,
+    /// Small model of the same tokenizer that guesses tokens, in a worker of its own; it changes speed, never results [default: the manifest's].
+    #[arg(long, value_name = "SOURCE", help_heading = "Placement")]
+    pub(crate) draft_model: Option<String>,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }

@@ -275,6 +275,7 @@ fn state(args: &BenchRouterArgs) -> FleetState {
         draining: false,
         limits: limits.clone(),
         workers: vec![vec![String::new()]],
+        draft: None,
     };
     let deployment = FleetDeployment {
         name: SERVED.to_owned(),

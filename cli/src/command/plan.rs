@@ -33,6 +33,19 @@ struct Planned<'a> {
     kv_dtype: KvDType,
     kv_groups: Vec<Group>,
     stages: Vec<Stage>,
+    /// The worker beside each replica that guesses for it.
+    draft: Option<Draft<'a>>,
+}
+
+/// A draft model's worker.
+#[derive(Debug, Serialize)]
+struct Draft<'a> {
+    model: &'a str,
+    weight_bytes: u64,
+    kv_bytes: u64,
+    max_context: usize,
+    /// What a token takes it, in thousandths of the time of the model that it guesses for.
+    cost: u32,
 }
 
 /// One KV group.
@@ -72,9 +85,10 @@ pub(crate) async fn plan(global: &Global, args: PlanArgs) -> Outcome {
         return plan_status::plan(deployment, &args.cluster, args.json).await;
     }
     let target = Target { model: args.model, file: args.file };
-    let prepared = deployment::plans(global, &target, &[], &args.placement, None).await?;
+    let prepared = deployment::plans(global, &target, &[], args.draft_model.as_deref(), &args.placement, None).await?;
     for planned in &prepared {
-        let shown = describe(&planned.name, &planned.model.name, planned.replicas, &planned.plan);
+        let mut shown = describe(&planned.name, &planned.model.name, planned.replicas, &planned.plan);
+        shown.draft = planned.draft.as_ref().map(draft);
         if args.json { output::json(&shown)? } else { print(&shown)? }
     }
     match prepared.iter().find(|planned| !planned.plan.fits) {
@@ -108,6 +122,19 @@ fn describe<'a>(deployment: &'a str, model: &'a str, replicas: usize, plan: &'a 
         kv_dtype: plan.kv.dtype,
         kv_groups: plan.kv.groups.iter().map(|g| Group { window: g.window, layers: g.layers.len(), blocks: g.blocks }).collect(),
         stages: plan.stages.iter().enumerate().map(stage).collect(),
+        draft: None,
+    }
+}
+
+/// What is planned of a draft model.
+fn draft(draft: &deployment::Draft) -> Draft<'_> {
+    let sum = |bytes: fn(&Shard) -> u64| draft.plan.stages.iter().flat_map(|stage| &stage.shards).map(bytes).sum();
+    Draft {
+        model: &draft.model.name,
+        weight_bytes: sum(|shard| shard.weight_bytes),
+        kv_bytes: sum(|shard| shard.kv_bytes),
+        max_context: draft.plan.max_context,
+        cost: draft.fleet.cost,
     }
 }
 
@@ -159,6 +186,16 @@ fn print(plan: &Planned<'_>) -> Outcome {
                 if rank.product.0 < rank.product.1 { span(rank.product) } else { "–".to_owned() }
             ))?;
         }
+    }
+    if let Some(draft) = &plan.draft {
+        output::line(&format!(
+            "  draft model {}: a worker beside each replica, weights {}, KV cache {}, context {} tokens; a token takes {:.2} of the model's time",
+            draft.model,
+            output::bytes(draft.weight_bytes),
+            output::bytes(draft.kv_bytes),
+            draft.max_context,
+            f64::from(draft.cost) / 1000.0
+        ))?;
     }
     output::line(&format!("  {}", plan.message))
 }

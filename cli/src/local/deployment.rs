@@ -6,14 +6,15 @@ use anyhow::Context;
 use plan::{
     adapter::AdapterHeader,
     fleet::{RoutingPolicy, ServingSettings},
-    manifest::{AdapterSpec, AutoscalingMode, Manifest, ModelSpec, check_adapter_names},
+    manifest::{AdapterSpec, AutoscalingMode, DraftModelSpec, Manifest, ModelSpec, check_adapter_names},
     planner,
     shard::ExecutionPlan,
 };
 
 use source::Credentials;
 
-use super::{loaded, memory};
+pub(crate) use super::draft::Draft;
+use super::{draft::Opened, loaded, memory};
 use crate::{
     args::{Global, Placement, Target},
     exit::{BadInput, Outcome, bad_input},
@@ -38,6 +39,8 @@ pub(crate) struct Planned {
     pub(crate) model: Model,
     pub(crate) adapters: Vec<Adapter>,
     pub(crate) plan: ExecutionPlan,
+    /// What guesses for it.
+    pub(crate) draft: Option<Draft>,
     /// Copies of the model.
     pub(crate) replicas: usize,
     pub(crate) prefix_caching: bool,
@@ -53,7 +56,8 @@ impl Planned {
     }
 }
 
-/// Opens and plans what `target` names; `adapters` are those of a model that no manifest describes. A plan that does not fit is not an error yet.
+/// Opens and plans what `target` names; `adapters` are those of a model that no manifest describes, `draft` is the source of a draft model, which
+/// wins over a manifest's. A plan that does not fit is not an error yet.
 ///
 /// # Errors
 /// Bad input when a file, a manifest or a model is not usable, or no plan exists.
@@ -61,18 +65,26 @@ pub(crate) async fn plans(
     global: &Global,
     target: &Target,
     adapters: &[AdapterSpec],
+    draft: Option<&str>,
     placement: &Placement,
     context: Option<usize>,
 ) -> Outcome<Vec<Planned>> {
+    let draft = draft.map(|uri| DraftModelSpec { uri: uri.to_owned(), digest: None });
     match (&target.model, &target.file) {
-        (Some(model), None) => Ok(vec![model_alone(global, model, adapters, placement, context).await?]),
-        (None, Some(file)) => manifests(global, file, placement, context).await,
+        (Some(model), None) => Ok(vec![model_alone(global, model, (adapters, draft.as_ref()), placement, context).await?]),
+        (None, Some(file)) => manifests(global, file, draft.as_ref(), placement, context).await,
         _ => Err(bad_input!("expected either a MODEL or a manifest with -f")),
     }
 }
 
 /// Plans every deployment of a manifest; the command line's placement wins over its.
-async fn manifests(global: &Global, file: &Path, placement: &Placement, context: Option<usize>) -> Outcome<Vec<Planned>> {
+async fn manifests(
+    global: &Global,
+    file: &Path,
+    draft: Option<&DraftModelSpec>,
+    placement: &Placement,
+    context: Option<usize>,
+) -> Outcome<Vec<Planned>> {
     let parsed = read_manifests(file)?;
     for manifest in &parsed {
         let mode = manifest.spec().autoscaling.mode;
@@ -89,7 +101,7 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         Ok(manifest.spec().replicas as usize * spec.pipeline * spec.tensor)
     };
     let workers = parsed.iter().map(size).sum::<Outcome<usize>>()?;
-    let mut planned = Vec::with_capacity(parsed.len());
+    let (mut all, mut taken) = (Vec::with_capacity(parsed.len()), 0);
     for manifest in parsed {
         let ModelSpec { uri, digest, .. } = &manifest.spec().model;
         let model = Model::pinned(global, uri, digest.as_deref(), credentials(global, file, &manifest)?).await?;
@@ -98,7 +110,14 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         let adapters = opened(global, &model, &manifest.spec().adapters).await?;
         let mut spec = overridden(manifest.planner_spec(), placement, context)?;
         spec.adapters = headers(&adapters);
-        let plan = planner::plan(&spec, &model.header, &memory::of_each(workers))
+        let replicas = manifest.spec().replicas as usize;
+        let draft = guessing(global, draft.or(manifest.spec().engine.draft.model.as_ref()), (&model, &spec), replicas).await?;
+        taken += draft.as_ref().map_or(0, Opened::bytes) * replicas as u64;
+        all.push((manifest, model, adapters, spec, draft));
+    }
+    let mut planned = Vec::with_capacity(all.len());
+    for (manifest, model, adapters, spec, draft) in all {
+        let plan = planner::plan(&spec, &model.header, &memory::of_each(workers, taken))
             .with_context(|| format!("deployment {} cannot be planned", manifest.name()))
             .bad_input()?;
         planned.push(Planned {
@@ -108,6 +127,7 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
             numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context),
             model,
             adapters,
+            draft: draft.map(|draft| draft.beside(&plan)).transpose()?,
             plan,
             replicas: manifest.spec().replicas as usize,
             prefix_caching: manifest.spec().engine.kv_cache.prefix_caching,
@@ -115,6 +135,18 @@ async fn manifests(global: &Global, file: &Path, placement: &Placement, context:
         });
     }
     Ok(planned)
+}
+
+/// The draft model of each replica of a model, if it is to have one.
+async fn guessing(
+    global: &Global,
+    draft: Option<&DraftModelSpec>,
+    (model, spec): (&Model, &planner::Spec),
+    replicas: usize,
+) -> Outcome<Option<Opened>> {
+    let Some(draft) = draft else { return Ok(None) };
+    let context = spec.max_context.unwrap_or(model.header.config.context);
+    Opened::open(global, draft, model, context, replicas).await.map(Some)
 }
 
 /// The adapters of a model.
@@ -176,7 +208,7 @@ fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<us
 async fn model_alone(
     global: &Global,
     uri: &str,
-    adapters: &[AdapterSpec],
+    (adapters, draft): (&[AdapterSpec], Option<&DraftModelSpec>),
     placement: &Placement,
     context: Option<usize>,
 ) -> Outcome<Planned> {
@@ -186,8 +218,11 @@ async fn model_alone(
     let context = context.unwrap_or(model.header.config.context.min(CONTEXT));
     let mut spec = overridden(planner::Spec::default(), placement, Some(context))?;
     spec.adapters = headers(&adapters);
-    let plan = planner::plan(&spec, &model.header, &memory::of_each(spec.pipeline * spec.tensor)).bad_input()?;
-    Ok(Planned { adapters, ..alone(model, plan) })
+    let draft = guessing(global, draft, (&model, &spec), 1).await?;
+    let capacity = memory::of_each(spec.pipeline * spec.tensor, draft.as_ref().map_or(0, Opened::bytes));
+    let plan = planner::plan(&spec, &model.header, &capacity).bad_input()?;
+    let draft = draft.map(|draft| draft.beside(&plan)).transpose()?;
+    Ok(Planned { adapters, draft, ..alone(model, plan) })
 }
 
 /// One replica of a model that no manifest describes.
@@ -201,6 +236,7 @@ pub(crate) fn alone(model: Model, plan: ExecutionPlan) -> Planned {
         model,
         adapters: Vec::new(),
         plan,
+        draft: None,
         replicas: 1,
         prefix_caching: true,
         serving: serving(),

@@ -1,13 +1,16 @@
 //! What this machine's deployments look like to the router, and to the workers themselves.
 
 use plan::{
-    fleet::{FleetAdapter, FleetDeployment, FleetReplica, FleetState},
+    fleet::{FleetAdapter, FleetDeployment, FleetDraft, FleetReplica, FleetState},
     planner::{self, Origin},
     shard::ExecutionPlan,
     worker::{CollectiveKind, WorkerSpec},
 };
 
-use super::{deployment::Planned, threads};
+use super::{
+    deployment::{Draft, Planned},
+    threads,
+};
 use crate::output;
 
 /// Where a worker stands in the fleet.
@@ -17,6 +20,8 @@ pub(crate) struct Seat {
     pub(crate) replica: usize,
     pub(crate) stage: usize,
     pub(crate) rank: usize,
+    /// It is the only worker of the replica's draft model.
+    pub(crate) draft: bool,
 }
 
 /// Workers of one replica.
@@ -24,7 +29,7 @@ pub(crate) fn workers(plan: &ExecutionPlan) -> usize {
     plan.stages.iter().map(|stage| stage.shards.len()).sum()
 }
 
-/// Workers of all replicas of all deployments.
+/// Workers of all replicas of all deployments, those of draft models not counted.
 pub(crate) fn all_workers(planned: &[Planned]) -> usize {
     planned.iter().map(|deployment| deployment.replicas * workers(&deployment.plan)).sum()
 }
@@ -40,7 +45,11 @@ pub(crate) fn summary(planned: &Planned) -> String {
         (stages, ranks) => format!("{} workers ({stages} stages of {ranks} ranks)", stages * ranks),
     };
     let copies = if planned.replicas == 1 { String::new() } else { format!("{} replicas of ", planned.replicas) };
-    format!("{}: {copies}{shape}, weights {}, context {} tokens", planned.name, output::bytes(plan.tensor_bytes), plan.max_context)
+    let draft = planned
+        .draft
+        .as_ref()
+        .map_or_else(String::new, |draft| format!(", draft model {} of {}", draft.model.name, output::bytes(draft.plan.tensor_bytes)));
+    format!("{}: {copies}{shape}, weights {}, context {} tokens{draft}", planned.name, output::bytes(plan.tensor_bytes), plan.max_context)
 }
 
 /// The fleet before any worker has said where it listens: every address is empty.
@@ -59,6 +68,7 @@ fn deployment(planned: &Planned) -> FleetDeployment {
         draining: false,
         limits: limits.clone(),
         workers: addresses.clone(),
+        draft: planned.draft.as_ref().map(|draft| draft.fleet.clone()),
     };
     FleetDeployment {
         name: planned.name.clone(),
@@ -79,7 +89,12 @@ fn replica_name(planned: &Planned, number: usize) -> String {
 /// Puts a worker's new address into the fleet.
 pub(crate) fn seat(state: &mut FleetState, at: Seat, address: String) {
     let replica = state.deployments.get_mut(at.deployment).and_then(|deployment| deployment.replicas.get_mut(at.replica));
-    if let Some(slot) = replica.and_then(|replica| replica.workers.get_mut(at.stage)?.get_mut(at.rank)) {
+    let slot = replica.and_then(|replica| match &mut replica.draft {
+        Some(draft) if at.draft => Some(&mut draft.worker),
+        _ if at.draft => None,
+        _ => replica.workers.get_mut(at.stage)?.get_mut(at.rank),
+    });
+    if let Some(slot) = slot {
         *slot = address;
         state.number += 1;
     }
@@ -90,12 +105,17 @@ pub(crate) fn complete(state: &FleetState) -> bool {
     addresses(state).all(|address| !address.is_empty())
 }
 
-/// Addresses of all workers, deployment by deployment, replica by replica, stage by stage.
+/// Addresses of all workers, deployment by deployment, replica by replica, stage by stage, a replica's draft model last.
 pub(crate) fn addresses(state: &FleetState) -> impl Iterator<Item = &String> {
-    state.deployments.iter().flat_map(|deployment| &deployment.replicas).flat_map(|replica| replica.workers.iter().flatten())
+    let of = |replica| {
+        let FleetReplica { workers, draft, .. }: &FleetReplica = replica;
+        workers.iter().flatten().chain(draft.iter().map(|draft| &draft.worker))
+    };
+    state.deployments.iter().flat_map(|deployment| &deployment.replicas).flat_map(of)
 }
 
-/// What each worker is told, in the order of [`addresses`]; `threads` are divided among all of them.
+/// What each worker is told, in the order of [`addresses`]; `threads` are divided among all of them but those of draft models, each of which has
+/// them all: a replica waits while it is guessed for.
 pub(crate) fn specs(planned: &[Planned], threads: usize, collective: CollectiveKind) -> Vec<(Seat, WorkerSpec)> {
     let mut all = Vec::with_capacity(all_workers(planned));
     for (deployment, of) in planned.iter().enumerate() {
@@ -103,12 +123,20 @@ pub(crate) fn specs(planned: &[Planned], threads: usize, collective: CollectiveK
             let name = replica_name(of, replica);
             let origin = Origin { replica: &name, uri: &of.model.uri, digest: of.model.digest.as_deref() };
             for spec in planner::worker_specs(&of.plan, &origin, 1, collective) {
-                all.push((Seat { deployment, replica, stage: spec.shard.stage, rank: spec.shard.rank }, spec));
+                all.push((Seat { deployment, replica, stage: spec.shard.stage, rank: spec.shard.rank, draft: false }, spec));
+            }
+            if let Some(Draft { model, plan, .. }) = &of.draft {
+                let name = FleetDraft::name(&name);
+                let origin = Origin { replica: &name, uri: &model.uri, digest: model.digest.as_deref() };
+                for spec in planner::worker_specs(plan, &origin, threads, collective) {
+                    all.push((Seat { deployment, replica, stage: 0, rank: 0, draft: true }, spec));
+                }
             }
         }
     }
-    let shares = threads::share(threads, all.len());
-    for ((_, spec), share) in all.iter_mut().zip(shares) {
+    let sharing: Vec<&mut WorkerSpec> = all.iter_mut().filter(|(seat, _)| !seat.draft).map(|(_, spec)| spec).collect();
+    let shares = threads::share(threads, sharing.len());
+    for (spec, share) in sharing.into_iter().zip(shares) {
         spec.threads = share;
     }
     all
@@ -134,6 +162,7 @@ mod tests {
             draining: false,
             limits: limits.clone(),
             workers: vec![vec![String::new(); 2]; 2],
+            draft: None,
         };
         let deployment = FleetDeployment {
             name: "a".into(),
@@ -153,7 +182,7 @@ mod tests {
         let mut state = fleet();
         for (index, replica, stage, rank) in (0..8).map(|i| (i, i / 4, i / 2 % 2, i % 2)) {
             assert!(!complete(&state));
-            seat(&mut state, Seat { deployment: 0, replica, stage, rank }, format!("host:{index}"));
+            seat(&mut state, Seat { deployment: 0, replica, stage, rank, draft: false }, format!("host:{index}"));
         }
         assert!(complete(&state));
         assert_eq!(state.number, 9);
@@ -162,9 +191,22 @@ mod tests {
     }
 
     #[test]
+    fn a_draft_model_has_a_seat_of_its_own() {
+        let mut state = fleet();
+        let replica = &mut state.deployments[0].replicas[1];
+        replica.draft = Some(FleetDraft { worker: String::new(), limits: replica.limits.clone(), cost: 100 });
+        let at = Seat { deployment: 0, replica: 1, stage: 0, rank: 0, draft: true };
+        seat(&mut state, at, "host:9".into());
+        seat(&mut state, Seat { replica: 0, ..at }, "nobody's".into());
+        assert_eq!(addresses(&state).filter(|address| !address.is_empty()).collect::<Vec<_>>(), ["host:9"]);
+        assert!(!complete(&state));
+        assert_eq!(addresses(&state).last().unwrap(), "host:9");
+    }
+
+    #[test]
     fn a_seat_that_does_not_exist_changes_nothing() {
         let mut state = fleet();
-        seat(&mut state, Seat { deployment: 0, replica: 2, stage: 0, rank: 0 }, "host:1".into());
+        seat(&mut state, Seat { deployment: 0, replica: 2, stage: 0, rank: 0, draft: false }, "host:1".into());
         assert_eq!(state, fleet());
     }
 }

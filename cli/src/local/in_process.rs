@@ -90,13 +90,20 @@ impl Replica for InProcess {
     }
 }
 
-/// Hands out one replica, whatever the fleet says.
+/// Hands out one replica and its draft model, whatever the fleet says.
 #[derive(Clone)]
-pub(crate) struct OneReplica(pub(crate) Arc<dyn Replica>);
+pub(crate) struct OneReplica {
+    pub(crate) replica: Arc<dyn Replica>,
+    pub(crate) draft: Option<Arc<dyn Replica>>,
+}
 
 impl Connector for OneReplica {
     fn replica(&self, _replica: &FleetReplica) -> Arc<dyn Replica> {
-        self.0.clone()
+        self.replica.clone()
+    }
+
+    fn draft(&self, _replica: &FleetReplica) -> Option<Arc<dyn Replica>> {
+        self.draft.clone()
     }
 }
 

@@ -98,7 +98,7 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
         adapters: needs.adapters.clone(),
         ..planner::Spec::default()
     };
-    let plan = planner::plan(&spec, &model.header, &memory::of_each(pipeline * tensor)).bad_input()?;
+    let plan = planner::plan(&spec, &model.header, &memory::of_each(pipeline * tensor, 0)).bad_input()?;
     if plan.fits { Ok(plan) } else { Err(bad_input!("{}: {}", model.name, plan.message)) }
 }
 

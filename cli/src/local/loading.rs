@@ -38,7 +38,8 @@ pub(crate) async fn wait(quiet: bool, planned: &[Planned], fleet: &watch::Receiv
 /// Bytes of each worker, in the order of [`fleet::addresses`].
 fn shard_sizes(planned: &Planned) -> impl Iterator<Item = u64> {
     let shards = || planned.plan.stages.iter().flat_map(|stage| &stage.shards);
-    (0..planned.replicas).flat_map(move |_| shards().map(|shard| shard.weight_bytes))
+    let draft = || planned.draft.iter().flat_map(|draft| &draft.plan.stages).flat_map(|stage| &stage.shards);
+    (0..planned.replicas).flat_map(move |_| shards().chain(draft()).map(|shard| shard.weight_bytes))
 }
 
 /// A bar that goes away with whatever waited beside it.

@@ -4,13 +4,13 @@ use std::fs;
 
 use plan::planner::Capacity;
 
-/// The memory each of `workers` workers may take: an equal part of what is free; unknown on systems that do not say.
-pub(crate) fn of_each(workers: usize) -> Capacity {
-    Capacity { memory_bytes: free().map(|bytes| bytes / workers.max(1) as u64) }
+/// The memory each of `workers` workers may take: an equal part of what is free beside `taken` bytes; unknown on systems that do not say.
+pub(crate) fn of_each(workers: usize, taken: u64) -> Capacity {
+    Capacity { memory_bytes: free().map(|bytes| bytes.saturating_sub(taken) / workers.max(1) as u64) }
 }
 
 /// Bytes that new processes can use: what the kernel calls available, but no more than the cgroup's limit (v2, then v1).
-fn free() -> Option<u64> {
+pub(crate) fn free() -> Option<u64> {
     let available = available(&fs::read_to_string("/proc/meminfo").ok()?)?;
     let limits = ["/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"];
     let limit = limits.iter().find_map(|path| fs::read_to_string(path).ok()?.trim().parse::<u64>().ok());

@@ -6,6 +6,7 @@
 
 mod alarm;
 pub(crate) mod deployment;
+mod draft;
 pub(crate) mod fleet;
 pub(crate) mod in_process;
 pub(crate) mod loaded;

@@ -37,7 +37,7 @@ pub(crate) struct Serving {
 
 /// What computes.
 enum Behind {
-    Engine(Box<Loaded>),
+    Engine { engine: Box<Loaded>, draft: Option<Box<Loaded>> },
     Workers { workers: Workers, token: String },
 }
 
@@ -57,8 +57,13 @@ impl Serving {
                 // One state for good: without its sender it stays in force.
                 let state = watch::Sender::new(fleet::state(&planned)).subscribe();
                 let engine = loaded::in_process(global, only.model.clone(), only.plan.clone(), isa, threads).await?;
-                let connector = OneReplica(engine.replica.clone());
-                (Behind::Engine(Box::new(engine)), state, Arc::new(connector))
+                let draft = match &only.draft {
+                    // The two take turns, so each has all threads.
+                    Some(draft) => Some(loaded::in_process(global, draft.model.clone(), draft.plan.clone(), isa, threads).await?),
+                    None => None,
+                };
+                let connector = OneReplica { replica: engine.replica.clone(), draft: draft.as_ref().map(|draft| draft.replica.clone()) };
+                (Behind::Engine { engine: Box::new(engine), draft: draft.map(Box::new) }, state, Arc::new(connector))
             }
             _ => {
                 let token = draw_token().context("failed to draw a token for the workers")?;
@@ -127,7 +132,7 @@ impl Serving {
     /// Completes when something ended that cannot be started again, with the reason.
     pub(crate) async fn failed(&self) -> Failure {
         match &self.behind {
-            Behind::Engine(_) => std::future::pending().await,
+            Behind::Engine { .. } => std::future::pending().await,
             Behind::Workers { workers, .. } => workers.failed().await,
         }
     }
@@ -142,7 +147,12 @@ impl Serving {
         self.edge.shutdown().await;
         drop(self.edge);
         match self.behind {
-            Behind::Engine(engine) => engine.close().await,
+            Behind::Engine { engine, draft } => {
+                engine.close().await;
+                if let Some(draft) = draft {
+                    draft.close().await;
+                }
+            }
             Behind::Workers { workers, .. } => workers.stop().await,
         }
     }

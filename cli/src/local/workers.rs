@@ -99,11 +99,15 @@ impl Workers {
         let mut keepers = JoinSet::new();
         for (seat, spec) in fleet::specs(planned, common.threads, common.collective.into()) {
             let spec = serde_json::to_string(&spec).context("failed to write a worker's specification")?;
-            let name = format!("worker of {}, stage {} rank {}", planned[seat.deployment].name, seat.stage, seat.rank);
+            let of = &planned[seat.deployment];
+            let (name, shown) = if seat.draft {
+                (format!("worker of the draft model of {}", of.name), None)
+            } else {
+                (format!("worker of {}, stage {} rank {}", of.name, seat.stage, seat.rank), of.model.credentials.as_ref())
+            };
             // Started here and not in its task, so that process ids ascend in the order of the plan.
             let mut program = shared.program.clone();
             // In the environment, since everybody may read a command line.
-            let shown = planned[seat.deployment].model.credentials.as_ref();
             program.env.extend(shown.and_then(Credentials::header).map(|value| ("SKEIN_AUTHORIZATION", value.into())));
             if let Some(keys) = shown.and_then(Credentials::keys) {
                 let keys = serde_json::to_string(keys).context("failed to write keys of a source")?;
@@ -163,7 +167,8 @@ struct Keeper {
 impl Keeper {
     fn start(&self) -> anyhow::Result<WorkerProcess> {
         let (program, at) = (&self.program, self.seat);
-        let process = WorkerProcess::start(program, &format!("{}.{}.{}.{}", at.deployment, at.replica, at.stage, at.rank));
+        let place = if at.draft { "draft".to_owned() } else { format!("{}.{}", at.stage, at.rank) };
+        let process = WorkerProcess::start(program, &format!("{}.{}.{place}", at.deployment, at.replica));
         process.with_context(|| format!("failed to start the {} as {}", self.name, program.path.display()))
     }
 
@@ -190,9 +195,9 @@ impl Keeper {
 
     /// Waits, and starts the worker again; `None` when told to stop.
     async fn again(&self, ending: &Ending, pause: Duration) -> Option<Outcome<WorkerProcess>> {
-        let (stage, rank, pause_ms) = (self.seat.stage, self.seat.rank, pause.as_millis() as u64);
+        let (Seat { stage, rank, draft, .. }, pause_ms) = (self.seat, pause.as_millis() as u64);
         let why = self.failure(ending.clone());
-        warn!(stage, rank, pause_ms, why = %why, "worker ended; starting it again");
+        warn!(stage, rank, draft, pause_ms, why = %why, "worker ended; starting it again");
         tokio::select! {
             () = self.shared.stop.cancelled() => None,
             () = tokio::time::sleep(pause) => Some(self.start().map_err(Failure::from)),
@@ -226,8 +231,8 @@ impl Keeper {
     /// Tells a process what to do, publishes where it listens, and waits for its end.
     async fn follow(&self, process: &mut WorkerProcess) -> anyhow::Result<Ending> {
         let Some(address) = process.address(&self.spec).await? else { return Ok(process.ended().await?) };
-        let (Seat { stage, rank, .. }, address) = (self.seat, address.to_string());
-        info!(stage, rank, pid = process.id(), address, "worker started");
+        let (Seat { stage, rank, draft, .. }, address) = (self.seat, address.to_string());
+        info!(stage, rank, draft, pid = process.id(), address, "worker started");
         self.shared.fleet.send_modify(|state| fleet::seat(state, self.seat, address.clone()));
         tokio::select! {
             ended = process.ended() => Ok(ended?),
@@ -324,6 +329,7 @@ mod tests {
             draining: false,
             limits: limits.clone(),
             workers,
+            draft: None,
         };
         let (model, serving) = ("a".to_owned(), deployment::serving());
         let deployment = FleetDeployment {
@@ -351,7 +357,7 @@ mod tests {
             token: String::new(),
             patience,
         });
-        let seat = Seat { deployment: 0, replica: 0, stage: 0, rank: 0 };
+        let seat = Seat { deployment: 0, replica: 0, stage: 0, rank: 0, draft: false };
         let keeper = Keeper { shared: shared.clone(), program: shared.program.clone(), name: "worker".into(), seat, spec: "{}".into() };
         let process = keeper.start().unwrap();
         let mut keepers = JoinSet::new();

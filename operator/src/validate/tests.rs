@@ -83,6 +83,12 @@ fn refusals_name_the_field_and_the_next_step() {
     assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "InvalidSpec", Until::Changed));
     assert!(r.message.starts_with("spec.parallelism.pipeline: "), "{}", r.message);
 
+    let mut drafted = spec();
+    drafted["engine"] = json!({ "draft": { "model": { "uri": "hf://a/small" } } });
+    let r = refusal(drafted, &fetched());
+    assert_eq!((r.reason, r.until), ("InvalidSpec", Until::Changed));
+    assert!(r.message.starts_with("spec.engine.draft.model: draft models are not there on a cluster yet"), "{}", r.message);
+
     let mut unknown = spec();
     unknown["modle"] = json!(1);
     assert!(refusal(unknown, &fetched()).message.contains("modle"));

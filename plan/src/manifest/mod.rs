@@ -17,9 +17,9 @@ pub use placement::{TaintEffect, TolerationOperator, TolerationSpec};
 pub use quantity::{Bytes, Memory, parse_quantity};
 pub use rollout::{RecoverySpec, RolloutSpec, RolloutStrategy, SchedulingSpec, Share};
 pub use types::{
-    AdapterSpec, BuiltinTemplate, CachePolicy, CacheSpec, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, EngineSpec, FormatChoice,
-    KeyRef, KvCacheSpec, KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, NameRef, ParallelismSpec, QuantizationChoice,
-    QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
+    AdapterSpec, BuiltinTemplate, CachePolicy, CacheSpec, ChatSpec, DTypeChoice, DeploymentSpec, DeviceChoice, DraftModelSpec, DraftSpec,
+    EngineSpec, FormatChoice, KeyRef, KvCacheSpec, KvDTypeChoice, LimitsSpec, Metadata, ModelDeployment, ModelSpec, NameRef,
+    ParallelismSpec, QuantizationChoice, QueueSpec, ResourcesSpec, RouterSpec, StageSpec, TemplateSpec, WorkersSpec,
 };
 pub use validate::{AdapterNameError, check_adapter_names};
 

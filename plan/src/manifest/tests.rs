@@ -53,7 +53,7 @@ fn every_field_has_an_effect() {
     maxBatchSequences: 5
     maxBatchTokens: 6
     kvCache: {{blockTokens: 16, memory: 1Gi, prefixCaching: false, dtype: F32}}
-    draft: {{promptLookup: 9}}
+    draft: {{promptLookup: 9, model: {{uri: hf://a/small}}}}
   parallelism:
     pipeline: 2
     tensor: 3
@@ -143,6 +143,9 @@ fn errors_name_line_column_field_and_expectation() {
         ("  engine: {maxContextTokens: 1.5}\n", &["spec.engine.maxContextTokens", "whole number", "1.5"]),
         ("  engine: {maxContextTokens: true}\n", &["spec.engine.maxContextTokens", "whole number", "true"]),
         ("  engine: {draft: {promptLookup: 17}}\n", &["spec.engine.draft.promptLookup", "expected 0 to 16, got 17"]),
+        ("  engine: {draft: {model: hf://a/b}}\n", &["m.yaml:8:27", "spec.engine.draft.model"]),
+        ("  engine: {draft: {model: {uri: pvc://a/b}}}\n", &["spec.engine.draft.model.uri", "a model alone may be on a claim"]),
+        ("  engine: {draft: {model: {uri: file:a, digest: 3f}}}\n", &["spec.engine.draft.model.digest", "64 hexadecimal"]),
         ("  engine: {kvCache: {prefixCaching: yes}}\n", &["spec.engine.kvCache.prefixCaching", "true or false", "\"yes\""]),
         ("  rollout: {maxSurge: 2}\n", &["m.yaml:8:23", "spec.rollout.maxSurge", "strategy RollingUpdate", "Auto"]),
         ("  rollout: {strategy: RollingUpdate, maxSurge: 0}\n", &["spec.rollout", "maxSurge or maxUnavailable above 0"]),
@@ -310,7 +313,6 @@ fn fields_that_are_not_there_yet_say_so() {
         "model.caBundleRef",
         "model.tokenizerURI",
         "chat.defaults",
-        "engine.draft.model",
         "rollout.partition",
         "rollout.canary",
         "recovery.policy",

@@ -22,13 +22,12 @@ const MAX_DEPTH: usize = 32;
 const MAX_NODES: usize = 50_000;
 
 /// Fields that the resource will have, each with the feature that uses it.
-const LATER: [&str; 35] = [
+const LATER: [&str; 34] = [
     "spec.model.revision",
     "spec.model.files",
     "spec.model.caBundleRef",
     "spec.model.tokenizerURI",
     "spec.chat.defaults",
-    "spec.engine.draft.model",
     "spec.autoscaling.behavior.schedules",
     "spec.autoscaling.coldStart.progressEvents",
     "spec.rollout.partition",

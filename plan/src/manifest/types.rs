@@ -311,6 +311,23 @@ pub struct DraftSpec {
     /// answers repeat the prompt or themselves (edits, summaries, code), and takes effect without a rollout.
     #[cfg_attr(feature = "schema", schemars(range(max = 16)))]
     pub prompt_lookup: u32,
+    /// A smaller model of the same tokenizer that guesses what comes next, in a worker of its own beside each replica. Clusters refuse it so far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<DraftModelSpec>,
+}
+
+/// Where a draft model comes from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(rename_all = "camelCase", deny_unknown_fields)]
+pub struct DraftModelSpec {
+    /// A folder or file: `hf://`, `s3://`, `gs://`, `oci://`, `http(s)://` or `file:`, at most 2048 characters. It is shown no credentials.
+    #[cfg_attr(feature = "schema", schemars(length(min = 1, max = 2048)))]
+    pub uri: String,
+    /// `sha256:<hex>` of its one weight file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(regex(pattern = r"^sha256:[a-f0-9]{64}$")))]
+    pub digest: Option<String>,
 }
 
 /// Type that weights are converted to as they are loaded.

@@ -78,6 +78,10 @@ pub(super) fn check(deployment: &ModelDeployment) -> Result<(), Problem> {
             return Err(Problem::new(path, format!("expected {low} to {high}, got {value}")));
         }
     }
+    if let Some(draft) = &engine.draft.model {
+        check_uri("spec.engine.draft.model.uri", &draft.uri, false)?;
+        check_digest("spec.engine.draft.model.digest", draft.digest.as_deref())?;
+    }
     cache(deployment)?;
     if spec.router.replicas.is_some() && !spec.router.dedicated {
         return Err(Problem::new("spec.router.replicas", "expected dedicated: true beside it, got false".to_owned()));

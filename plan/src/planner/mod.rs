@@ -1,5 +1,6 @@
 //! Turns (spec, model header, capacity) into an [`ExecutionPlan`].
 
+mod draft;
 mod kv;
 mod slices;
 mod split;
@@ -10,6 +11,8 @@ mod tests;
 use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
+
+pub use draft::{DRAFT_SEQUENCES, DraftError, check_draft, plan_draft};
 
 use crate::{
     adapter::{AdapterHeader, AdapterShard},

@@ -3,8 +3,8 @@
 use plan::{
     adapter::AdapterSource,
     fleet::{
-        ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
-        ServingSettings, Stopped,
+        ChatTemplate, FleetAdapter, FleetDeployment, FleetDraft, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits,
+        RoutingPolicy, ServingSettings, Stopped,
     },
     shard::{KvDType, KvGeometry, KvGroup},
 };
@@ -108,6 +108,7 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
         draining: r.draining,
         stages: r.workers.iter().map(|ranks| wire::StageWorkers { ranks: ranks.clone() }).collect(),
         limits: Some(encode_limits(&r.limits)),
+        draft: r.draft.as_ref().map(|d| wire::Draft { worker: d.worker.clone(), limits: Some(encode_limits(&d.limits)), cost: d.cost }),
     };
     wire::Deployment {
         name: d.name.clone(),
@@ -163,6 +164,8 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
     let replica = |r: wire::Replica| {
         let name = r.name.clone();
         let limits = decode_limits(r.limits).map_err(|e| e.within(format_args!("replicas[{name}]")))?;
+        let draft = |d: wire::Draft| Ok(FleetDraft { worker: d.worker, limits: decode_limits(d.limits)?, cost: d.cost });
+        let draft = r.draft.map(draft).transpose().map_err(|e: ConvertError| e.within(format_args!("replicas[{name}].draft")))?;
         Ok(FleetReplica {
             name: r.name,
             revision: r.revision,
@@ -171,6 +174,7 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
             draining: r.draining,
             limits,
             workers: r.stages.into_iter().map(|s| s.ranks).collect(),
+            draft,
         })
     };
     Ok(FleetDeployment {

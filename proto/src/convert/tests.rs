@@ -3,8 +3,8 @@
 use plan::{
     adapter::AdapterSource,
     fleet::{
-        ChatTemplate, FleetAdapter, FleetDeployment, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits, RoutingPolicy,
-        ServingSettings, Stopped,
+        ChatTemplate, FleetAdapter, FleetDeployment, FleetDraft, FleetReplica, FleetRouter, FleetState, HoldSettings, ReplicaLimits,
+        RoutingPolicy, ServingSettings, Stopped,
     },
     shard::{KvDType, KvGeometry, KvGroup},
     step::{
@@ -239,6 +239,7 @@ fn stopped_fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dty
         draining: true,
         limits: limits(256),
         workers: vec![vec!["a:1".into(), "b:2".into()], vec!["c:3".into()]],
+        draft: Some(FleetDraft { worker: "d:4".into(), limits: limits(16), cost: 90 }),
     };
     let deployment = FleetDeployment {
         name: "d".into(),

@@ -137,11 +137,25 @@ pub struct Replica {
     pub stages: ::prost::alloc::vec::Vec<StageWorkers>,
     #[prost(message, optional, tag = "7")]
     pub limits: ::core::option::Option<Limits>,
+    #[prost(message, optional, tag = "8")]
+    pub draft: ::core::option::Option<Draft>,
 }
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
 pub struct StageWorkers {
     #[prost(string, repeated, tag = "1")]
     pub ranks: ::prost::alloc::vec::Vec<::prost::alloc::string::String>,
+}
+/// A small model beside a replica that guesses the tokens which come next. It comes and goes while the replica runs.
+#[derive(Clone, PartialEq, ::prost::Message)]
+pub struct Draft {
+    /// HOST:PORT of its one worker.
+    #[prost(string, tag = "1")]
+    pub worker: ::prost::alloc::string::String,
+    #[prost(message, optional, tag = "2")]
+    pub limits: ::core::option::Option<Limits>,
+    /// What a step of one row takes, in thousandths of such a step of the replica.
+    #[prost(uint32, tag = "3")]
+    pub cost: u32,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterReport {

@@ -256,7 +256,7 @@ impl Collector for Loads {
             }
         }
         type Count = fn(&DeploymentLoad) -> u64;
-        let counters: [(&str, &str, Count); 12] = [
+        let counters: [(&str, &str, Count); 13] = [
             ("vllm:prompt_tokens", "Prompt tokens processed or found in the cache", |l| l.prompt_tokens_total),
             ("vllm:generation_tokens", "Tokens emitted", |l| l.tokens_total),
             ("vllm:num_preemptions", "Sequences put back into the queue because blocks ran out", |l| l.preemptions_total),
@@ -268,6 +268,7 @@ impl Collector for Loads {
             ("vllm:gpu_prefix_cache_queries", "Older name of vllm:prefix_cache_queries", |l| l.prefix_query_tokens_total),
             ("vllm:gpu_prefix_cache_hits", "Older name of vllm:prefix_cache_hits", |l| l.prefix_hit_tokens_total),
             ("skein_resumed_streams", "Streams that went on after their replica was lost or drained", |l| l.resumed_total),
+            ("skein_draft_failures", "Times that a draft model was lost; streams went on without it", |l| l.draft_failures_total),
             ("skein_refused_requests", "Requests refused because the queue was full", |l| l.refused_total),
         ];
         for (name, help, read) in counters {

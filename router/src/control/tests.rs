@@ -77,6 +77,7 @@ fn state(number: u64) -> FleetState {
         draining: false,
         limits: limits.clone(),
         workers: vec![vec!["127.0.0.1:9".into()]],
+        draft: None,
     };
     let deployment = FleetDeployment {
         name: "a".into(),

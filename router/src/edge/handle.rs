@@ -279,6 +279,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
         load.drafts_total += counters.drafts;
         load.draft_tokens_total += counters.draft_tokens;
         load.accepted_tokens_total += counters.accepted_tokens;
+        load.draft_failures_total += member.driver.draft_failures();
         load.step_sizes = load.step_sizes + counters.sizes;
     }
     load

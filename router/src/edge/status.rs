@@ -62,6 +62,8 @@ pub struct DeploymentLoad {
     pub draft_tokens_total: u64,
     /// Drafted tokens that were what was drawn.
     pub accepted_tokens_total: u64,
+    /// Sessions of draft models that ended in a failure.
+    pub draft_failures_total: u64,
     /// Streams that went on after their replica was lost or drained.
     pub resumed_total: u64,
     /// Requests refused because the queue was full.

@@ -47,6 +47,7 @@ fn replica(name: &str) -> FleetReplica {
         draining: false,
         limits: limits(),
         workers: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
+        draft: None,
     }
 }
 
@@ -78,7 +79,11 @@ fn world(state: FleetState) -> World {
 }
 
 fn world_of(model: SimulatedModel, state: FleetState) -> World {
-    let connector = Arc::new(SimulatedConnector::new(model, 2, COST, Arc::new(ModelCard::default())));
+    world_by(SimulatedConnector::new(model, 2, COST, Arc::new(ModelCard::default())), state)
+}
+
+fn world_by(connector: SimulatedConnector, state: FleetState) -> World {
+    let connector = Arc::new(connector);
     let (fleet, receiver) = watch::channel(state);
     let options = EdgeOptions { connector: connector.clone(), resume: Duration::from_secs(10), deadline: None };
     World { edge: Edge::start(receiver, options), fleet, connector }

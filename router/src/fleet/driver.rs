@@ -131,6 +131,14 @@ impl Driver {
         }
     }
 
+    /// Sessions of its draft model that failed, while this router drove it.
+    pub(crate) fn draft_failures(&self) -> u64 {
+        match self {
+            Self::Here(owner) => owner.draft_failures.load(Ordering::Relaxed),
+            Self::Peer(..) | Self::Nobody => 0,
+        }
+    }
+
     /// Whether it is this router.
     pub(crate) fn is_here(&self) -> bool {
         matches!(self, Self::Here(_))

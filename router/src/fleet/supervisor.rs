@@ -115,6 +115,7 @@ impl Supervisor {
                 if let Driver::Here(owner) = &member.driver {
                     kept.push(replica.name.clone());
                     owner.set_prompt_lookup(spec.serving.prompt_lookup);
+                    owner.set_draft(replica.draft.as_ref(), || self.connector.draft(replica));
                     owner.want(spec.adapters.iter().map(|adapter| adapter.source.clone()).collect());
                 }
                 Arc::new(member)
@@ -202,9 +203,9 @@ impl Supervisor {
     }
 }
 
-/// Whether two records are of the same workers, which the same owner can go on with.
+/// Whether two records are of the same workers, which the same owner can go on with; the draft model is another's matter.
 fn same(a: &FleetReplica, b: &FleetReplica) -> bool {
-    FleetReplica { weight: a.weight, draining: a.draining, ..b.clone() } == *a
+    FleetReplica { weight: a.weight, draining: a.draining, draft: a.draft.clone(), ..b.clone() } == *a
 }
 
 /// Completes when who drives what may have changed.

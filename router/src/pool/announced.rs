@@ -131,6 +131,7 @@ mod tests {
             draining: false,
             limits: limits.clone(),
             workers: vec![vec!["old:1".into()], vec![address.into()]],
+            draft: None,
         };
         let deployment = FleetDeployment {
             name: "a".into(),

@@ -81,6 +81,7 @@ fn state(number: u64, routers: &[(&str, SocketAddr)]) -> FleetState {
         draining: false,
         limits: limits(),
         workers: vec![vec![format!("worker-{i}:7071")]],
+        draft: None,
     };
     let deployment = FleetDeployment {
         adapters: Vec::new(),

@@ -4,6 +4,7 @@
 //! what is needed to submit a sequence again. Here is the owner's side, and the edge's where both are in one process.
 
 mod adapters;
+mod drafts;
 mod masks;
 mod prefixes;
 mod sink;
@@ -19,7 +20,7 @@ use std::{
 
 use plan::{
     adapter::AdapterSource,
-    fleet::ReplicaLimits,
+    fleet::{FleetDraft, ReplicaLimits},
     step::{Pooled, Sampling, Want, WantKind},
 };
 use tokio::{
@@ -31,9 +32,11 @@ use tracing::{debug, info, warn};
 
 use self::{
     adapters::Adapters,
+    drafts::{DraftEvent, Drafts},
     masks::{Made, Masks},
 };
 pub(crate) use self::{
+    drafts::DraftModel,
     prefixes::{PrefixDelta, Prefixes},
     sink::{EventSink, SequenceEvent, StreamSink},
 };
@@ -82,6 +85,10 @@ pub(crate) struct Owner {
     wanted: Mutex<Vec<AdapterSource>>,
     /// Most tokens drafted for a sequence in a step.
     prompt_lookup: AtomicUsize,
+    /// The model that guesses for it.
+    draft: Mutex<Option<DraftModel>>,
+    /// Sessions of it that ended in a failure.
+    pub(crate) draft_failures: AtomicU64,
     /// How they are doing in the present session, by numerics id.
     present: Mutex<HashMap<String, Presence>>,
 }
@@ -103,6 +110,8 @@ impl Owner {
             prefixes: Mutex::default(),
             wanted: Mutex::default(),
             prompt_lookup: AtomicUsize::new(0),
+            draft: Mutex::default(),
+            draft_failures: AtomicU64::new(0),
             present: Mutex::default(),
         }
     }
@@ -180,6 +189,16 @@ impl Owner {
     /// Says how many tokens are drafted at most for a sequence in a step, from the next step on.
     pub(crate) fn set_prompt_lookup(&self, most: usize) {
         self.prompt_lookup.store(most, Ordering::Relaxed);
+    }
+
+    /// Says which model guesses for it, if any; `connect` makes what drives it, where it is another than before.
+    pub(crate) fn set_draft(&self, spec: Option<&FleetDraft>, connect: impl FnOnce() -> Option<Arc<dyn Replica>>) {
+        let mut draft = lock(&self.draft);
+        if draft.as_ref().map(|draft| &draft.spec) != spec {
+            *draft = spec.and_then(|spec| Some(DraftModel { spec: spec.clone(), replica: connect()? }));
+            drop(draft);
+            self.wake.notify_one();
+        }
     }
 
     /// How an adapter is doing here.
@@ -277,7 +296,8 @@ impl Drive {
         let before = self.owner.counters();
         let (scheduler, adapters) = (Scheduler::new(options), Adapters::default());
         let masks = Masks::new(self.replica.clone(), self.grammars.clone());
-        let mut run = Run { drive: self, scheduler, adapters, masks, sinks: HashMap::new(), session, before, proven: false };
+        let drafts = Drafts::default();
+        let mut run = Run { drive: self, scheduler, adapters, masks, drafts, sinks: HashMap::new(), session, before, proven: false };
         let result = run.run().await;
         let was_ready = run.proven;
         run.hand_back();
@@ -295,6 +315,7 @@ struct Run<'a> {
     scheduler: Scheduler,
     adapters: Adapters,
     masks: Masks,
+    drafts: Drafts,
     sinks: HashMap<u64, EventSink>,
     session: Session,
     /// Counters of the sessions before.
@@ -322,6 +343,9 @@ impl Run<'_> {
                 self.obey(command);
             }
             self.scheduler.set_prompt_lookup(owner.prompt_lookup.load(Ordering::Relaxed));
+            if self.drafts.follow(lock(&owner.draft).clone()) {
+                self.scheduler.set_draft_model(None);
+            }
             // Tokens go before the next step, unless a stage would wait for it.
             if self.scheduler.in_flight() >= self.drive.replica.stages() {
                 self.dispatch(at);
@@ -330,6 +354,9 @@ impl Run<'_> {
                 if self.session.steps.try_send(step).is_err() {
                     return Some(self.closing_error().await);
                 }
+            }
+            while let Some(step) = self.scheduler.next_draft_step() {
+                self.drafts.send(step);
             }
             self.dispatch(at);
             self.follow_adapters();
@@ -366,6 +393,10 @@ impl Run<'_> {
                 Some(made) = self.masks.next() => {
                     at = Instant::now();
                     self.take_mask(made);
+                }
+                event = self.drafts.next() => {
+                    at = Instant::now();
+                    self.take_draft(event);
                 }
                 () = owner.wake.notified() => at = Instant::now(),
                 () = tokio::time::sleep_until(again.unwrap_or_else(Instant::now)), if again.is_some() => at = Instant::now(),
@@ -454,6 +485,39 @@ impl Run<'_> {
         match result {
             Ok(mask) => self.scheduler.set_mask(ticket, emitted, mask),
             Err(message) => self.scheduler.refuse(ticket, message),
+        }
+    }
+
+    /// Something happened to the draft model's session.
+    fn take_draft(&mut self, event: DraftEvent) {
+        let replica = &self.drive.name;
+        let error = match event {
+            DraftEvent::Opened => {
+                info!(replica, "draft model ready");
+                self.scheduler.set_draft_model(self.drafts.spec());
+                return;
+            }
+            DraftEvent::Reply(reply) => match self.scheduler.draft_reply(reply.step, reply.outputs) {
+                Ok(()) => return,
+                Err(error) => {
+                    let error = ReplicaError::Protocol { worker: FleetDraft::name(replica), detail: error.to_string() };
+                    self.drafts.lose(&error);
+                    error
+                }
+            },
+            DraftEvent::Late => {
+                warn!(replica, "draft model does not answer; sequences go on without it until it does");
+                self.scheduler.go_on_without_drafts();
+                return;
+            }
+            DraftEvent::Lost(error) => error,
+        };
+        if self.scheduler.has_draft_model() {
+            self.scheduler.set_draft_model(None);
+            self.drive.owner.draft_failures.fetch_add(1, Ordering::Relaxed);
+            warn!(replica, reason = error.reason(), error = error.to_string(), "draft model lost; sequences go on without it");
+        } else {
+            debug!(replica, error = error.to_string(), "draft model's session not opened");
         }
     }
 

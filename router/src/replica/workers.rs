@@ -17,7 +17,10 @@ use std::sync::{
 };
 
 use identity::Identity;
-use plan::{card::ModelCard, fleet::FleetReplica};
+use plan::{
+    card::ModelCard,
+    fleet::{FleetDraft, FleetReplica},
+};
 use proto::{bearer::Bearer, worker::WorkerAddress};
 use tokio::{task::JoinHandle, time::timeout};
 
@@ -54,6 +57,18 @@ impl Connector for WorkersConnector {
     fn replica(&self, replica: &FleetReplica) -> Arc<dyn Replica> {
         let layers = replica.limits.kv.groups.iter().map(|g| g.layers.len()).sum();
         Arc::new(Workers::new(replica, layers, self))
+    }
+
+    fn draft(&self, replica: &FleetReplica) -> Option<Arc<dyn Replica>> {
+        let draft = replica.draft.as_ref()?;
+        let own = FleetReplica {
+            name: FleetDraft::name(&replica.name),
+            limits: draft.limits.clone(),
+            workers: vec![vec![draft.worker.clone()]],
+            draft: None,
+            ..replica.clone()
+        };
+        Some(self.replica(&own))
     }
 }
 

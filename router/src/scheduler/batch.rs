@@ -2,13 +2,14 @@
 
 use plan::{
     shard::BLOCK_TOKENS,
-    step::{Begin, Input, Mask, SequenceStep, Step, TableChange, TokenId, Want, WantKind},
+    step::{Begin, Input, Mask, SequenceStep, Step, TableChange, Want, WantKind},
 };
 
 use super::{
     Admission, Entry, Event, EventKind, Purpose, Scheduler, Sequence, StepRecord, Table,
+    drafts::Drafts,
     prefix::{first_needed, longest_hit},
-    worth::{ROWS, Worth},
+    worth::Worth,
 };
 
 /// Fewest tokens that a prompt is cut into for the sake of a pipeline: below this the products get slower than the pipeline gains.
@@ -21,6 +22,8 @@ struct Outline {
     budget: usize,
     /// A running sequence found no block for its next token.
     blocked: bool,
+    /// Some sequence waits for the draft model.
+    held: bool,
 }
 
 impl Scheduler {
@@ -34,14 +37,14 @@ impl Scheduler {
         let id = self.last_step + 1;
         let budget = self.options.limits.max_batch_tokens;
         let mut outline = loop {
-            let mut outline = Outline { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false };
+            let mut outline = Outline { step: Step { id, ..Step::default() }, entries: Vec::new(), budget, blocked: false, held: false };
             self.add_decodes(&mut outline);
             self.add_prompts(&mut outline);
             self.starved = outline.blocked;
             if !outline.entries.is_empty() {
                 break outline;
             }
-            if !self.fail_what_never_fits() {
+            if outline.held || !self.fail_what_never_fits() {
                 return None;
             }
         };
@@ -74,8 +77,14 @@ impl Scheduler {
         let share = usize::div_ceil(decoding, stages).min(self.options.limits.max_batch_sequences);
         let mut worth = self.may_draft(decoding, share).then(|| Worth::of(share));
         if let Some(worth) = worth {
-            self.hold_for_drafts(worth, &mut ready);
-            self.hold_for_drafts(worth, &mut early);
+            self.follow_with_model(outline.step.id);
+            self.hold_for_drafts(worth, share, &mut ready);
+            self.hold_for_drafts(worth, share, &mut early);
+            outline.held = self.ask_model(worth, share, outline.step.id, &mut ready);
+            if outline.held && stages == 1 {
+                // They read the weights together.
+                return;
+            }
         }
         // A mask takes less than the step that is running: whoever waits for it can be in the next one, which is not urgent yet.
         let awaited = || self.running.values().any(|(sequence, admission)| sequence.lacks_mask() && admission.pending == 0);
@@ -98,52 +107,14 @@ impl Scheduler {
             if self.make_room(arrival, 1, outline.step.id) == 1 {
                 let others = turn.saturating_sub(outline.entries.len());
                 let drafts = match &mut worth {
-                    Some(worth) => self.draft(arrival, worth, outline.budget.saturating_sub(others.max(1))),
-                    None => Vec::new(),
+                    Some(worth) => self.draft(arrival, worth, share, outline.budget.saturating_sub(others.max(1))),
+                    None => Drafts::default(),
                 };
                 self.add(outline, arrival, 1, drafts);
             } else {
                 outline.blocked = true;
             }
         }
-    }
-
-    /// Whether drafts may be in a step for `share` of all `decoding` sequences: none take the place of a prompt, or of what a prompt waits for.
-    fn may_draft(&self, decoding: usize, share: usize) -> bool {
-        self.prompt_lookup > 0 && share < ROWS && decoding == self.running.len() && self.waiting.is_empty()
-    }
-
-    /// Takes out of `ready` those that rather wait for the token being drawn, since drafts can only follow one that is known. With one stage
-    /// all others wait with them, and read the weights together.
-    fn hold_for_drafts(&self, worth: Worth, ready: &mut Vec<(u64, u64)>) {
-        let drawing = |arrival: &u64| self.running.get(arrival).filter(|(_, admission)| admission.pending > 0);
-        let waits = |arrival: &u64| {
-            let trust = drawing(arrival).and_then(|(sequence, _)| sequence.lookup.trust(&sequence.ids));
-            trust.is_some_and(|trust| worth.repays_waiting(trust, self.prompt_lookup))
-        };
-        let together = self.options.stages == 1
-            && (self.running.values().any(|(_, admission)| admission.drafted > 0) || ready.iter().any(|(_, arrival)| waits(arrival)));
-        ready.retain(|(_, arrival)| if together { drawing(arrival).is_none() } else { !waits(arrival) });
-    }
-
-    /// Drafts that follow a sequence's next token, at most `most`; allocates their blocks.
-    fn draft(&mut self, arrival: u64, worth: &mut Worth, most: usize) -> Vec<TokenId> {
-        let (context, sequences) = (self.options.limits.max_context, self.running.len());
-        let Some((sequence, admission)) = self.running.get(&arrival) else { return Vec::new() };
-        let Some(trust) = sequence.lookup.trust(&sequence.ids).filter(|_| admission.sent + 1 == sequence.ids.len()) else {
-            return Vec::new();
-        };
-        // Behind the last draft one more token is drawn.
-        let room = sequence.room(0, context).saturating_sub(1);
-        let most = most.min(self.prompt_lookup).min(room).min(sequence.submission.chunk.map_or(usize::MAX, |most| most.saturating_sub(1)));
-        // A block more only where every sequence could have one.
-        let held = |(table, pool): (&Table, &super::BlockPool)| {
-            (table.end() + usize::from(pool.available() > sequences)) * BLOCK_TOKENS - (admission.sent + 1)
-        };
-        let most = admission.tables.iter().zip(&self.pools).map(held).fold(most, usize::min);
-        let drafts = sequence.lookup.guess(&sequence.ids, worth.add(trust, most));
-        self.grow(arrival, 1 + drafts.len());
-        drafts
     }
 
     /// What of prompts fits the budget that decodes left: see the module's policy.
@@ -179,7 +150,7 @@ impl Scheduler {
             let Some(tokens) = self.chunk(arrival, outline.budget) else { continue };
             let tokens = self.make_room(arrival, tokens, outline.step.id);
             if tokens > 0 {
-                self.add(outline, arrival, tokens, Vec::new());
+                self.add(outline, arrival, tokens, Drafts::default());
             } else {
                 outline.blocked = true;
             }
@@ -199,7 +170,7 @@ impl Scheduler {
             let tokens = self.fit(arrival, tokens);
             if tokens > 0 {
                 self.grow(arrival, tokens);
-                self.add(outline, arrival, tokens, Vec::new());
+                self.add(outline, arrival, tokens, Drafts::default());
             }
         }
     }
@@ -314,7 +285,7 @@ impl Scheduler {
     }
 
     /// Allocates the blocks that [`Scheduler::fit`] found.
-    fn grow(&mut self, arrival: u64, tokens: usize) {
+    pub(super) fn grow(&mut self, arrival: u64, tokens: usize) {
         let Some((_, admission)) = self.running.get_mut(&arrival) else { return };
         let end = (admission.sent + tokens).div_ceil(BLOCK_TOKENS);
         for (table, pool) in admission.tables.iter_mut().zip(&mut self.pools) {
@@ -326,7 +297,7 @@ impl Scheduler {
     }
 
     /// Puts a sequence's next `tokens` tokens into the step, and drafts behind them.
-    fn add(&mut self, outline: &mut Outline, arrival: u64, tokens: usize, drafts: Vec<TokenId>) {
+    fn add(&mut self, outline: &mut Outline, arrival: u64, tokens: usize, Drafts { ids: drafts, by_model }: Drafts) {
         let (context, encoder) = (self.options.limits.max_context, self.reads_whole());
         let Some((sequence, admission)) = self.running.get_mut(&arrival) else { return };
         let (first, end) = (admission.sent, admission.sent + tokens);
@@ -385,7 +356,7 @@ impl Scheduler {
         outline.budget -= tokens + drafts.len();
         admission.sent = end + drafts.len();
         admission.drafted = drafts.len();
-        outline.entries.push(Entry { arrival, sequence: admission.id, end, results, draws, drafts });
+        outline.entries.push(Entry { arrival, sequence: admission.id, end, results, draws, drafts, by_model });
         admission.last_step = outline.step.id;
     }
 

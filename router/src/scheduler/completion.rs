@@ -104,14 +104,15 @@ impl Scheduler {
             }
             if !entry.drafts.is_empty() {
                 let accepted = sequence.ids.len() - before - 1;
+                if entry.by_model {
+                    sequence.trust.learn(accepted, end.is_none() && accepted < entry.drafts.len());
+                }
                 admission.go_back(entry.end + accepted, &mut self.pools);
                 self.counters.drafts += 1;
                 self.counters.draft_tokens += entry.drafts.len() as u64;
                 self.counters.accepted_tokens += accepted as u64;
             }
-            // All logits at each draft would be many bytes for what may be refused.
-            let drafts = !sequence.submission.logits && sequence.submission.constraint.is_none();
-            if self.prompt_lookup > 0 && end.is_none() && running < ROWS * self.options.stages && drafts {
+            if self.prompt_lookup > 0 && end.is_none() && running < ROWS * self.options.stages && sequence.may_be_drafted() {
                 sequence.lookup.follow(&sequence.ids);
             }
         } else if entry.end == sequence.ids.len() && admission.pending == 0 {

@@ -7,7 +7,7 @@ use plan::{
     step::{BlockId, Logprobs, Mask, Sampling, SequenceId, TokenId, Want},
 };
 
-use super::{lookup::Lookup, prefix::BlockHash};
+use super::{lookup::Lookup, prefix::BlockHash, trust::Trust};
 use crate::grammar::Constraint;
 
 /// What a scheduler is asked to run. A resumed sequence brings what was emitted before.
@@ -134,6 +134,8 @@ pub(super) struct Sequence {
     pub(super) readmitted: bool,
     /// What it may say next.
     pub(super) lookup: Lookup,
+    /// What the draft model's guesses of it are worth.
+    pub(super) trust: Trust,
     /// The mask of the draw after so many emitted tokens.
     pub(super) mask: Option<(usize, Arc<Mask>)>,
 }
@@ -156,6 +158,7 @@ impl Sequence {
             cached: 0,
             readmitted: false,
             lookup: Lookup::default(),
+            trust: Trust::default(),
             mask: None,
             submission,
         }
@@ -163,6 +166,12 @@ impl Sequence {
 
     pub(super) fn emitted(&self) -> usize {
         self.ids.len() - self.submission.prompt.len()
+    }
+
+    /// Whether drafts may follow it: all logits at each would be many bytes for what may be refused, and what a constraint leaves open no
+    /// guess knows.
+    pub(super) fn may_be_drafted(&self) -> bool {
+        !self.submission.logits && self.submission.constraint.is_none()
     }
 
     /// Whether its next draw waits for a mask.

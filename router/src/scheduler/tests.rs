@@ -2,6 +2,7 @@
 
 mod drafts;
 mod masks;
+mod models;
 
 use std::{
     cell::Cell,
@@ -11,7 +12,7 @@ use std::{
 };
 
 use plan::{
-    fleet::ReplicaLimits,
+    fleet::{FleetDraft, ReplicaLimits},
     shard::{KvDType, KvGeometry, KvGroup},
     step::{Output, OutputValue, Pooled, Sampling, Step, TokenId, Want, WantKind},
 };
@@ -38,6 +39,9 @@ struct World {
     scheduler: Scheduler,
     engine: SimulatedEngine,
     replies: VecDeque<(u64, Vec<Output>)>,
+    /// The draft model's worker.
+    drafter: Option<SimulatedEngine>,
+    drafted: VecDeque<(u64, Vec<Output>)>,
     events: BTreeMap<u64, Vec<EventKind>>,
     next: u64,
 }
@@ -50,7 +54,7 @@ impl World {
     fn of(model: SimulatedModel, limits: ReplicaLimits, stages: usize) -> Self {
         let engine = SimulatedEngine::new(model, limits.kv.clone());
         let scheduler = Scheduler::new(SchedulerOptions { limits, stages, revision: b"r".to_vec() });
-        Self { scheduler, engine, replies: VecDeque::new(), events: BTreeMap::new(), next: 0 }
+        Self { scheduler, engine, replies: VecDeque::new(), drafter: None, drafted: VecDeque::new(), events: BTreeMap::new(), next: 0 }
     }
 
     fn submit(&mut self, submission: Submission) -> u64 {
@@ -77,6 +81,38 @@ impl World {
         true
     }
 
+    /// An empty worker of a draft model comes.
+    fn draft_with(&mut self, model: SimulatedModel, draft: &FleetDraft) {
+        let mut engine = SimulatedEngine::new(model, draft.limits.kv.clone());
+        engine.goes_back = true;
+        self.drafter = Some(engine);
+        self.drafted.clear();
+        self.scheduler.set_draft_model(Some(draft));
+    }
+
+    /// The draft model's worker goes.
+    fn lose_drafter(&mut self) {
+        self.drafter = None;
+        self.drafted.clear();
+        self.scheduler.set_draft_model(None);
+    }
+
+    fn draft_step(&mut self) -> Option<Step> {
+        let step = self.scheduler.next_draft_step()?;
+        let engine = self.drafter.as_mut().expect("there is a draft model");
+        let outputs = engine.run(&step).expect("every read finds what the course holds");
+        self.drafted.push_back((step.id, outputs));
+        self.settle();
+        Some(step)
+    }
+
+    fn draft_reply(&mut self) -> bool {
+        let Some((step, outputs)) = self.drafted.pop_front() else { return false };
+        self.scheduler.draft_reply(step, outputs).expect("a reply in order");
+        self.settle();
+        true
+    }
+
     fn settle(&mut self) {
         self.scheduler.check().expect("blocks are conserved");
         for event in self.scheduler.take_events() {
@@ -87,7 +123,8 @@ impl World {
     fn run(&mut self) {
         for _ in 0..100_000 {
             while self.step().is_some() {}
-            if !self.reply() && self.scheduler.queued() + self.scheduler.running() == 0 {
+            while self.draft_step().is_some() {}
+            if !self.draft_reply() && !self.reply() && self.scheduler.queued() + self.scheduler.running() == 0 {
                 return;
             }
         }
@@ -147,6 +184,11 @@ enum Op {
     Lose,
     /// From now on, so many drafts at most.
     Draft(usize),
+    DraftStep,
+    DraftReply,
+    /// The draft model's worker is started again.
+    DraftLose,
+    DraftLate,
 }
 
 fn op() -> impl Strategy<Value = Op> {
@@ -158,6 +200,10 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..64usize).prop_map(Op::Cancel),
         1 => Just(Op::Lose),
         1 => (0..17usize).prop_map(Op::Draft),
+        14 => Just(Op::DraftStep),
+        12 => Just(Op::DraftReply),
+        1 => Just(Op::DraftLose),
+        1 => Just(Op::DraftLate),
     ]
 }
 
@@ -173,12 +219,25 @@ struct Shape {
     period: u32,
     /// Most tokens drafted.
     lookup: usize,
+    /// Period and blocks of a draft model.
+    draft: Option<(u32, usize)>,
 }
 
 fn shape() -> impl Strategy<Value = Shape> {
     let sizes = (1..4usize, 14..40usize, 12..40usize, 1..9usize, 1..200usize);
-    (sizes, prop_oneof![Just(0u32), 1..20u32], prop_oneof![Just(0usize), 1..17usize])
-        .prop_map(|((stages, full, window, batch, tokens), period, lookup)| Shape { stages, full, window, batch, tokens, period, lookup })
+    let draft = proptest::option::of((prop_oneof![Just(0u32), 1..40u32], 4..60usize));
+    (sizes, prop_oneof![Just(0u32), 1..20u32], prop_oneof![Just(0usize), 1..17usize], draft).prop_map(
+        |((stages, full, window, batch, tokens), period, lookup, draft)| Shape {
+            stages,
+            full,
+            window,
+            batch,
+            tokens,
+            period,
+            lookup,
+            draft,
+        },
+    )
 }
 
 /// Whatever is submitted, cancelled, pre-empted or lost, in whatever order replies come, drafted or not: no block is lost or shared wrongly,
@@ -201,12 +260,18 @@ fn any_order_of_operations_gives_solo_tokens() {
 }
 
 fn run_operations(ops: Vec<Op>, shape: &Shape) -> Result<Counters, TestCaseError> {
-    let Shape { stages, full, window, batch, tokens, period, lookup } = *shape;
+    let Shape { stages, full, window, batch, tokens, period, lookup, draft } = *shape;
     let model = SimulatedModel { period, ..MODEL };
     let limits = limits(&[(None, full), (Some(40), window), (None, full + 3)], batch, tokens);
+    let drafting = |world: &mut World| {
+        let Some((period, blocks)) = draft else { return };
+        let limits = ReplicaLimits { max_context: 200, ..self::limits(&[(None, blocks), (Some(24), blocks)], 4, 100) };
+        world.draft_with(SimulatedModel { period, ..MODEL }, &FleetDraft { worker: String::new(), limits, cost: 100 });
+    };
     let fresh = |lookup: usize| {
         let mut world = World::of(model, limits.clone(), stages);
         world.scheduler.set_prompt_lookup(lookup);
+        drafting(&mut world);
         world
     };
     let mut world = fresh(lookup);
@@ -249,6 +314,14 @@ fn run_operations(ops: Vec<Op>, shape: &Shape) -> Result<Counters, TestCaseError
                 after.events = world.events;
                 world = after;
             }
+            Op::DraftStep => {
+                world.draft_step();
+            }
+            Op::DraftReply => {
+                world.draft_reply();
+            }
+            Op::DraftLose => drafting(&mut world),
+            Op::DraftLate => world.scheduler.go_on_without_drafts(),
             Op::Draft(most) => world.scheduler.set_prompt_lookup(if lookup > 0 { most } else { 0 }),
         }
     }

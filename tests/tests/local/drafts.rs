@@ -37,7 +37,7 @@ pub(crate) fn repeating(model: &str, count: usize, max_tokens: u32) -> Vec<Value
 }
 
 /// The choice that a request is answered with.
-async fn choice(http: &str, request: &Value) -> Value {
+pub(crate) async fn choice(http: &str, request: &Value) -> Value {
     let (status, answer) = client::post(&format!("{http}/v1/completions"), request).await.expect("an answer");
     assert!(status.is_success(), "{answer}");
     answer["choices"][0].clone()

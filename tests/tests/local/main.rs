@@ -6,6 +6,7 @@ mod adapters;
 mod clients;
 mod constrained;
 mod convert;
+mod draft_models;
 mod drafts;
 mod encoders;
 mod exact;

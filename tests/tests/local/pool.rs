@@ -87,6 +87,7 @@ impl World {
                 draining: false,
                 limits: limits.clone(),
                 workers: vec![vec![address]],
+                draft: None,
             });
         }
         let serving = ServingSettings {

@@ -137,6 +137,7 @@ impl World {
             draining: false,
             limits: limits.clone(),
             workers: vec![vec!["a".to_owned()], vec!["b".to_owned()]],
+            draft: None,
         };
         let deployment = FleetDeployment {
             adapters: vec![FleetAdapter {

@@ -1,4 +1,6 @@
-//! Drafts: a setting of routers, in force from the next step on, and no matter when a replica goes.
+//! Drafts: a setting of routers, in force from the next step on, and no matter when a replica or a draft model goes.
+
+use plan::fleet::FleetDraft;
 
 use super::*;
 
@@ -61,4 +63,70 @@ async fn a_lost_replica_loses_no_token_of_drafts() {
         world.edge.shutdown().await;
     }
     assert!(accepted > 1000, "{accepted}");
+}
+
+/// A world whose only replica has a draft model that is as good as it.
+fn guessed() -> World {
+    let mut state = state(&[replica("r0")]);
+    let draft = FleetDraft { worker: "c".to_owned(), limits: limits(), cost: 100 };
+    state.deployments[0].replicas[0].draft = Some(draft);
+    let mut connector = SimulatedConnector::new(REPEATING, 2, COST, Arc::new(ModelCard::default()));
+    connector.draft = Some(REPEATING);
+    world_by(connector, state)
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_draft_model_comes_and_goes_in_the_middle_of_a_stream() {
+    let world = guessed();
+    assert!(world.edge.wait_ready("small").await);
+    let load = || world.edge.load().remove(0);
+    let generation = long(1);
+    let mut stream = world.edge.submit("small", generation.clone()).expect("admitted");
+    let mut tokens = next_tokens(&mut stream, 80).await;
+    assert!(load().accepted_tokens_total > 30, "{:?}", load());
+    let draft = world.connector.get("r0-draft").expect("made");
+    draft.set_fault(Fault::Down);
+    tokens.extend(next_tokens(&mut stream, 60).await);
+    let without = load();
+    assert_eq!(without.draft_failures_total, 1);
+    tokens.extend(next_tokens(&mut stream, 10).await);
+    assert_eq!(load().draft_tokens_total, without.draft_tokens_total);
+    draft.set_fault(Fault::None);
+    // It is dialled again after at most two seconds, and reads what it missed.
+    let opened = draft.steps();
+    while draft.steps() == opened {
+        tokens.extend(next_tokens(&mut stream, 1).await);
+    }
+    tokens.extend(next_tokens(&mut stream, 60).await);
+    assert!(load().accepted_tokens_total > without.accepted_tokens_total + 20, "{:?}", load());
+    world.update(|state| state.deployments[0].replicas[0].draft = None);
+    world.edge.inner_view_changed().await;
+    tokens.extend(next_tokens(&mut stream, 20).await);
+    let off = load().draft_tokens_total;
+    let (rest, end) = collect_rest(stream).await;
+    tokens.extend(rest);
+    assert_eq!((tokens, end.expect("it finished")), (solo_of(&generation), FinishReason::Length));
+    assert_eq!((load().draft_tokens_total, load().replicas[0].failures_total), (off, 0), "the same session throughout");
+}
+
+#[tokio::test(start_paused = true)]
+async fn nobody_waits_for_a_deaf_draft_model() {
+    let world = guessed();
+    assert!(world.edge.wait_ready("small").await);
+    let generation = long(2);
+    let mut stream = world.edge.submit("small", generation.clone()).expect("admitted");
+    let mut tokens = next_tokens(&mut stream, 80).await;
+    let draft = world.connector.get("r0-draft").expect("made");
+    draft.set_fault(Fault::Deaf);
+    let since = tokio::time::Instant::now();
+    tokens.extend(next_tokens(&mut stream, 50).await);
+    assert!(since.elapsed() < Duration::from_secs(2), "it was waited for once: {:?}", since.elapsed());
+    draft.set_fault(Fault::None);
+    let before = world.edge.load()[0].accepted_tokens_total;
+    tokens.extend(next_tokens(&mut stream, 80).await);
+    assert!(world.edge.load()[0].accepted_tokens_total > before + 20, "it is heard again");
+    let (rest, _) = collect_rest(stream).await;
+    tokens.extend(rest);
+    assert_eq!(tokens, solo_of(&generation));
+    assert_eq!(world.edge.load()[0].draft_failures_total, 0);
 }

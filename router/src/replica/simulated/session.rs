@@ -11,7 +11,7 @@ use std::{
 
 use plan::{
     card::ModelCard,
-    fleet::FleetReplica,
+    fleet::{FleetDraft, FleetReplica},
     shard::KvGeometry,
     step::{Input, Step},
 };
@@ -86,6 +86,8 @@ pub enum Fault {
     LoseAtStep(u64),
     /// The session is broken and none can be opened, and nothing else answers.
     Down,
+    /// Steps are not answered until this ends.
+    Deaf,
     /// The session is broken and none can be opened: its workers load their weights again.
     Loading,
 }
@@ -101,13 +103,15 @@ pub struct SimulatedReplica {
     fault: watch::Sender<Fault>,
     running: Mutex<Option<JoinHandle<()>>>,
     steps: Arc<AtomicU64>,
+    /// See [`SimulatedEngine::goes_back`].
+    goes_back: bool,
 }
 
 impl SimulatedReplica {
     /// A replica of `stages` stages.
     pub fn new(model: SimulatedModel, kv: KvGeometry, stages: usize, cost: CostModel, card: Arc<ModelCard>) -> Self {
         let steps = Arc::default();
-        Self { model, kv, stages, cost, card, fault: watch::Sender::new(Fault::None), running: Mutex::new(None), steps }
+        Self { model, kv, stages, cost, card, fault: watch::Sender::new(Fault::None), running: Mutex::new(None), steps, goes_back: false }
     }
 
     /// Misbehave from now on.
@@ -136,12 +140,14 @@ impl Replica for SimulatedReplica {
             match *self.fault.borrow() {
                 Fault::Down => return Err(lost("it is down")),
                 Fault::Loading => return Err(ReplicaError::Loading { worker: "simulated".to_owned(), percent: 50 }),
-                Fault::None | Fault::LoseAtStep(_) => {}
+                Fault::None | Fault::Deaf | Fault::LoseAtStep(_) => {}
             }
             let (steps, inbox) = mpsc::channel(self.stages + 1);
             let (outbox, replies) = mpsc::channel(self.stages + 2);
+            let mut engine = SimulatedEngine::new(self.model, self.kv.clone());
+            engine.goes_back = self.goes_back;
             let run = Run {
-                engine: SimulatedEngine::new(self.model, self.kv.clone()),
+                engine,
                 pipeline: Pipeline::new(self.stages, self.cost),
                 fault: self.fault.subscribe(),
                 steps: self.steps.clone(),
@@ -192,12 +198,14 @@ impl Run {
         let mut down = self.fault.clone();
         loop {
             let next = due.front().map_or_else(Instant::now, |(at, _)| *at);
+            let deaf = *self.fault.borrow_and_update() == Fault::Deaf;
             tokio::select! {
                 biased;
                 is_down = async { down.wait_for(|f| matches!(f, Fault::Down | Fault::Loading)).await.is_ok() } => {
                     return is_down.then(|| lost("it went down"));
                 }
-                () = tokio::time::sleep_until(next), if !due.is_empty() => {
+                Ok(()) = self.fault.changed(), if deaf => {}
+                () = tokio::time::sleep_until(next), if !due.is_empty() && !deaf => {
                     let (_, mut reply) = due.pop_front()?;
                     reply.arrived = Instant::now();
                     self.steps.fetch_add(1, Ordering::Relaxed);
@@ -238,15 +246,17 @@ pub struct SimulatedConnector {
     cost: CostModel,
     card: Arc<ModelCard>,
     replicas: Mutex<HashMap<String, Arc<SimulatedReplica>>>,
+    /// The model of draft models.
+    pub draft: Option<SimulatedModel>,
 }
 
 impl SimulatedConnector {
     /// Replicas of `stages` stages that all run `model`.
     pub fn new(model: SimulatedModel, stages: usize, cost: CostModel, card: Arc<ModelCard>) -> Self {
-        Self { model, stages, cost, card, replicas: Mutex::default() }
+        Self { model, stages, cost, card, replicas: Mutex::default(), draft: None }
     }
 
-    /// The replica made last under this name.
+    /// The replica made last under this name; a draft model's is that of its replica and `-draft`.
     pub fn get(&self, name: &str) -> Option<Arc<SimulatedReplica>> {
         self.replicas.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
     }
@@ -258,5 +268,13 @@ impl Connector for SimulatedConnector {
         let made = Arc::new(made);
         self.replicas.lock().unwrap_or_else(PoisonError::into_inner).insert(replica.name.clone(), made.clone());
         made
+    }
+
+    fn draft(&self, replica: &FleetReplica) -> Option<Arc<dyn Replica>> {
+        let kv = replica.draft.as_ref()?.limits.kv.clone();
+        let made = SimulatedReplica::new(self.draft?, kv, 1, self.cost, self.card.clone());
+        let made = Arc::new(SimulatedReplica { goes_back: true, ..made });
+        self.replicas.lock().unwrap_or_else(PoisonError::into_inner).insert(FleetDraft::name(&replica.name), made.clone());
+        Some(made)
     }
 }
