@@ -227,8 +227,9 @@ pub(crate) struct Placement {
     /// Most tokens in one step [default: 512, or the manifest's].
     #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
     pub(crate) chunk: Option<NonZeroUsize>,
-    /// Stages that multiply the vocabulary: auto (the last, and the first where it holds the table and that is faster), last, or spread.
-    #[arg(long, value_enum, default_value_t = VocabularyChoice::Auto, help_heading = "Placement")]
+    /// Stages that multiply the vocabulary: last, spread (the first too), or auto (the first too where it holds the table and one greedy
+    /// stream is faster by it).
+    #[arg(long, value_enum, default_value_t = VocabularyChoice::Last, help_heading = "Placement")]
     pub(crate) vocabulary: VocabularyChoice,
     /// How the ranks of a stage talk.
     #[arg(long, value_enum, default_value_t = CollectiveChoice::Shm, help_heading = "Placement")]
@@ -342,9 +343,9 @@ pub(crate) enum KvChoice {
 /// Stages that multiply the vocabulary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum VocabularyChoice {
-    Auto,
     Last,
     Spread,
+    Auto,
 }
 
 impl VocabularyChoice {

@@ -48,10 +48,18 @@ impl Server {
     /// # Panics
     /// If it ends or says nothing within the limit.
     pub fn start(manifest: &str) -> Self {
+        Self::start_with(manifest, &[])
+    }
+
+    /// As [`Server::start`], with more arguments.
+    ///
+    /// # Panics
+    /// As [`Server::start`].
+    pub fn start_with(manifest: &str, args: &[&str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let path = folder.path().join("model.yaml");
         fs::write(&path, manifest).expect("a writable folder");
-        Self::serving(&["-f", &path.to_string_lossy()], folder)
+        Self::serving(&[&["-f", &path.to_string_lossy()], args].concat(), folder)
     }
 
     /// Starts `skein serve` with `args` and waits until it is ready.

@@ -44,11 +44,11 @@ pub enum KvMemory {
 /// Which stages multiply the vocabulary's rows. No bit depends on it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Vocabulary {
-    /// The last one, and the first too where it holds the table and the longest stage becomes clearly shorter.
-    #[default]
-    Auto,
     /// The last one alone.
+    #[default]
     Last,
+    /// The last one, and the first too where it holds the table and the longest stage becomes clearly shorter.
+    Auto,
     /// The first and the last.
     Spread,
 }
@@ -87,7 +87,7 @@ impl Default for Spec {
             pipeline: 1,
             tensor: 1,
             stage_layers: None,
-            vocabulary: Vocabulary::Auto,
+            vocabulary: Vocabulary::default(),
             max_context: None,
             max_batch_sequences: DEFAULT_BATCH_SEQUENCES,
             max_batch_tokens: DEFAULT_BATCH_TOKENS,

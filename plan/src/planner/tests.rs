@@ -250,7 +250,7 @@ fn slices_are_whole_blocks_and_tiles_even_where_ranks_are_left_empty() {
 fn layers_go_where_the_bytes_are() {
     // The table outweighs the layers: where the last stage multiplies all of it, that gets the least it may have.
     let model = gemma_270m().model();
-    let two = planned(&Spec { vocabulary: Vocabulary::Last, ..spec(2, 1) }, &model);
+    let two = planned(&spec(2, 1), &model);
     assert_eq!(two.stages[1].layers, 17..18);
     let given = Spec { stage_layers: Some(vec![9, 9]), ..spec(2, 1) };
     assert_eq!(planned(&given, &model).stages[1].layers, 9..18);
@@ -271,7 +271,8 @@ fn products(plan: &ExecutionPlan) -> Vec<Range<usize>> {
 #[test]
 fn a_vocabulary_is_spread_where_the_longest_stage_becomes_shorter() {
     let model = gemma_270m().model();
-    let two = planned(&spec(2, 1), &model);
+    let auto = |pipeline, tensor| Spec { vocabulary: Vocabulary::Auto, ..spec(pipeline, tensor) };
+    let two = planned(&auto(2, 1), &model);
     assert_eq!(faults(&two, &model), [""; 0]);
     assert_eq!((two.stages[1].layers.clone(), products(&two)), (9..18, vec![0..131_072, 131_072..262_144]));
     // The first stage needs the table to look rows up, the last no more than it multiplies.
@@ -280,24 +281,24 @@ fn a_vocabulary_is_spread_where_the_longest_stage_becomes_shorter() {
         slices.iter().find(|s| s.id.role == Role::Embedding).map(|s| s.rows.clone())
     };
     assert_eq!((table(&two, 0), table(&two, 1)), (Some(0..262_144), Some(131_072..262_144)));
-    let alone = planned(&Spec { vocabulary: Vocabulary::Last, ..spec(2, 1) }, &model);
+    let alone = planned(&spec(2, 1), &model);
     assert_eq!(products(&alone), [0..0, 0..262_144]);
     assert_eq!((2 * two.shared_bytes, two.tensor_bytes), (alone.shared_bytes, alone.tensor_bytes));
     // Stages between them have layers alone.
-    let four = planned(&spec(4, 1), &model);
+    let four = planned(&auto(4, 1), &model);
     assert_eq!(faults(&four, &model), [""; 0]);
     assert_eq!(products(&four), [0..131_072, 0..0, 0..0, 131_072..262_144]);
     assert_eq!((four.stages[0].layers.len(), four.stages[3].layers.len()), (1, 1));
     assert_eq!(table(&four, 1), None);
     // Each rank's rows are cut.
-    let ranks = planned(&spec(2, 2), &model);
+    let ranks = planned(&auto(2, 2), &model);
     assert_eq!(products(&ranks), [0..65_536, 131_072..196_608, 65_536..131_072, 196_608..262_144]);
     // Layers as given: the last stage has fewer of them, so it takes more of the vocabulary.
-    let given = planned(&Spec { stage_layers: Some(vec![12, 6]), ..spec(2, 1) }, &model);
+    let given = planned(&Spec { stage_layers: Some(vec![12, 6]), ..auto(2, 1) }, &model);
     assert_eq!(faults(&given, &model), [""; 0]);
     let lent = given.stages[0].shards[0].product().len();
     assert!((60_000..130_000).contains(&lent), "{lent}");
-    assert_eq!(products(&planned(&spec(1, 2), &model)), [0..131_072, 131_072..262_144]);
+    assert_eq!(products(&planned(&auto(1, 2), &model)), [0..131_072, 131_072..262_144]);
 }
 
 #[test]
@@ -308,8 +309,10 @@ fn a_vocabulary_stays_together_where_nothing_is_gained() {
     let heavy = Sample { layers: 12, hidden: 2048, ffn: 8192, vocab: 32_768, ..gemma_270m() };
     let untied = Sample { tied: false, ..gemma_270m() };
     let small = Sample { vocab: 8192, ..gemma_270m() };
+    let auto = Spec { vocabulary: Vocabulary::Auto, ..spec(2, 1) };
+    assert!(!together(&planned(&auto, &gemma_270m().model())));
     for sample in [heavy, untied.clone(), small.clone()] {
-        assert!(together(&planned(&spec(2, 1), &sample.model())), "{sample:?}");
+        assert!(together(&planned(&auto, &sample.model())), "{sample:?}");
     }
     let asked = Spec { vocabulary: Vocabulary::Spread, ..spec(2, 2) };
     let spread = planned(&asked, &small.model());

@@ -101,10 +101,13 @@ fn a_vocabulary_spread_over_stages_splits_exactly() {
 
 #[test]
 fn reference_model_splits_exactly() {
-    assert_eq!(products(&files::reference(), WAYS[0]), [[131_072], [131_072]], "the plan gains by it");
-    assert_eq!(products(&files::reference(), WAYS[1]), [[131_072], [0], [0], [131_072]]);
-    assert_eq!(products(&files::reference(), WAYS[4]), [[65_536, 65_536], [65_536, 65_536]]);
-    splits_exactly(&files::reference(), &[2, 818, 5279, 529, 7001, 563, 506, 5279, 529], &WAYS);
+    let auto = WAYS.map(|way| [way, &["--vocabulary", "auto"]].concat());
+    assert_eq!(products(&files::reference(), &auto[0]), [[131_072], [131_072]], "the plan gains by it");
+    assert_eq!(products(&files::reference(), &auto[1]), [[131_072], [0], [0], [131_072]]);
+    assert_eq!(products(&files::reference(), &auto[4]), [[65_536, 65_536], [65_536, 65_536]]);
+    assert_eq!(products(&files::reference(), WAYS[0]), [[0], [262_144]], "the last stage alone, unless asked");
+    let ways = [&WAYS[..], &[&auto[0], &auto[1], &auto[4]]].concat();
+    splits_exactly(&files::reference(), &[2, 818, 5279, 529, 7001, 563, 506, 5279, 529], &ways);
 }
 
 /// A llama whose head and FFN borders at two ranks cut an activation block.

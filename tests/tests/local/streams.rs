@@ -52,8 +52,9 @@ async fn concurrent_streams_equal_their_solo_runs() {
     let distinct: std::collections::HashSet<_> = expected.iter().collect();
     assert!(distinct.len() > 28, "the requests hardly differ");
 
-    for (pipeline, tensor) in [(2, 2), (2, 1)] {
-        let server = Server::start(&manifest("model", &files::reference(), &parallelism(pipeline, tensor)));
+    for (pipeline, tensor, vocabulary) in [(2, 2, "last"), (2, 1, "spread")] {
+        let manifest = manifest("model", &files::reference(), &parallelism(pipeline, tensor));
+        let server = Server::start_with(&manifest, &["--vocabulary", vocabulary]);
         let mut running = JoinSet::new();
         for (i, request) in requests.iter().cloned().enumerate() {
             let http = server.http.clone();
@@ -61,7 +62,7 @@ async fn concurrent_streams_equal_their_solo_runs() {
         }
         while let Some(done) = running.join_next().await {
             let (i, streamed) = done.expect("a task");
-            assert_eq!(streamed.expect("a whole stream").text, expected[i], "stream {i} at {pipeline} × {tensor}");
+            assert_eq!(streamed.expect("a whole stream").text, expected[i], "stream {i} at {pipeline} × {tensor}, {vocabulary}");
         }
         // The comparison sees a seed that is not its own.
         let mut other = mixed("model", 2).remove(1);

@@ -90,7 +90,8 @@ async fn streams_survive_the_loss_of_any_worker() {
 async fn streams_with_drafts_survive_the_loss_of_a_worker() {
     let requests = drafts::repeating("model", STREAMS, 64);
     let expected = alone(&files::reference(), &requests).await;
-    let server = Server::start(&manifest("model", &files::reference(), &drafts::drafting(2, 2)));
+    let manifest = manifest("model", &files::reference(), &drafts::drafting(2, 2));
+    let server = Server::start_with(&manifest, &["--vocabulary", "spread"]);
     for victim in [0, 3] {
         let before = server.workers();
         let streams = with_loss(&server, &requests, victim).await;
@@ -119,7 +120,8 @@ async fn constrained_streams_survive_the_loss_of_a_worker() {
         let begins = if i % 2 == 0 { text.starts_with('[') } else { text.bytes().all(|b| b.is_ascii_lowercase() || b == b' ') };
         assert!(begins, "{text:?}");
     }
-    let server = Server::start(&manifest("model", &files::reference(), &parallelism(2, 2)));
+    let manifest = manifest("model", &files::reference(), &parallelism(2, 2));
+    let server = Server::start_with(&manifest, &["--vocabulary", "spread"]);
     for victim in [0, 3] {
         let before = server.workers();
         let streams = with_loss(&server, &requests, victim).await;
