@@ -28,6 +28,6 @@ pub use engine::{Engine, EngineOptions, StageOutput};
 pub use error::{InvalidStep, LoadShardError, StepError};
 pub use masks::{MaskSource, NoMasks};
 pub use progress::Progress;
-pub use question::{Need, Question, part_bytes};
+pub use question::{Draw, Need, Question, part_bytes};
 pub use reader::WeightReader;
 pub use timings::Timings;

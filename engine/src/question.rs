@@ -17,7 +17,7 @@ pub struct Question {
 }
 
 /// What is needed of a row of logits; every rank of the last stage comes to the same answer.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Need {
     /// All logits.
     pub whole: bool,
@@ -29,13 +29,32 @@ pub struct Need {
     pub targets: Vec<TokenId>,
     /// Nothing but the targets' logits is needed, not even whether the others are finite.
     pub sparse: bool,
+    /// Nothing but this draw from all logits is needed; among ranks of a stage it has exchanges of its own.
+    pub draw: Option<Draw>,
+}
+
+/// A draw from all logits as they are, at a temperature.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Draw {
+    /// Inverse of the temperature.
+    pub factor: f32,
+    /// Where it falls, in `0 .. 1` of the softmax sum.
+    pub uniform: f64,
 }
 
 impl Need {
+    /// The same where there are no exchanges for draws: all logits.
+    pub(crate) fn without_draw(self) -> Self {
+        Self { whole: self.whole || self.draw.is_some(), draw: None, ..self }
+    }
+
     /// Bytes that whoever multiplies `rows` rows of the vocabulary hands over.
     fn bytes(&self, rows: usize) -> usize {
         if self.whole {
             return 4 * rows;
+        }
+        if self.draw.is_some() {
+            return 0;
         }
         let sums = if self.total { 8 * rows.div_ceil(VOCAB_TILE) } else { 4 };
         sums + 8 * self.top.min(rows) + 4 * self.targets.len()

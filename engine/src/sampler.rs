@@ -1,10 +1,12 @@
 //! From logits to results: log-probabilities, scores, draws.
 //!
 //! Rank 0 of the last stage has the last word. Where a request leaves the logits as they are, the other ranks hand it the softmax sums of
-//! their tiles and their likeliest rows; where it changes them, or draws from all of them, whole slices of logits. So do the ranks of the first
-//! stage where that multiplies a part of the vocabulary: they are asked, and the step waits for their parts (`spread`).
+//! their tiles and their likeliest rows, or the tile that is drawn from (`draws`); where it changes them, or leaves out what is unlikely, whole
+//! slices of logits. So do the ranks of the first stage where that multiplies a part of the vocabulary, but for draws: they are asked, and the
+//! step waits for their parts (`spread`).
 
 mod draw;
+mod draws;
 mod exchange;
 mod history;
 mod philox;
@@ -33,6 +35,7 @@ use crate::{
     ranks::Ranks,
 };
 
+use draws::{Drawn, Draws};
 use exchange::{Exchange, Reader};
 pub(crate) use history::History;
 use history::NoMask;
@@ -52,6 +55,7 @@ pub(crate) struct Sampler {
     hidden: usize,
     results: Results,
     exchange: Exchange,
+    draws: Draws,
     /// States of the rows at hand.
     states: Vec<f32>,
     /// A row of logits that came in parts.
@@ -87,6 +91,7 @@ impl Sampler {
             hidden,
             results,
             exchange: Exchange::default(),
+            draws: Draws::default(),
             states: Vec::new(),
             row: Vec::new(),
             asked: VecDeque::new(),
@@ -186,7 +191,7 @@ impl Sampler {
         logits: &[f32],
         ranks: &mut Ranks<'_>,
     ) -> Result<Vec<OutputValue>, StepError> {
-        let Self { vocab, results, exchange, row, .. } = self;
+        let Self { vocab, results, exchange, draws, row, .. } = self;
         let mut values = Vec::new();
         if !ranks.many() {
             for ((logits, wanted), need) in logits.chunks_exact(results.vocab).zip(rows).zip(needs) {
@@ -197,12 +202,19 @@ impl Sampler {
         }
         let own = &vocab[ranks.rank()];
         exchange.run(vocab, needs, ranks, |into| exchange::write(&results.compute, own, needs, logits, into))?;
+        let drawn = draws.run(&results.compute, vocab, needs, logits, ranks)?;
         if ranks.rank() == 0 {
             let compute = results.compute.clone();
             let parts = vocab.iter().cloned().zip(exchange.parts.iter().map(|part| &exchange.buffer[part.clone()]));
             let mut reader = Reader::new(parts, row);
+            let mut drawn = drawn.into_iter();
             for (wanted, need) in rows.iter().zip(needs) {
-                let row = reader.row(&compute, need);
+                let mut row = reader.row(&compute, need);
+                match need.draw.and_then(|_| drawn.next()) {
+                    Some(Drawn::Token(id)) => row.drawn = Some(id),
+                    Some(Drawn::Broken) => row.broken = true,
+                    None => {}
+                }
                 results.of_row(session, wanted, &row, &mut values)?;
             }
         }

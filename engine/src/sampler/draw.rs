@@ -16,6 +16,16 @@ fn weight(logit: f32, most: f32, temperature: f32) -> f32 {
     exp_f32(((f64::from(logit) - f64::from(most)) / f64::from(temperature)) as f32)
 }
 
+/// The inverse of the temperature: an infinite one would make NaN of the likeliest token's difference to itself.
+pub(super) fn factor(s: &Sampling) -> f32 {
+    (1.0 / s.temperature).min(f32::MAX)
+}
+
+/// Whether a draw at a temperature leaves no token out.
+pub(super) fn is_plain(s: &Sampling, vocab: usize) -> bool {
+    s.temperature > 0.0 && !(1..vocab).contains(&(s.top_k as usize)) && s.top_p >= 1.0 && s.min_p <= 0.0
+}
+
 /// Draws from the logits of the whole vocabulary; `None` if every one is minus infinity.
 pub(super) fn from_all(compute: &Compute, logits: &[f32], s: &Sampling, uniform: f64) -> Option<TokenId> {
     let Compute { pool, isa } = compute;
@@ -26,8 +36,7 @@ pub(super) fn from_all(compute: &Compute, logits: &[f32], s: &Sampling, uniform:
     if (1..logits.len()).contains(&(s.top_k as usize)) {
         return from_first(&likeliest(s.top_k as usize), s, uniform);
     }
-    // An infinite factor would make NaN of the likeliest token's difference to itself.
-    let factor = (1.0 / s.temperature).min(f32::MAX);
+    let factor = factor(s);
     let mut tiles = vec![TileSum { max: 0.0, sum: 0.0 }; logits.len().div_ceil(VOCAB_TILE)];
     vocab::tile_sums(pool, *isa, logits, factor, &mut tiles);
     let total = Total::of(&tiles, factor);

@@ -9,7 +9,7 @@ use kernels::{
 use plan::step::{TokenId, WantKind};
 
 use super::{
-    Session,
+    Session, draw, philox,
     results::{Row, direct},
     wants,
 };
@@ -17,7 +17,7 @@ use crate::{
     batch::Wanted,
     collective::CollectiveError,
     compute::Compute,
-    question::{Need, part_bytes},
+    question::{Draw, Need, part_bytes},
     ranks::Ranks,
 };
 
@@ -43,9 +43,14 @@ pub(super) fn need(session: &Session<'_>, wanted: &Wanted, vocab: usize) -> Need
                 }
                 need.total |= s.logprobs.is_some();
                 need.top = need.top.max(s.logprobs.unwrap_or(0) as usize);
+                let position = part.first_position + want.offset;
                 match direct(s, vocab) {
-                    Some(k) if !history.changes_logits((part.first_position + want.offset) as usize) => need.top = need.top.max(k),
-                    _ => need.whole = true,
+                    _ if history.changes_logits(position as usize) => need.whole = true,
+                    Some(k) => need.top = need.top.max(k),
+                    None if draw::is_plain(s, vocab) && s.logprobs.is_none() && wanted.wants.len() == 1 => {
+                        need.draw = Some(Draw { factor: draw::factor(s), uniform: philox::uniform(s.seed, s.choice, position) });
+                    }
+                    None => need.whole = true,
                 }
             }
             WantKind::Pooled(_) | WantKind::Classes => {}
@@ -109,6 +114,9 @@ impl Writer<'_> {
         if need.whole {
             return self.put(bytes::of(logits));
         }
+        if need.draw.is_some() {
+            return;
+        }
         // Only who has a token's row knows its logit; nobody reads the others' 0.
         let logit = |target: TokenId| (target as usize).checked_sub(first).and_then(|row| logits.get(row)).copied().unwrap_or(0.0);
         let row = if need.sparse {
@@ -157,6 +165,9 @@ impl<'a> Reader<'a> {
                 into.copy_from_slice(take(left, into.len()));
             }
             return Row::of(compute, self.row, need);
+        }
+        if need.draw.is_some() {
+            return Row::default();
         }
         let mut row = Row { targets: vec![0.0; need.targets.len()], ..Row::default() };
         let mut lists = Vec::with_capacity(self.parts.len());

@@ -1,7 +1,7 @@
 //! Results of a row of logits: scores, log-probabilities, draws.
 
 use kernels::vocab::{self, Candidate, TileSum, Total};
-use plan::step::{Logprobs, OutputValue, Sampling, Want, WantKind};
+use plan::step::{Logprobs, OutputValue, Sampling, TokenId, Want, WantKind};
 
 use super::{Session, draw, history::Counts, philox, wants};
 use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute, question::Need};
@@ -22,6 +22,8 @@ pub(super) struct Row<'a> {
     pub(super) likeliest: Vec<Candidate>,
     /// Logit of each token to be scored, in the order of the wants.
     pub(super) targets: Vec<f32>,
+    /// What the ranks drew together, if they did: a token, or that none can come.
+    pub(super) drawn: Option<Option<TokenId>>,
 }
 
 /// Makes results of rows.
@@ -85,7 +87,9 @@ impl Results {
         };
         let s = &history.sampling;
         let uniform = philox::uniform(s.seed, s.choice, position);
-        let id = if let Some(few) = history.few().filter(|_| row.logits.is_empty()) {
+        let id = if let Some(drawn) = row.drawn {
+            drawn
+        } else if let Some(few) = history.few().filter(|_| row.logits.is_empty()) {
             // What the mask forbids is not there, and would not be drawn.
             self.changed.clear();
             self.changed.resize(self.vocab, f32::NEG_INFINITY);
@@ -130,7 +134,7 @@ impl<'a> Row<'a> {
             !vocab::bounded(pool, *isa, logits)
         };
         let likeliest = if need.top > 0 { vocab::top_k(pool, *isa, logits, 0, need.top) } else { Vec::new() };
-        Self { logits: if need.sparse { &[] } else { logits }, tiles, broken, likeliest, targets }
+        Self { logits: if need.sparse { &[] } else { logits }, tiles, broken, likeliest, targets, drawn: None }
     }
 }
 

@@ -75,7 +75,7 @@ impl Sampler {
         self.gather_states(wanted, 0, backend);
         let question = Arc::new(Question {
             step: session.step.id,
-            needs: with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab)).collect(),
+            needs: with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab).without_draw()).collect(),
             states: self.states.clone(),
         });
         self.asked.push_back(Waiting {

@@ -29,7 +29,9 @@ fn settings() -> Vec<Sampling> {
         Sampling { presence_penalty: 4.0, ..Sampling::default() },
         Sampling { logit_bias: vec![(3, 7.0), (2400, 8.0)], ..warm.clone() },
         Sampling { suppress: (0..VOCAB as u32).filter(|id| id % 10 > 0).collect(), min_tokens: 4, ..Sampling::default() },
-        Sampling { top_k: 3, choice: 2, ..warm },
+        Sampling { top_k: 3, choice: 2, ..warm.clone() },
+        Sampling { temperature: 2.5, ..warm.clone() },
+        warm,
     ]
 }
 

@@ -49,7 +49,7 @@ fn encode_need(need: &Need) -> wire::Need {
 }
 
 fn decode_need(need: wire::Need) -> Need {
-    Need { whole: need.whole, total: need.total, top: need.top as usize, targets: need.targets, sparse: need.sparse }
+    Need { whole: need.whole, total: need.total, top: need.top as usize, targets: need.targets, sparse: need.sparse, draw: None }
 }
 
 /// A question that is arriving.
