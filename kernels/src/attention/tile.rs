@@ -314,30 +314,50 @@ impl<'a, E: Entry> Tile<'a, E> {
     fn vectors<S: Simd, const Q: usize, const V: usize>(&self, s: S, p: &[[f32; TILE]; Q], seen: &Seen<Q>, at: usize) -> [[S::F; V]; Q] {
         let mut sums = [[s.splat(0.0); V]; Q];
         let any = seen.any();
-        for block in any.start / KV_BLOCK..any.end.div_ceil(KV_BLOCK) {
-            let base = block * KV_BLOCK;
-            let values = &self.values[block][..KV_BLOCK * self.width];
-            let slots = any.start.saturating_sub(base)..(any.end - base).min(KV_BLOCK);
-            let mut scales = [[1.0; LANES]; V];
-            if E::SCALED {
-                for (scales, vector) in scales.iter_mut().zip(at..) {
-                    let scale = s.load_f16(&self.value_scales[block][vector * LANES / KV_SCALED]);
-                    s.store(scales, scale);
-                }
-            }
-            let by_all = |r: usize| seen.first[r] <= base + slots.start && base + slots.end <= seen.end[r];
-            if slots.len() == KV_BLOCK && (0..Q).all(by_all) {
-                for (slot, row) in values.chunks_exact(self.width).enumerate() {
-                    add_row::<S, E, Q, V>(s, p, base + slot, (&row[at..at + V], &scales), &mut sums, [true; Q]);
-                }
-            } else {
-                for slot in slots {
+        let slots = |block: usize| any.start.saturating_sub(block * KV_BLOCK)..(any.end - block * KV_BLOCK).min(KV_BLOCK);
+        let is_whole = |&block: &usize| {
+            let (first, end) = (block * KV_BLOCK, (block + 1) * KV_BLOCK);
+            first >= any.start && (0..Q).all(|r| seen.first[r] <= first && end <= seen.end[r])
+        };
+        let end = any.end.div_ceil(KV_BLOCK);
+        let mut block = any.start / KV_BLOCK;
+        while block < end {
+            let whole = (block..end).take_while(is_whole).count();
+            if whole == 0 {
+                let (values, scales) = self.values_of::<S, V>(s, block, at);
+                for slot in slots(block) {
                     let row = &values[slot * self.width + at..][..V];
-                    add_row::<S, E, Q, V>(s, p, base + slot, (row, &scales), &mut sums, seen.key(base + slot));
+                    let j = block * KV_BLOCK + slot;
+                    add_row::<S, E, Q, V>(s, p, j, (row, &scales), &mut sums, seen.key(j));
+                }
+                block += 1;
+                continue;
+            }
+            // Sums of their own: those that other blocks add to one by one are kept in memory, or the compiler may keep both there.
+            let mut here = *std::hint::black_box(&mut sums);
+            for block in block..block + whole {
+                let (values, scales) = self.values_of::<S, V>(s, block, at);
+                for (slot, row) in values.chunks_exact(self.width).enumerate() {
+                    add_row::<S, E, Q, V>(s, p, block * KV_BLOCK + slot, (&row[at..at + V], &scales), &mut here, [true; Q]);
                 }
             }
+            sums = here;
+            block += whole;
         }
         sums
+    }
+
+    /// The values of a block, and where entries have scales those of `V` vectors from `at` on, by key.
+    #[inline(always)]
+    fn values_of<S: Simd, const V: usize>(&self, s: S, block: usize, at: usize) -> (&'a [[E; LANES]], [[f32; LANES]; V]) {
+        let mut scales = [[1.0; LANES]; V];
+        if E::SCALED {
+            for (scales, vector) in scales.iter_mut().zip(at..) {
+                let scale = s.load_f16(&self.value_scales[block][vector * LANES / KV_SCALED]);
+                s.store(scales, scale);
+            }
+        }
+        (&self.values[block][..KV_BLOCK * self.width], scales)
     }
 }
 
