@@ -108,57 +108,34 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
             // SAFETY: the caller's token proves the features, and the lengths were checked above.
             unsafe {
                 match (expanded, halves) {
-                    (None, 1) => unpacked::<D, 1>(layout.dtype, tile, out),
-                    (None, _) => unpacked::<D, 2>(layout.dtype, tile, out),
-                    (_, 1) => many_columns::<D, 1>(layout.dtype, tile, out),
-                    _ => many_columns::<D, 2>(layout.dtype, tile, out),
+                    (None, 1) => halves_of::<D, false, 1>(layout.dtype, tile, out),
+                    (None, _) => halves_of::<D, false, 2>(layout.dtype, tile, out),
+                    (_, 1) => halves_of::<D, true, 1>(layout.dtype, tile, out),
+                    _ => halves_of::<D, true, 2>(layout.dtype, tile, out),
                 }
             }
         }
     }
 }
 
-/// `H` halves of a tile with up to six columns, as it is unpacked.
+/// `H` halves of a tile with up to six columns, expanded or as it is unpacked.
 #[inline(always)]
-unsafe fn unpacked<D: Dot, const H: usize>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
+unsafe fn halves_of<D: Dot, const EXPANDED: bool, const H: usize>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
     // SAFETY: the caller's.
     unsafe {
         match dtype {
-            WeightType::Q8_0 => columns!(tile.n, D::tile32::<Q8, false; H>(tile, out)),
-            WeightType::Q4_0 => columns!(tile.n, D::tile32::<Q4, false; H>(tile, out)),
-            WeightType::Q4_1 => columns!(tile.n, D::tile32::<Q4Min, false; H>(tile, out)),
-            WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, false; H>(tile, out)),
-            WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, false; H>(tile, out)),
-            WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Iq4, false; H>(tile, out)),
-            WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, false; H>(tile, out)),
-            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, false; H>(tile, out)),
-            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, false; H>(tile, out)),
-            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, false; H>(tile, out)),
-            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, false; H>(tile, out)),
-            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, false; H>(tile, out)),
-            _ => unreachable!("float weights have no tiles"),
-        }
-    }
-}
-
-/// `H` halves of a tile, expanded but for Q8_0, with up to six columns.
-#[inline(always)]
-unsafe fn many_columns<D: Dot, const H: usize>(dtype: WeightType, tile: Tile<'_>, out: &mut Results) {
-    // SAFETY: the caller's.
-    unsafe {
-        match dtype {
-            WeightType::Q8_0 => columns!(tile.n, D::tile32::<Q8, false; H>(tile, out)),
-            WeightType::Q4_0 => columns!(tile.n, D::tile32::<Q4, true; H>(tile, out)),
-            WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, true; H>(tile, out)),
-            WeightType::Q4_1 => columns!(tile.n, D::tile32::<Q4Min, true; H>(tile, out)),
-            WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, true; H>(tile, out)),
-            WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Q8, true; H>(tile, out)),
-            WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, true; H>(tile, out)),
-            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, true; H>(tile, out)),
-            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, true; H>(tile, out)),
-            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, true; H>(tile, out)),
-            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, true; H>(tile, out)),
-            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, true; H>(tile, out)),
+            WeightType::Q8_0 => columns!(tile.n, D::tile32::<Q8, EXPANDED; H>(tile, out)),
+            WeightType::Q4_0 => columns!(tile.n, D::tile32::<Q4, EXPANDED; H>(tile, out)),
+            WeightType::Q4_1 => columns!(tile.n, D::tile32::<Q4Min, EXPANDED; H>(tile, out)),
+            WeightType::Q5_0 => columns!(tile.n, D::tile32::<Q5, EXPANDED; H>(tile, out)),
+            WeightType::Q5_1 => columns!(tile.n, D::tile32::<Q5Min, EXPANDED; H>(tile, out)),
+            WeightType::IQ4_NL => columns!(tile.n, D::tile32::<Iq4, EXPANDED; H>(tile, out)),
+            WeightType::MXFP4 => columns!(tile.n, D::tile32::<Mx4, EXPANDED; H>(tile, out)),
+            WeightType::Q2_K => columns!(tile.n, D::tile256::<Q2K, EXPANDED; H>(tile, out)),
+            WeightType::Q3_K => columns!(tile.n, D::tile256::<Q3K, EXPANDED; H>(tile, out)),
+            WeightType::Q5_K => columns!(tile.n, D::tile256::<Q5K, EXPANDED; H>(tile, out)),
+            WeightType::Q4_K => columns!(tile.n, D::tile256::<Q4K, EXPANDED; H>(tile, out)),
+            WeightType::Q6_K => columns!(tile.n, D::tile256::<Q6K, EXPANDED; H>(tile, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
