@@ -80,6 +80,13 @@ impl Course {
     fn is_drawing(&self) -> bool {
         self.guess.len() < self.wanted
     }
+
+    /// Draws no more behind ids that others of the sequence's `known` ids follow by now: nobody waited.
+    fn give_up_what_came_too_late(&mut self, known: usize) {
+        if self.is_drawing() && self.drawing == 0 && self.goal < known {
+            self.wanted = self.guess.len();
+        }
+    }
 }
 
 impl Drafter {
@@ -133,10 +140,7 @@ impl Drafter {
         }
         let Some(course) = self.courses.get_mut(&arrival) else { return };
         course.followed = now;
-        if course.is_drawing() && course.drawing == 0 && course.goal < known {
-            // Nobody waited for the rest.
-            course.wanted = course.guess.len();
-        }
+        course.give_up_what_came_too_late(known);
         if !course.is_drawing() && course.base + CLOSE < known {
             // What is drawn behind is forgotten: too much came since.
             (course.sent, course.goal, course.wanted) = (course.base, known - 1, 0);
@@ -200,6 +204,11 @@ impl Drafter {
     pub(super) fn next_step(&mut self, running: &BTreeMap<u64, (Sequence, Admission)>) -> Option<Step> {
         if self.late || self.in_flight.len() >= IN_FLIGHT {
             return None;
+        }
+        for (arrival, course) in &mut self.courses {
+            if let Some((sequence, _)) = running.get(arrival) {
+                course.give_up_what_came_too_late(sequence.ids.len());
+            }
         }
         let asked = self.courses.values().any(Course::is_asked);
         let most = self.limits.max_batch_tokens;

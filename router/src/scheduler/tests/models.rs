@@ -154,6 +154,34 @@ fn a_lost_or_late_draft_model_holds_nobody_up() {
 }
 
 #[test]
+fn what_was_asked_before_the_sequence_went_on_is_not_drawn() {
+    let mut world = World::of(TARGET, limits(&[(None, 300)], 16, 128), 1);
+    world.draft_with(TARGET, &draft(&[(None, 100)]));
+    let submission = |seed| Submission::generate(prompt(seed, 30), sampled(seed.into()), 100, Arc::new([]));
+    // All wait for their guesses.
+    let run_dry = |world: &mut World| {
+        while world.step().is_some() || world.reply() {}
+    };
+    let mut tickets = vec![world.submit(submission(0))];
+    run_dry(&mut world);
+    assert_eq!(world.draft_step().expect("its guess is drawn").sequences[0].wants.len(), 1);
+    tickets.push(world.submit(submission(1)));
+    run_dry(&mut world);
+    world.scheduler.go_on_without_drafts();
+    for _ in 0..10 {
+        assert!(world.step().is_some() && world.reply());
+    }
+    assert!(world.draft_reply());
+    let step = world.draft_step().expect("the ids of the other one are read");
+    assert!(step.sequences.iter().all(|part| part.wants.is_empty()), "{step:?}");
+    world.run();
+    assert!(world.scheduler.counters().accepted_tokens > 40);
+    for (seed, ticket) in (0..).zip(tickets) {
+        assert_eq!(world.tokens(ticket), solo_of(&TARGET, &submission(seed)));
+    }
+}
+
+#[test]
 fn where_its_blocks_or_its_context_end_sequences_go_on_without_it() {
     let limits = limits(&[(None, 300)], 16, 128);
     let all: Vec<Submission> = (0..3)
