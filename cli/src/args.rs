@@ -316,6 +316,7 @@ pub(crate) enum IsaChoice {
     #[value(name = "avxvnni")]
     AvxVnni,
     Avx512,
+    Amx,
 }
 
 impl IsaChoice {
@@ -327,6 +328,7 @@ impl IsaChoice {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avxvnni",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         }
     }
 }

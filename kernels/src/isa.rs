@@ -1,4 +1,5 @@
-//! Instruction sets as values: holding an [`Avx2`], [`AvxVnni`] or [`Avx512`] proves that this CPU has it.
+//! Instruction sets as values: holding an [`Avx2`], [`AvxVnni`], [`Avx512`] or [`Amx`] proves that this CPU has it.
+#![cfg_attr(all(target_arch = "x86_64", target_os = "linux"), expect(unsafe_code, reason = "the system is asked for the matrix unit"))]
 
 use std::fmt;
 
@@ -13,6 +14,11 @@ pub struct AvxVnni(());
 /// Proof that this CPU has AVX-512 F, BW, VL, DQ and VNNI, and everything [`Avx2`] proves; only [`Avx512::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx512(());
+
+/// Proof that this CPU has a matrix unit of 8-bit products (AMX-TILE, AMX-INT8), which the system lets this process use, and everything
+/// [`Avx512`] proves; only [`Amx::detect`] makes one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Amx(());
 
 impl Avx2 {
     /// The proof, if this CPU has the instructions.
@@ -63,6 +69,37 @@ impl Avx512 {
     }
 }
 
+impl Amx {
+    /// The proof, if this CPU has the unit and the system lets this process use it.
+    pub fn detect() -> Option<Self> {
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        {
+            static HAS: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+            if Avx512::detect().is_some() && *HAS.get_or_init(has_matrix_unit) {
+                return Some(Self(()));
+            }
+        }
+        None
+    }
+
+    /// What AMX comes with here.
+    pub fn avx512(self) -> Avx512 {
+        Avx512(())
+    }
+}
+
+/// Whether the CPU has AMX-TILE and AMX-INT8, and the system saves the state of the unit for this process from now on.
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+fn has_matrix_unit() -> bool {
+    const REQUEST_PERMISSION: libc::c_ulong = 0x1023;
+    const TILE_DATA: libc::c_ulong = 18;
+    let features = std::arch::x86_64::__cpuid_count(7, 0).edx;
+    // SAFETY: a request that changes nothing but what this process may use; it is refused where the CPU or the system lacks the unit.
+    features & (1 << 24) != 0
+        && features & (1 << 25) != 0
+        && unsafe { libc::syscall(libc::SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) } == 0
+}
+
 /// The instruction set the kernels use. Results are the same bits on all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -74,13 +111,15 @@ pub enum Isa {
     AvxVnni(AvxVnni),
     /// 512-bit vectors with 8-bit dot products.
     Avx512(Avx512),
+    /// 512-bit vectors, and a matrix unit of 8-bit products.
+    Amx(Amx),
 }
 
 /// Why an instruction set cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IsaError {
     /// No such name.
-    #[error("unknown instruction set {name:?}, expected auto, scalar, avx2, avxvnni or avx512")]
+    #[error("unknown instruction set {name:?}, expected auto, scalar, avx2, avxvnni, avx512 or amx")]
     Unknown {
         /// What was asked for.
         name: String,
@@ -101,16 +140,38 @@ impl Isa {
         Self::available().pop().unwrap_or(Self::Scalar)
     }
 
+    /// The instructions that multiply quantized activations of so many tokens: a matrix unit repays what weights have to be made into for it
+    /// from 33 on, found by measurement.
+    pub fn for_tokens(self, tokens: usize) -> Self {
+        match self {
+            Self::Amx(proof) if tokens < 33 => Self::Avx512(proof.avx512()),
+            _ => self,
+        }
+    }
+
+    /// The proof that this one comes with, all but scalar code.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn avx2(self) -> Option<Avx2> {
+        match self {
+            Self::Scalar => None,
+            Self::Avx2(proof) => Some(proof),
+            Self::AvxVnni(proof) => Some(proof.avx2()),
+            Self::Avx512(proof) => Some(proof.avx2()),
+            Self::Amx(proof) => Some(proof.avx512().avx2()),
+        }
+    }
+
     /// Every instruction set of this CPU, narrowest first.
     pub fn available() -> Vec<Self> {
         let mut all = vec![Self::Scalar];
         all.extend(Avx2::detect().map(Self::Avx2));
         all.extend(AvxVnni::detect().map(Self::AvxVnni));
         all.extend(Avx512::detect().map(Self::Avx512));
+        all.extend(Amx::detect().map(Self::Amx));
         all
     }
 
-    /// The instruction set called `name`: `auto` (the best), `scalar`, `avx2`, `avxvnni` or `avx512`.
+    /// The instruction set called `name`: `auto` (the best), `scalar`, `avx2`, `avxvnni`, `avx512` or `amx`.
     ///
     /// # Errors
     /// If there is no such name, or the CPU lacks it.
@@ -123,17 +184,19 @@ impl Isa {
             "avx2" => Avx2::detect().map(Self::Avx2).ok_or_else(|| missing("avx2")),
             "avxvnni" => AvxVnni::detect().map(Self::AvxVnni).ok_or_else(|| missing("avxvnni")),
             "avx512" => Avx512::detect().map(Self::Avx512).ok_or_else(|| missing("avx512")),
+            "amx" => Amx::detect().map(Self::Amx).ok_or_else(|| missing("amx")),
             _ => Err(IsaError::Unknown { name: name.to_owned() }),
         }
     }
 
-    /// `scalar`, `avx2`, `avxvnni` or `avx512`.
+    /// `scalar`, `avx2`, `avxvnni`, `avx512` or `amx`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
             Self::Avx2(_) => "avx2",
             Self::AvxVnni(_) => "avxvnni",
             Self::Avx512(_) => "avx512",
+            Self::Amx(_) => "amx",
         }
     }
 }

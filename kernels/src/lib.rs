@@ -38,7 +38,7 @@ mod x86_64;
 pub use attention::Attention;
 pub use convert::{ConvertError, convert_rows, dequantize_rows};
 pub use file_map::FileMap;
-pub use isa::{Avx2, Avx512, AvxVnni, Isa, IsaError};
+pub use isa::{Amx, Avx2, Avx512, AvxVnni, Isa, IsaError};
 pub use kv::{ABSENT, KV_BLOCK, KV_SCALED, KvCache, KvError, KvSpan, KvType};
 pub use matmul::{Input, Product, matmul, matmul_group};
 pub use matrix::{Matrix, MatrixBuilder, MatrixError};

@@ -4,10 +4,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::layout::{Layout, ROWS};
+use crate::layout::{LINE, Layout, ROWS};
 use crate::memory::AlignedBytes;
-use crate::pool::{Disjoint, Shares};
-use crate::quantized::{PANEL, Panel};
+use crate::pool::{Disjoint, Shares, split};
+use crate::quantized::{PANEL, Panel, WIDE_PANEL};
 use crate::scalar::{blocks, dot};
 use crate::{Isa, Matrix, Pool, Quantized};
 
@@ -123,7 +123,12 @@ impl<'a> Output<'a> {
         assert!(first + results.len() <= self.width, "columns {first} + {} of {}", results.len(), self.width);
         let start = token * self.width + first;
         // SAFETY: this token's columns, which the caller has for itself; the borrow ends with this call.
-        unsafe { self.values.slice(start..start + results.len()) }.copy_from_slice(results);
+        let out = unsafe { self.values.slice(start..start + results.len()) };
+        match (<&mut [f32; ROWS]>::try_from(&mut *out), <&[f32; ROWS]>::try_from(results)) {
+            // A copy of known length.
+            (Ok(out), Ok(results)) => *out = *results,
+            _ => out.copy_from_slice(results),
+        }
     }
 }
 
@@ -145,7 +150,18 @@ fn check(product: &Product<'_>, input: Input<'_>, tokens: usize) {
 
 /// Computes the columns `part` of a job.
 fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
+    // What lies as the matrix unit reads it is for that alone, and it reads nothing else.
+    let isa = match (isa, input) {
+        (Isa::Amx(_), Input::Quantized(x)) if x.is_wide() => isa,
+        (_, Input::Quantized(x)) if x.is_wide() => Isa::Scalar,
+        (Isa::Amx(proof), _) => Isa::Avx512(proof.avx512()),
+        _ => isa,
+    };
     match (isa, input) {
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Amx(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
+            tiles(job, part, x, &crate::x86_64::amx::AmxTiles(proof));
+        }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
             tiles(job, part, x, &crate::x86_64::Avx512Tiles(proof));
@@ -175,18 +191,25 @@ fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens
 }
 
 /// Results of a tile: 16 rows of each column of a panel.
-pub(crate) type Results = [[f32; ROWS]; PANEL];
+pub(crate) type Results = [[f32; ROWS]; WIDE_PANEL];
 
 /// The kernels of one instruction set for interleaved tiles.
 pub(crate) trait Tiles {
+    /// What this thread has set up for panels of some number of columns, until it is dropped.
+    type Ready;
+
     /// Bytes `expand` writes for a tile; 0: tiles of this type are never expanded.
     fn expanded_bytes(&self, layout: &Layout) -> usize;
     /// Whether tiles that can be expanded are, for `panels` panels of `columns` columns.
     fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool;
+    /// Asks for bytes that will be read soon.
+    fn ask_for(&self, bytes: &[u8]);
     /// Expands the weights of a tile to bytes.
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]);
+    /// Gets ready for panels of `columns` columns.
+    fn ready(&self, layout: &Layout, columns: usize) -> Self::Ready;
     /// Multiplies a tile with the columns of a panel. `expanded`: what `expand` made of the tile, if it did.
-    fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results);
+    fn multiply(&self, ready: &Self::Ready, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results);
 }
 
 /// Bytes of weights that a thread takes at a time, or more.
@@ -215,7 +238,8 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
         if scratch.len() < block * expanded_bytes {
             *scratch = AlignedBytes::zeroed(block * expanded_bytes);
         }
-        let mut results = [[0.0; ROWS]; PANEL];
+        let mut results = [[0.0; ROWS]; WIDE_PANEL];
+        let mut ready = (0, None);
         for start in whole.clone().step_by(block) {
             let block = start..(start + block).min(whole.end);
             if expanded_bytes > 0 {
@@ -225,9 +249,20 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
             }
             for p in 0..x.panels() {
                 let (tokens, panel) = x.panel(p);
+                if ready.0 != panel.n {
+                    // The old one first.
+                    ready.1 = None;
+                    ready = (panel.n, Some(kernels.ready(layout, panel.n)));
+                }
+                let Some(ready) = &ready.1 else { continue };
                 for tile in block.clone() {
                     let bytes = (expanded_bytes > 0).then(|| &scratch[(tile - start) * expanded_bytes..][..expanded_bytes]);
-                    kernels.multiply(layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
+                    if expanded_bytes > 0 && tile + block.len() < whole.end {
+                        // While this block is multiplied, memory brings the next one.
+                        let next = job.weights.tile(layout, tile + block.len());
+                        kernels.ask_for(&next[split(next.len(), x.panels(), p, LINE)]);
+                    }
+                    kernels.multiply(ready, layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
                     let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);
                     for (token, results) in tokens.clone().zip(&results) {
                         let results = &results[lanes.start - tile * ROWS..lanes.end - tile * ROWS];

@@ -28,8 +28,8 @@ impl Memory {
     /// CPU, since wider ones keep more under way.
     pub fn read_bandwidth(&self, pool: &Pool, passes: usize) -> f64 {
         let mut best = f64::INFINITY;
-        // AVX-VNNI loads as AVX2 does.
-        let ways: Vec<Isa> = Isa::available().into_iter().filter(|isa| !matches!(isa, Isa::AvxVnni(_))).collect();
+        // AVX-VNNI loads as AVX2 does, and AMX comes with AVX-512.
+        let ways: Vec<Isa> = Isa::available().into_iter().filter(|isa| !matches!(isa, Isa::AvxVnni(_) | Isa::Amx(_))).collect();
         for &isa in std::iter::repeat_n(&ways, passes).flatten() {
             let total = AtomicU64::new(0);
             let start = Instant::now();
@@ -105,6 +105,7 @@ pub fn int8_peak(pool: &Pool, isa: Isa, passes: usize) -> f64 {
         Isa::Avx2(_) => MADDUBS * 32,
         Isa::AvxVnni(_) => 12 * 32,
         Isa::Avx512(_) => 12 * 64,
+        Isa::Amx(_) => TILES * 16 * 16 * 64,
     };
     (rounds * products * pool.threads()) as f64 / best
 }
@@ -112,12 +113,17 @@ pub fn int8_peak(pool: &Pool, isa: Isa, passes: usize) -> f64 {
 /// Accumulators of the AVX2 probe, which with as many operands fill the registers.
 const MADDUBS: usize = 6;
 
+/// Accumulators of the probe of the matrix unit.
+const TILES: usize = 4;
+
 /// Dependent only through accumulators, like the kernels.
 fn multiply(isa: Isa, rounds: usize, seed: i32) -> i32 {
     match isa {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token proves the features.
         Isa::Avx512(_) => unsafe { vnni(rounds, seed) },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx(proof) => crate::x86_64::amx::products(proof, rounds) ^ seed,
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the token proves the features.
         Isa::AvxVnni(_) => unsafe { vnni256(rounds, seed) },

@@ -1,8 +1,9 @@
 //! Activations quantized to 8 bits, laid out for the matrix kernels.
 //!
-//! Tokens are cut into panels of at most 12, as even as possible (13 tokens are 7 + 6). In a panel of n tokens everything is interleaved:
+//! Tokens are cut into panels of at most 12, for a matrix unit 16, as even as possible (13 tokens are 7 + 6). In a panel of n tokens everything is interleaved:
 //! four consecutive values of k of token 0, of token 1, … then the next four values; one scale per token and block, one sum per token and
-//! run, in the same order. A kernel thus reads its columns with one pointer. Which panel a token is in changes no bit of any result.
+//! run, in the same order. A kernel thus reads its columns with one pointer. Where a matrix unit is to multiply them, the values of a block lie
+//! token after token. Which panel a token is in changes no bit of any result.
 #![expect(unsafe_code, reason = "threads fill disjoint parts of the panels")]
 
 use std::ops::Range;
@@ -13,6 +14,8 @@ use crate::scalar::quantize::quantize_block;
 
 /// Tokens in a panel, at most.
 pub(crate) const PANEL: usize = 12;
+/// The same for a matrix unit.
+pub(crate) const WIDE_PANEL: usize = 16;
 
 /// Fewer values than this are quantized by the caller alone.
 const PARALLEL_FROM: usize = 16 << 10;
@@ -27,6 +30,8 @@ pub struct Quantized {
     block: usize,
     tokens: usize,
     k: usize,
+    /// For a matrix unit.
+    wide: bool,
     q: Vec<i8>,
     scales: Vec<f32>,
     /// Blocks of 32: −128 · Σ q for each block. Blocks of 256: −32 · Σ q for each run of 16.
@@ -49,6 +54,7 @@ pub(crate) struct Panel<'a> {
 struct Unit<'a> {
     n: usize,
     block: usize,
+    wide: bool,
     q: &'a mut [i8],
     scales: &'a mut [f32],
     offsets: &'a mut [i32],
@@ -57,23 +63,27 @@ struct Unit<'a> {
 
 impl Unit<'_> {
     /// Stores the block of the panel's token `j`.
-    fn store(&mut self, j: usize, q: &[i8], scale: f32) {
+    fn store(&mut self, isa: Isa, j: usize, q: &[i8], scale: f32) {
         let n = self.n;
         self.scales[j] = scale;
-        for (to, from) in self.q.as_chunks_mut::<4>().0[j..].iter_mut().step_by(n).zip(q.as_chunks::<4>().0) {
-            *to = *from;
+        if self.wide {
+            self.q[j * self.block..(j + 1) * self.block].copy_from_slice(q);
+        } else {
+            for (to, from) in self.q.as_chunks_mut::<4>().0[j..].iter_mut().step_by(n).zip(q.as_chunks::<4>().0) {
+                *to = *from;
+            }
         }
-        let sum = |q: &[i8]| q.iter().map(|&q| i32::from(q)).sum::<i32>();
+        let runs = run_sums(isa, q);
         if self.block == 32 {
-            let sum = sum(q);
+            let sum = runs[0] + runs[1];
             self.offsets[j] = -128 * sum;
             self.sums[j] = -16 * sum;
         } else {
-            for (i, run) in q.chunks_exact(16).enumerate() {
-                self.offsets[i * n + j] = -32 * sum(run);
+            for (offset, sum) in self.offsets[j..].iter_mut().step_by(n).zip(runs) {
+                *offset = -32 * sum;
             }
-            for (i, run) in q.chunks_exact(64).enumerate() {
-                self.sums[i * n + j] = (sum(&run[..32]) & 0xffff) | sum(&run[32..]) << 16;
+            for (sums, runs) in self.sums[j..].iter_mut().step_by(n).zip(runs.as_chunks::<4>().0) {
+                *sums = ((runs[0] + runs[1]) & 0xffff) | (runs[2] + runs[3]) << 16;
             }
         }
     }
@@ -86,7 +96,7 @@ impl Quantized {
     /// If `block` is neither 32 nor 256.
     pub fn new(block: usize) -> Self {
         assert!(block == 32 || block == 256, "activation blocks hold 32 or 256 values, not {block}");
-        Self { block, tokens: 0, k: 0, q: Vec::new(), scales: Vec::new(), offsets: Vec::new(), sums: Vec::new() }
+        Self { block, tokens: 0, k: 0, wide: false, q: Vec::new(), scales: Vec::new(), offsets: Vec::new(), sums: Vec::new() }
     }
 
     /// Values in a block.
@@ -109,13 +119,14 @@ impl Quantized {
         if self.block == 32 { (32, 32) } else { (16, 64) }
     }
 
-    /// Makes this `[tokens, k]` with unspecified content, to be filled by [`Quantized::import`].
+    /// Makes this `[tokens, k]` with unspecified content, to be filled by [`Quantized::import`] and multiplied with `isa`.
     ///
     /// # Panics
     /// If `k` is not whole blocks.
-    pub fn resize(&mut self, tokens: usize, k: usize) {
+    pub fn resize(&mut self, isa: Isa, tokens: usize, k: usize) {
         assert!(k.is_multiple_of(self.block), "{k} values are not whole blocks of {}", self.block);
         (self.tokens, self.k) = (tokens, k);
+        self.wide = matches!(isa.for_tokens(tokens), Isa::Amx(_));
         let values = tokens * k;
         let (offset_run, sum_run) = self.runs();
         self.q.resize(values, 0);
@@ -130,19 +141,20 @@ impl Quantized {
     /// If `x` is not `tokens · k` values or `k` is not whole blocks.
     pub fn quantize(&mut self, pool: &Pool, isa: Isa, x: &[f32], tokens: usize, k: usize) {
         assert_eq!(x.len(), tokens * k, "values of {tokens} tokens of {k}");
-        self.resize(tokens, k);
+        self.resize(isa, tokens, k);
         let (block, blocks) = (self.block, k / self.block);
         if tokens == 0 {
             return;
         }
-        let panels = panels(tokens);
+        let panels = self.panels();
         let (offset_run, sum_run) = self.runs();
+        let wide = self.wide;
         let (q, scales) = (Disjoint::new(&mut self.q), Disjoint::new(&mut self.scales));
         let (offsets, sums) = (Disjoint::new(&mut self.offsets), Disjoint::new(&mut self.sums));
         let fill = |units: Range<usize>| {
             let mut values = [0_i8; 256];
             for index in units {
-                let (panel, b) = (panel(tokens, index / blocks), index % blocks);
+                let (panel, b) = (split(tokens, panels, index / blocks, 1), index % blocks);
                 let n = panel.len();
                 let first = panel.start * blocks + b * n;
                 let part = |run: usize| first * (block / run)..(first + n) * (block / run);
@@ -151,6 +163,7 @@ impl Quantized {
                     Unit {
                         n,
                         block,
+                        wide,
                         q: q.slice(part(1)),
                         scales: scales.slice(part(block)),
                         offsets: offsets.slice(part(offset_run)),
@@ -160,7 +173,7 @@ impl Quantized {
                 for j in 0..n {
                     let start = (panel.start + j) * k + b * block;
                     let scale = quantize_one(isa, &x[start..start + block], &mut values[..block]);
-                    unit.store(j, &values[..block], scale);
+                    unit.store(isa, j, &values[..block], scale);
                 }
             }
         };
@@ -189,7 +202,7 @@ impl Quantized {
                 let first = panel.start * (self.k / self.block) + b * panel.len();
                 out.extend_from_slice(&self.scales[first + j].to_le_bytes());
                 let unit = &self.q[first * self.block..(first + panel.len()) * self.block];
-                for chunk in unit.as_chunks::<4>().0[j..].iter().step_by(panel.len()) {
+                for chunk in self.chunks(unit, panel.len(), j) {
                     out.extend_from_slice(&chunk.map(i8::cast_unsigned));
                 }
             }
@@ -200,7 +213,7 @@ impl Quantized {
     ///
     /// # Panics
     /// If a range is out of bounds, `k_range` cuts a block, or `bytes` has not the length [`Quantized::exported_bytes`] tells.
-    pub fn import(&mut self, tokens: Range<usize>, k_range: Range<usize>, bytes: &[u8]) {
+    pub fn import(&mut self, isa: Isa, tokens: Range<usize>, k_range: Range<usize>, bytes: &[u8]) {
         let blocks = self.block_range(&tokens, &k_range);
         assert_eq!(bytes.len(), self.exported_bytes(tokens.len(), k_range.len()), "bytes of {tokens:?} and {k_range:?}");
         let (block, n_blocks) = (self.block, self.k / self.block);
@@ -220,12 +233,13 @@ impl Quantized {
                 let mut unit = Unit {
                     n,
                     block,
+                    wide: self.wide,
                     q: &mut self.q[part(1)],
                     scales: &mut self.scales[part(block)],
                     offsets: &mut self.offsets[part(offset_run)],
                     sums: &mut self.sums[part(sum_run)],
                 };
-                unit.store(j, &values[..block], f32::from_le_bytes(*scale));
+                unit.store(isa, j, &values[..block], f32::from_le_bytes(*scale));
             }
         }
     }
@@ -234,7 +248,8 @@ impl Quantized {
     pub(crate) fn token(&self, token: usize, q: &mut [i8], scales: &mut [f32]) {
         let (tokens, j) = self.locate(token);
         let panel = self.panel_of(tokens);
-        for (to, from) in q.as_chunks_mut::<4>().0.iter_mut().zip(panel.q.as_chunks::<4>().0[j..].iter().step_by(panel.n)) {
+        let from = panel.q.chunks_exact(self.block * panel.n).flat_map(|unit| self.chunks(unit, panel.n, j));
+        for (to, from) in q.as_chunks_mut::<4>().0.iter_mut().zip(from) {
             *to = *from;
         }
         for (to, from) in scales.iter_mut().zip(panel.scales[j..].iter().step_by(panel.n)) {
@@ -250,21 +265,32 @@ impl Quantized {
         assert!(token < self.tokens && out.len() == self.k, "token {token} of {}, {} of {} values", self.tokens, out.len(), self.k);
         let (tokens, j) = self.locate(token);
         let panel = self.panel_of(tokens);
-        let quantized = panel.q.as_chunks::<4>().0[j..].iter().step_by(panel.n);
+        let quantized = panel.q.chunks_exact(self.block * panel.n).flat_map(|unit| self.chunks(unit, panel.n, j));
         for (index, (out, q)) in out.as_chunks_mut::<4>().0.iter_mut().zip(quantized).enumerate() {
             let scale = panel.scales[j + index * 4 / self.block * panel.n];
             *out = q.map(|q| f32::from(q) * scale);
         }
     }
 
+    /// Whether the values lie as a matrix unit reads them.
+    pub(crate) fn is_wide(&self) -> bool {
+        self.wide
+    }
+
+    /// The values of token `j` in a block of a panel of `n` tokens.
+    fn chunks<'a>(&self, unit: &'a [i8], n: usize, j: usize) -> impl Iterator<Item = &'a [i8; 4]> {
+        let (first, step) = places(self.wide, self.block, n, j);
+        unit.as_chunks::<4>().0[first..].iter().step_by(step).take(self.block / 4)
+    }
+
     /// Number of panels.
     pub(crate) fn panels(&self) -> usize {
-        panels(self.tokens)
+        self.tokens.div_ceil(if self.wide { WIDE_PANEL } else { PANEL })
     }
 
     /// The tokens of panel `index` and their columns.
     pub(crate) fn panel(&self, index: usize) -> (Range<usize>, Panel<'_>) {
-        let tokens = panel(self.tokens, index);
+        let tokens = split(self.tokens, self.panels(), index, 1);
         (tokens.clone(), self.panel_of(tokens))
     }
 
@@ -282,11 +308,11 @@ impl Quantized {
 
     /// The panel of `token` and its place in it.
     fn locate(&self, token: usize) -> (Range<usize>, usize) {
-        let panels = panels(self.tokens);
+        let panels = self.panels();
         let (small, larger) = (self.tokens / panels, self.tokens % panels);
         // The first `larger` panels hold one token more.
         let index = if token < larger * (small + 1) { token / (small + 1) } else { larger + (token - larger * (small + 1)) / small };
-        let panel = panel(self.tokens, index);
+        let panel = split(self.tokens, panels, index, 1);
         let j = token - panel.start;
         (panel, j)
     }
@@ -306,22 +332,28 @@ impl Quantized {
     }
 }
 
-fn panels(tokens: usize) -> usize {
-    tokens.div_ceil(PANEL)
+/// Sums of runs of 16 values of a block; of as many as it has.
+fn run_sums(isa: Isa, q: &[i8]) -> [i32; 16] {
+    #[cfg(target_arch = "x86_64")]
+    if let Some(proof) = isa.avx2() {
+        return crate::x86_64::quantize::run_sums(proof, q);
+    }
+    let mut sums = [0; 16];
+    for (sum, run) in sums.iter_mut().zip(q.as_chunks::<16>().0) {
+        *sum = run.iter().map(|&q| i32::from(q)).sum();
+    }
+    sums
 }
 
-fn panel(tokens: usize, index: usize) -> Range<usize> {
-    split(tokens, panels(tokens), index, 1)
+/// Where four values of token `j` lie in a block of a panel of `n` tokens, in fours: the first, and how far from each other.
+fn places(wide: bool, block: usize, n: usize, j: usize) -> (usize, usize) {
+    if wide { (j * block / 4, 1) } else { (j, n) }
 }
 
 fn quantize_one(isa: Isa, x: &[f32], q: &mut [i8]) -> f32 {
-    match isa {
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx2(proof) => crate::x86_64::quantize::quantize_block(proof, x, q),
-        #[cfg(target_arch = "x86_64")]
-        Isa::AvxVnni(proof) => crate::x86_64::quantize::quantize_block(proof.avx2(), x, q),
-        #[cfg(target_arch = "x86_64")]
-        Isa::Avx512(proof) => crate::x86_64::quantize::quantize_block(proof.avx2(), x, q),
-        _ => quantize_block(x, q),
+    #[cfg(target_arch = "x86_64")]
+    if let Some(proof) = isa.avx2() {
+        return crate::x86_64::quantize::quantize_block(proof, x, q);
     }
+    quantize_block(x, q)
 }

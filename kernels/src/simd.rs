@@ -118,6 +118,8 @@ pub(crate) fn vectorize<K: Kernel>(isa: Isa, kernel: K) -> K::Output {
         Isa::AvxVnni(proof) => x86_64::avx2(proof.avx2(), kernel),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512(proof) => x86_64::avx512(proof, kernel),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Amx(proof) => x86_64::avx512(proof.avx512(), kernel),
         #[cfg(not(target_arch = "x86_64"))]
         _ => portable(kernel),
     }

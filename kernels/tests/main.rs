@@ -12,7 +12,7 @@ mod vocab;
 
 /// The CPU's vector instruction sets; names those it lacks.
 fn vector_isas() -> Vec<kernels::Isa> {
-    for name in ["avx2", "avxvnni", "avx512"] {
+    for name in ["avx2", "avxvnni", "avx512", "amx"] {
         if let Err(error) = kernels::Isa::named(name) {
             println!("not tested: {error}");
         }

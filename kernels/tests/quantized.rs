@@ -50,7 +50,7 @@ fn values_and_scales_follow_the_definition() {
 
 #[test]
 fn dequantized_values_are_quantized_values_times_scales() {
-    for (block, tokens) in [(32, 1), (32, 14), (256, 5)] {
+    for (block, tokens) in [(32, 1), (32, 14), (256, 5), (32, 50), (256, 34)] {
         let k = 3 * block;
         let x = activations(Kind::Ordinary, tokens, k, 4);
         let mut quantized = Quantized::new(block);
@@ -75,22 +75,22 @@ fn dequantized_values_are_quantized_values_times_scales() {
 #[test]
 fn slices_gathered_from_ranks_make_the_whole() {
     let pool = Pool::new(2);
-    for (block, tokens) in [(32, 1), (32, 14), (256, 5)] {
+    for (block, tokens) in [(32, 1), (32, 14), (256, 5), (32, 50), (256, 34)] {
         let k = 6 * block;
         let x = activations(Kind::Ordinary, tokens, k, 9);
         let mut whole = Quantized::new(block);
         whole.quantize(&pool, Isa::best(), &x, tokens, k);
         let mut gathered = Quantized::new(block);
-        gathered.resize(tokens, k);
+        gathered.resize(Isa::best(), tokens, k);
         for range in [0..block, block..4 * block, 4 * block..k] {
             let slice: Vec<f32> = x.chunks(k).flat_map(|row| row[range.clone()].to_vec()).collect();
             let mut part = Quantized::new(block);
             part.quantize(&pool, Isa::best(), &slice, tokens, range.len());
-            gathered.import(0..tokens, range, &exported(&part));
+            gathered.import(Isa::best(), 0..tokens, range, &exported(&part));
         }
         assert!(exported(&gathered) == exported(&whole));
         assert_eq!(format!("{gathered:?}"), format!("{whole:?}"));
-        gathered.import(0..1, 0..block, &vec![1; 4 + block]);
+        gathered.import(Isa::best(), 0..1, 0..block, &vec![1; 4 + block]);
         assert!(exported(&gathered) != exported(&whole));
     }
 }

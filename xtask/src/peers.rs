@@ -13,6 +13,8 @@ use crate::{
 };
 
 const PACKAGE: &str = "llama-cpp-python==0.3.36";
+/// With the matrix unit of a Xeon that has one, this version ends by a segmentation fault in its first batch.
+const WITHOUT_AMX: &str = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16";
 const TEXT: &str = "tests/fixtures/text/wikitext2-valid-300k.txt";
 
 /// Options of `peer-ppl`.
@@ -59,7 +61,17 @@ pub(crate) fn llama_cpp(build: Build) -> Result<PathBuf> {
         return Ok(python);
     }
     // A wheel that was built with other flags is not for this one.
-    python::environment(&folder, &[PACKAGE], &[("PIP_NO_CACHE_DIR", "1"), ("CMAKE_ARGS", native), ("CMAKE_BUILD_PARALLEL_LEVEL", "2")])
+    python::environment(
+        &folder,
+        &[PACKAGE],
+        &[
+            ("PIP_NO_CACHE_DIR", "1"),
+            ("CMAKE_ARGS", native),
+            ("CFLAGS", WITHOUT_AMX),
+            ("CXXFLAGS", WITHOUT_AMX),
+            ("CMAKE_BUILD_PARALLEL_LEVEL", "2"),
+        ],
+    )
 }
 
 /// The command that runs the peer's script with `args`.

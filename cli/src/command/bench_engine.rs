@@ -236,7 +236,7 @@ async fn repeat(
         if repetition > 0 {
             all.rates.push(rate);
         }
-        all.machines.push(prober.measure());
+        all.machines.push(prober.measure(test.sequences()));
         bar.inc(1);
     }
     bar.finish_and_clear();

@@ -40,13 +40,13 @@ pub(crate) struct Prober {
 }
 
 impl Prober {
-    /// What the machine yields now.
-    pub(crate) fn measure(&self) -> Machine {
+    /// What the machine yields now to steps of so many tokens.
+    pub(crate) fn measure(&self, tokens: usize) -> Machine {
         let read = self.memory.read_bandwidth(&self.all, PASSES);
         Machine {
             read,
             read_alone: self.one.as_ref().map_or(read, |one| self.memory.read_bandwidth(one, PASSES)),
-            products: probe::int8_peak(&self.all, self.isa, PASSES),
+            products: probe::int8_peak(&self.all, self.isa.for_tokens(tokens), PASSES),
         }
     }
 }

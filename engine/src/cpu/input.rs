@@ -223,9 +223,9 @@ impl Inputs {
         self.parts.extend(columns.iter().map(|c| bytes(c.start)..bytes(c.end)));
         ranks.all_gather(gathered, &self.parts, 1)?;
         let whole = self.whole.of(block);
-        whole.resize(tokens, k);
+        whole.resize(compute.isa, tokens, k);
         for (columns, part) in columns.iter().zip(&self.parts) {
-            whole.import(0..tokens, columns.clone(), &gathered[part.clone()]);
+            whole.import(compute.isa, 0..tokens, columns.clone(), &gathered[part.clone()]);
         }
         Ok(())
     }

@@ -38,6 +38,7 @@ macro_rules! columns {
         }
     };
 }
+
 /// Expands the weights of a tile to bytes, a line for every four values of k, in order.
 pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
@@ -111,19 +112,19 @@ unsafe fn four(at: *const i8) -> __m512i {
 }
 
 #[inline(always)]
-unsafe fn line(at: *const u8) -> __m512i {
+pub(super) unsafe fn line(at: *const u8) -> __m512i {
     // SAFETY: the caller's.
     unsafe { _mm512_loadu_si512(at.cast()) }
 }
 
 #[inline(always)]
-unsafe fn halves(at: *const u8) -> __m512 {
+pub(super) unsafe fn halves(at: *const u8) -> __m512 {
     // SAFETY: the caller's.
     unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
 }
 
 /// Weights in blocks of 32, as unsigned bytes.
-trait Weights32 {
+pub(super) trait Weights32 {
     /// Bytes of a block of a tile.
     const BODY: usize;
     /// Which chunks (four k each) share lines: `i` and `i + 4`, or neighbours.
@@ -133,14 +134,14 @@ trait Weights32 {
 }
 
 /// A line of bytes for each chunk: Q8_0, or anything expanded.
-struct Bytes;
+pub(super) struct Bytes;
 /// Packed nibbles.
-struct Q4;
+pub(super) struct Q4;
 /// Packed nibbles and fifth bits.
-struct Q5;
+pub(super) struct Q5;
 /// Nibbles that stand for the values of a table.
-struct Iq4;
-struct Mx4;
+pub(super) struct Iq4;
+pub(super) struct Mx4;
 
 impl Weights32 for Q4 {
     const BODY: usize = 4 * LINE;
@@ -197,7 +198,7 @@ struct Bias<'a> {
 }
 
 /// The numbers in front of each block.
-trait Front {
+pub(super) trait Front {
     /// Bytes a block.
     const BYTES: usize;
     /// Whether a number is added to all values of a block, so that they have no bias; the panel's offsets must be −16 · Σ a.
@@ -207,11 +208,11 @@ trait Front {
 }
 
 /// f16 scales.
-struct Plain;
+pub(super) struct Plain;
 /// f16 scales, then what is added.
-struct WithMin;
+pub(super) struct WithMin;
 /// The exponents of MXFP4.
-struct Exponent;
+pub(super) struct Exponent;
 
 impl Front for Plain {
     const BYTES: usize = 32;
@@ -347,7 +348,7 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
 }
 
 /// Weights in blocks of 256, as unsigned bytes.
-trait Weights256 {
+pub(super) trait Weights256 {
     /// Bytes of a block of a tile.
     const BODY: usize;
     /// Values that share a scale.
@@ -376,11 +377,11 @@ trait Weights256 {
     unsafe fn chunk<const G: usize>(body: *const u8, i: usize) -> __m512i;
 }
 
-struct Q2K;
-struct Q3K;
-struct Q4K;
-struct Q5K;
-struct Q6K;
+pub(super) struct Q2K;
+pub(super) struct Q3K;
+pub(super) struct Q4K;
+pub(super) struct Q5K;
+pub(super) struct Q6K;
 
 impl Weights256 for Q5K {
     const BODY: usize = 45 * LINE;
@@ -549,6 +550,7 @@ macro_rules! group {
         }
     };
 }
+pub(super) use group;
 
 /// `EXPANDED`: the weights are lines of bytes at `bytes`, else they are unpacked from `body`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]

@@ -1,6 +1,7 @@
 //! Vector kernels for x86-64. Each equals `scalar/` bit for bit.
 #![expect(clippy::needless_range_loop, reason = "rows and columns of register tiles are numbers, as in the formulas")]
 
+pub(crate) mod amx;
 pub(crate) mod avx2;
 pub(crate) mod avx512;
 pub(crate) mod float;
@@ -39,12 +40,23 @@ fn ask_ahead(line: *const u8, count: usize) {
     }
 }
 
+/// Asks for lines, into the second-level cache.
+#[expect(unsafe_code, reason = "instructions without effect on what is computed")]
+fn ask_for(bytes: &[u8]) {
+    for line in bytes.chunks(LINE) {
+        // SAFETY: any address may be asked for; nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+}
+
 /// Bytes of an expanded tile: one for every weight; Q8_0 is never expanded.
 fn expanded_bytes(layout: &Layout) -> usize {
     if layout.dtype == WeightType::Q8_0 { 0 } else { layout.blocks * layout.dtype.block_len() * ROWS }
 }
 
 impl Tiles for Avx512Tiles {
+    type Ready = ();
+
     fn expanded_bytes(&self, layout: &Layout) -> usize {
         expanded_bytes(layout)
     }
@@ -53,11 +65,17 @@ impl Tiles for Avx512Tiles {
         panels > 3
     }
 
+    fn ask_for(&self, bytes: &[u8]) {
+        ask_for(bytes);
+    }
+
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
         avx512::expand(self.0, layout, tile, out);
     }
 
-    fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    fn ready(&self, _layout: &Layout, _columns: usize) {}
+
+    fn multiply(&self, (): &(), layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
         if layout.dtype == WeightType::Q8_0 && panel.n == 1 {
             // Bound by memory, where loads of 32 bytes stream faster than those of 64 (Zen 4, one thread: 22 GB/s and 19 GB/s).
             avx2::multiply(self.0.avx2(), layout, tile, expanded, panel, out);
@@ -68,6 +86,8 @@ impl Tiles for Avx512Tiles {
 }
 
 impl Tiles for Avx2Tiles {
+    type Ready = ();
+
     fn expanded_bytes(&self, layout: &Layout) -> usize {
         expanded_bytes(layout)
     }
@@ -76,11 +96,17 @@ impl Tiles for Avx2Tiles {
         panels > 1 || columns > avx2::most_unpacked(layout.dtype, self.1.is_some())
     }
 
+    fn ask_for(&self, bytes: &[u8]) {
+        ask_for(bytes);
+    }
+
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
         avx2::expand(self.0, layout, tile, out);
     }
 
-    fn multiply(&self, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    fn ready(&self, _layout: &Layout, _columns: usize) {}
+
+    fn multiply(&self, (): &(), layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
         match self.1 {
             // One column of Q4_K: in pairs a scale costs less (115 and 150 GMAC/s).
             Some(proof) if (layout.dtype, panel.n) != (WeightType::Q4_K, 1) => {

@@ -12,6 +12,32 @@ pub(crate) fn quantize_block(_: Avx2, x: &[f32], q: &mut [i8]) -> f32 {
     unsafe { block(x, q) }
 }
 
+/// Sums of the runs of 16 values of 32 or 256, the rest 0.
+pub(crate) fn run_sums(_: Avx2, q: &[i8]) -> [i32; 16] {
+    // SAFETY: the token proves the features.
+    unsafe { sums(q) }
+}
+
+#[target_feature(enable = "avx2")]
+unsafe fn sums(q: &[i8]) -> [i32; 16] {
+    let mut out = [0; 16];
+    for (q, out) in q.chunks(128).zip(out.as_chunks_mut::<8>().0) {
+        // SAFETY: loads of 32 values that are there, and a store of 8 sums.
+        unsafe {
+            let mut fours = [_mm256_setzero_si256(); 4];
+            for (fours, q) in fours.iter_mut().zip(q.as_chunks::<32>().0) {
+                let pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256(q.as_ptr().cast()));
+                *fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+            }
+            // Sums of the first runs of all four in the low half, of the second ones in the high half.
+            let runs = _mm256_hadd_epi32(_mm256_hadd_epi32(fours[0], fours[1]), _mm256_hadd_epi32(fours[2], fours[3]));
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            _mm256_storeu_si256(out.as_mut_ptr().cast(), _mm256_permutevar8x32_epi32(runs, order));
+        }
+    }
+    out
+}
+
 #[target_feature(enable = "avx2,fma")]
 unsafe fn block(x: &[f32], q: &mut [i8]) -> f32 {
     // SAFETY: every load and store lies in a run of 32 values of `x` or `q`.

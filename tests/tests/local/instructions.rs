@@ -18,7 +18,7 @@ fn bits(model: &Path, input: &[u32], isa: Isa) -> (Vec<u32>, Vec<u32>, Vec<u32>)
 
 fn same_everywhere(model: &Path, input: &[u32]) {
     let have = Isa::available();
-    for name in ["avx2", "avxvnni", "avx512"] {
+    for name in ["avx2", "avxvnni", "avx512", "amx"] {
         if have.iter().all(|isa| isa.name() != name) {
             println!("this CPU lacks {name}: not compared");
         }
