@@ -250,7 +250,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
             for p in 0..x.panels() {
                 let (tokens, panel) = x.panel(p);
                 if ready.0 != panel.n {
-                    // The old one first.
+                    // Giving one back clears the unit, so the old one goes first.
                     ready.1 = None;
                     ready = (panel.n, Some(kernels.ready(layout, panel.n)));
                 }

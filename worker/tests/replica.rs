@@ -228,6 +228,18 @@ async fn stages_that_share_the_vocabulary_give_the_bits_of_one_engine() {
     assert!(other != expected);
 }
 
+/// Starts a worker anew in the middle of a session, which ends.
+async fn lose_in_a_session(workers: &mut Vec<Running>, victim: usize, step: &Step) {
+    let replica = connect(workers, TOKEN);
+    let mut session = timeout(LONG, replica.open()).await.expect("in time").expect("a session");
+    session.steps.send(step.clone()).await.expect("a session");
+    timeout(LONG, session.replies.recv()).await.expect("in time").expect("a reply").expect("a good one");
+    let restarted = workers.remove(victim).restart().await;
+    workers.insert(victim, restarted);
+    let ended = timeout(LONG, session.replies.recv()).await.expect("in time").expect("an error");
+    assert!(matches!(ended, Err(ReplicaError::Failed { .. } | ReplicaError::Lost { .. })), "{ended:?}");
+}
+
 /// Whoever of those that share the vocabulary is lost in the middle of a session, it ends, and the next one gives the same bits.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_lost_worker_ends_a_session_that_shares_the_vocabulary() {
@@ -237,15 +249,7 @@ async fn a_lost_worker_ends_a_session_that_shares_the_vocabulary() {
     let all = steps(&plan, ids);
     let expected = solo_of(&model, &all);
     for victim in 0..4 {
-        let replica = connect(&workers, TOKEN);
-        let mut session = timeout(LONG, replica.open()).await.expect("in time").expect("a session");
-        session.steps.send(all[0].clone()).await.expect("a session");
-        timeout(LONG, session.replies.recv()).await.expect("in time").expect("a reply").expect("a good one");
-        let restarted = workers.remove(victim).restart().await;
-        workers.insert(victim, restarted);
-        let ended = timeout(LONG, session.replies.recv()).await.expect("in time").expect("an error");
-        assert!(matches!(ended, Err(ReplicaError::Failed { .. } | ReplicaError::Lost { .. })), "{ended:?}");
-        drop(session);
+        lose_in_a_session(&mut workers, victim, &all[0]).await;
         let got = driven(&*connect(&workers, TOKEN), &all).await.expect("replies");
         assert!(got == expected, "after the loss of worker {victim}");
     }
@@ -292,15 +296,7 @@ async fn a_lost_worker_ends_the_session_and_the_others_keep_their_weights() {
             probes.iter().map(|p| p.identity.as_ref().expect("an identity").incarnation).collect::<Vec<_>>()
         };
         let before = incarnations(&probes(&workers).await);
-        let replica = connect(&workers, TOKEN);
-        let mut session = timeout(LONG, replica.open()).await.expect("in time").expect("a session");
-        session.steps.send(all[0].clone()).await.expect("a session");
-        timeout(LONG, session.replies.recv()).await.expect("in time").expect("a reply").expect("a good one");
-        let restarted = workers.remove(victim).restart().await;
-        workers.insert(victim, restarted);
-        let ended = timeout(LONG, session.replies.recv()).await.expect("in time").expect("an error");
-        assert!(matches!(ended, Err(ReplicaError::Failed { .. } | ReplicaError::Lost { .. })), "{ended:?}");
-        drop(session);
+        lose_in_a_session(&mut workers, victim, &all[0]).await;
         let after = incarnations(&probes(&workers).await);
         let kept = before.iter().zip(&after).filter(|(a, b)| a == b).count();
         assert_eq!(kept, 3, "only the victim is another process");

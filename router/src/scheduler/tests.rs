@@ -22,6 +22,8 @@ use super::*;
 use crate::replica::simulated::{CostModel, Pipeline, SimulatedEngine, SimulatedModel};
 
 const MODEL: SimulatedModel = SimulatedModel { vocab: 97, labels: 0, period: 0 };
+/// Repeats itself, but for some tokens.
+const REPEATING: SimulatedModel = SimulatedModel { period: 12, ..MODEL };
 
 fn limits(groups: &[(Option<u32>, usize)], batch: usize, tokens: usize) -> ReplicaLimits {
     let groups = groups.iter().map(|(window, blocks)| KvGroup { window: *window, layers: vec![0], blocks: *blocks }).collect();
@@ -158,6 +160,20 @@ fn sampled(seed: u64) -> Sampling {
 
 fn generate(prompt: Arc<[TokenId]>, seed: u64, max: u32) -> Submission {
     Submission::generate(prompt, sampled(seed), max, Arc::new([3, 5]))
+}
+
+/// Ways of drawing that depend on what was emitted, and where.
+fn submissions() -> Vec<Submission> {
+    let settings = [
+        Sampling::default(),
+        sampled(3),
+        Sampling { logprobs: Some(2), ..sampled(4) },
+        Sampling { repetition_penalty: 1.2, presence_penalty: 0.5, frequency_penalty: 0.1, ..sampled(5) },
+        Sampling { min_tokens: 40, suppress: vec![3, 5], ..sampled(6) },
+    ];
+    let submission =
+        |(i, sampling): (u32, &Sampling)| Submission::generate(prompt(i, 20 + i as usize), sampling.clone(), 150, Arc::new([3, 5]));
+    (0..).zip(&settings).map(submission).collect()
 }
 
 fn solo(s: &Submission) -> Vec<TokenId> {

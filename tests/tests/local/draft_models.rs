@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 
 use crate::{
-    drafts::{choice, counts},
+    drafts::{asked_together, choice, counts},
     streams::counter,
 };
 
@@ -99,15 +99,7 @@ async fn asked(server: &Server, requests: &[Value], expected: &[Value], what: &s
     }
     let [drafted, accepted, steps, tokens] = counts(&server.http).await;
     println!("{what}: {accepted} of {drafted} guesses accepted, {steps} steps for {tokens} tokens");
-    let mut running = JoinSet::new();
-    for (i, request) in requests.iter().cloned().enumerate() {
-        let http = server.http.clone();
-        running.spawn(async move { (i, choice(&http, &request).await) });
-    }
-    while let Some(done) = running.join_next().await {
-        let (i, got) = done.expect("a task");
-        assert_eq!(got, expected[i], "request {i} beside others, {what}");
-    }
+    asked_together(&server.http, requests, expected, what).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -55,6 +55,19 @@ pub(crate) async fn counts(http: &str) -> [f64; 4] {
     .map(|name| counter(&metrics, name))
 }
 
+/// All requests at once have the answers that they have alone.
+pub(crate) async fn asked_together(http: &str, requests: &[Value], expected: &[Value], what: &str) {
+    let mut running = JoinSet::new();
+    for (i, request) in requests.iter().cloned().enumerate() {
+        let http = http.to_owned();
+        running.spawn(async move { (i, choice(&http, &request).await) });
+    }
+    while let Some(done) = running.join_next().await {
+        let (i, got) = done.expect("a task");
+        assert_eq!(got, expected[i], "request {i} beside others, {what}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn drafts_change_no_answer_and_save_steps() {
     let requests = repeating("model", 8, 64);
@@ -74,15 +87,7 @@ async fn drafts_change_no_answer_and_save_steps() {
         println!("PP {pipeline} × TP {tensor}: {accepted} of {drafted} drafts accepted, {steps} steps for {tokens} tokens");
         assert!(accepted > 100.0 && accepted < drafted, "some drafts are accepted and some refused");
         assert!(steps < 0.7 * tokens, "{steps} steps for {tokens} tokens");
-        let mut running = JoinSet::new();
-        for (i, request) in requests.iter().cloned().enumerate() {
-            let http = server.http.clone();
-            running.spawn(async move { (i, choice(&http, &request).await) });
-        }
-        while let Some(done) = running.join_next().await {
-            let (i, got) = done.expect("a task");
-            assert_eq!(got, expected[i], "request {i} beside others, PP {pipeline} × TP {tensor}");
-        }
+        asked_together(&server.http, &requests, &expected, &format!("PP {pipeline} × TP {tensor}")).await;
     }
     // The comparison sees a seed that is not its own.
     let server = Server::start(&manifest("model", &files::reference(), &drafting(1, 1)));

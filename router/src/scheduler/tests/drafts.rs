@@ -4,9 +4,6 @@ use plan::step::Input;
 
 use super::*;
 
-/// Repeats itself, but for some tokens.
-const REPEATING: SimulatedModel = SimulatedModel { period: 12, ..MODEL };
-
 /// Runs submissions with at most `lookup` drafts; returns the events of each, and the counters.
 fn run(model: SimulatedModel, limits: &ReplicaLimits, stages: usize, lookup: usize, all: &[Submission]) -> (Vec<Vec<EventKind>>, Counters) {
     let mut world = World::of(model, limits.clone(), stages);
@@ -19,20 +16,6 @@ fn run(model: SimulatedModel, limits: &ReplicaLimits, stages: usize, lookup: usi
 fn tokens(events: &[EventKind]) -> Vec<TokenId> {
     let token = |e: &EventKind| if let EventKind::Token { id, .. } = e { Some(*id) } else { None };
     events.iter().filter_map(token).collect()
-}
-
-/// Ways of drawing that depend on what was emitted, and where.
-fn submissions() -> Vec<Submission> {
-    let settings = [
-        Sampling::default(),
-        sampled(3),
-        Sampling { logprobs: Some(2), ..sampled(4) },
-        Sampling { repetition_penalty: 1.2, presence_penalty: 0.5, frequency_penalty: 0.1, ..sampled(5) },
-        Sampling { min_tokens: 40, suppress: vec![3, 5], ..sampled(6) },
-    ];
-    let submission =
-        |(i, sampling): (u32, &Sampling)| Submission::generate(prompt(i, 20 + i as usize), sampling.clone(), 150, Arc::new([3, 5]));
-    (0..).zip(&settings).map(submission).collect()
 }
 
 #[test]

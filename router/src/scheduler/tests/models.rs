@@ -2,8 +2,6 @@
 
 use super::*;
 
-/// Repeats itself, but for some tokens.
-const TARGET: SimulatedModel = SimulatedModel { period: 12, ..MODEL };
 /// Says the same in every other period.
 const SOMETIMES: SimulatedModel = SimulatedModel { period: 24, ..MODEL };
 /// Says something else nearly always.
@@ -13,20 +11,6 @@ fn draft(groups: &[(Option<u32>, usize)]) -> FleetDraft {
     FleetDraft { worker: String::new(), limits: ReplicaLimits { prefix_caching: false, ..limits(groups, 16, 256) }, cost: 100 }
 }
 
-/// Ways of drawing that depend on what was emitted, and where.
-fn submissions() -> Vec<Submission> {
-    let settings = [
-        Sampling::default(),
-        sampled(3),
-        Sampling { logprobs: Some(2), ..sampled(4) },
-        Sampling { repetition_penalty: 1.2, presence_penalty: 0.5, frequency_penalty: 0.1, ..sampled(5) },
-        Sampling { min_tokens: 40, suppress: vec![3, 5], ..sampled(6) },
-    ];
-    let submission =
-        |(i, sampling): (u32, &Sampling)| Submission::generate(prompt(i, 20 + i as usize), sampling.clone(), 150, Arc::new([3, 5]));
-    (0..).zip(&settings).map(submission).collect()
-}
-
 /// Runs submissions with a draft model; returns the events of each, and the counters.
 fn run(
     limits: &ReplicaLimits,
@@ -34,7 +18,7 @@ fn run(
     with: Option<(SimulatedModel, &FleetDraft)>,
     all: &[Submission],
 ) -> (Vec<Vec<EventKind>>, Counters) {
-    let mut world = World::of(TARGET, limits.clone(), stages);
+    let mut world = World::of(REPEATING, limits.clone(), stages);
     if let Some((model, draft)) = with {
         world.draft_with(model, draft);
     }
@@ -62,7 +46,7 @@ fn a_draft_model_changes_no_event_and_saves_steps_as_far_as_it_is_right() {
                 assert_eq!(plain, drafted, "tokens, their log-probabilities, ends");
                 with
             };
-            let (always, sometimes, hardly) = (of(TARGET), of(SOMETIMES), of(HARDLY));
+            let (always, sometimes, hardly) = (of(REPEATING), of(SOMETIMES), of(HARDLY));
             if count > 100 {
                 long += 1;
                 assert!(always.sizes.steps() * 2 < count, "{} steps for {count} tokens", always.sizes.steps());
@@ -76,7 +60,7 @@ fn a_draft_model_changes_no_event_and_saves_steps_as_far_as_it_is_right() {
         }
         // And all of them together, sharing the rows.
         let (plain, without) = run(&limits, stages, None, &submissions());
-        let (drafted, with) = run(&limits, stages, Some((TARGET, &draft)), &submissions());
+        let (drafted, with) = run(&limits, stages, Some((REPEATING, &draft)), &submissions());
         assert_eq!(plain, drafted);
         assert!(with.accepted_tokens > 0 && with.sizes.steps() < without.sizes.steps());
     }
@@ -88,8 +72,8 @@ fn a_draft_model_that_costs_too_much_is_not_asked() {
     assert!(is_worth_a_try(50) && is_worth_a_try(300) && !is_worth_a_try(1000));
     let limits = limits(&[(None, 300)], 16, 128);
     let dear = FleetDraft { cost: 1000, ..draft(&[(None, 300)]) };
-    let mut world = World::of(TARGET, limits, 1);
-    world.draft_with(TARGET, &dear);
+    let mut world = World::of(REPEATING, limits, 1);
+    world.draft_with(REPEATING, &dear);
     world.submit(Submission::generate(prompt(0, 30), Sampling::default(), 100, Arc::new([])));
     loop {
         while world.step().is_some() {}
@@ -105,8 +89,8 @@ fn a_draft_model_that_costs_too_much_is_not_asked() {
 fn a_lost_or_late_draft_model_holds_nobody_up() {
     let submission = || Submission::generate(prompt(0, 30), sampled(1), 200, Arc::new([]));
     let draft = draft(&[(None, 100)]);
-    let mut world = World::of(TARGET, limits(&[(None, 300)], 16, 128), 1);
-    world.draft_with(TARGET, &draft);
+    let mut world = World::of(REPEATING, limits(&[(None, 300)], 16, 128), 1);
+    world.draft_with(REPEATING, &draft);
     let ticket = world.submit(submission());
     // Until it is waited for.
     let waited_for = |world: &mut World| {
@@ -146,17 +130,17 @@ fn a_lost_or_late_draft_model_holds_nobody_up() {
     assert!(world.step().is_some(), "the sequence goes on by itself");
     go_on(&mut world);
     // Another one reads everything anew.
-    world.draft_with(TARGET, &draft);
+    world.draft_with(REPEATING, &draft);
     let before = world.scheduler.counters().accepted_tokens;
     world.run();
     assert!(world.scheduler.counters().accepted_tokens > before + 20);
-    assert_eq!(world.tokens(ticket), solo_of(&TARGET, &submission()));
+    assert_eq!(world.tokens(ticket), solo_of(&REPEATING, &submission()));
 }
 
 #[test]
 fn what_was_asked_before_the_sequence_went_on_is_not_drawn() {
-    let mut world = World::of(TARGET, limits(&[(None, 300)], 16, 128), 1);
-    world.draft_with(TARGET, &draft(&[(None, 100)]));
+    let mut world = World::of(REPEATING, limits(&[(None, 300)], 16, 128), 1);
+    world.draft_with(REPEATING, &draft(&[(None, 100)]));
     let submission = |seed| Submission::generate(prompt(seed, 30), sampled(seed.into()), 100, Arc::new([]));
     // All wait for their guesses.
     let run_dry = |world: &mut World| {
@@ -177,7 +161,7 @@ fn what_was_asked_before_the_sequence_went_on_is_not_drawn() {
     world.run();
     assert!(world.scheduler.counters().accepted_tokens > 40);
     for (seed, ticket) in (0..).zip(tickets) {
-        assert_eq!(world.tokens(ticket), solo_of(&TARGET, &submission(seed)));
+        assert_eq!(world.tokens(ticket), solo_of(&REPEATING, &submission(seed)));
     }
 }
 
@@ -191,17 +175,17 @@ fn where_its_blocks_or_its_context_end_sequences_go_on_without_it() {
         })
         .collect();
     let (plain, _) = run(&limits, 1, None, &all);
-    let wide = run(&limits, 1, Some((TARGET, &draft(&[(None, 300)]))), &all).1;
+    let wide = run(&limits, 1, Some((REPEATING, &draft(&[(None, 300)]))), &all).1;
     // Blocks for two of the three at their full length.
     let narrow = draft(&[(None, 24)]);
-    let (drafted, with) = run(&limits, 1, Some((TARGET, &narrow)), &all);
+    let (drafted, with) = run(&limits, 1, Some((REPEATING, &narrow)), &all);
     assert_eq!(plain, drafted);
     assert!(with.accepted_tokens > 0 && with.accepted_tokens < wide.accepted_tokens, "{with:?}");
     assert_eq!(with.preemptions, 0);
     let mut short = draft(&[(None, 300)]);
     short.limits.max_context = 80;
     let one = &all[..1];
-    let (drafted, with) = run(&limits, 1, Some((TARGET, &short)), one);
+    let (drafted, with) = run(&limits, 1, Some((REPEATING, &short)), one);
     assert_eq!(plain[..1], drafted);
     let within = with.accepted_tokens;
     assert!((10..=40).contains(&within), "{within} tokens up to a context of 80");
@@ -209,8 +193,8 @@ fn where_its_blocks_or_its_context_end_sequences_go_on_without_it() {
 
 #[test]
 fn a_long_prompt_is_read_beside_and_then_guessed_for() {
-    let mut world = World::of(TARGET, limits(&[(None, 300)], 16, 120), 1);
-    world.draft_with(TARGET, &draft(&[(None, 60)]));
+    let mut world = World::of(REPEATING, limits(&[(None, 300)], 16, 120), 1);
+    world.draft_with(REPEATING, &draft(&[(None, 60)]));
     let ticket = world.submit(Submission::generate(prompt(0, 300), sampled(1), 100, Arc::new([])));
     while world.step().is_some() {}
     assert_eq!(world.draft_step(), None, "while the prompt is read, nothing is");
@@ -231,7 +215,7 @@ fn a_long_prompt_is_read_beside_and_then_guessed_for() {
 #[test]
 fn taking_a_refused_guess_is_seen() {
     let submission = Submission::generate(prompt(0, 30), Sampling::default(), 150, Arc::new([]));
-    let mut world = World::of(TARGET, limits(&[(None, 300)], 16, 128), 1);
+    let mut world = World::of(REPEATING, limits(&[(None, 300)], 16, 128), 1);
     world.draft_with(SOMETIMES, &draft(&[(None, 100)]));
     let ticket = world.submit(submission.clone());
     let refused = loop {
@@ -262,6 +246,6 @@ fn taking_a_refused_guess_is_seen() {
     let error = world.engine.run(&refused).expect_err("it goes on behind what was accepted");
     assert!(error.contains("goes on at"), "{error}");
     world.settle();
-    let expected = solo_of(&TARGET, &submission);
+    let expected = solo_of(&REPEATING, &submission);
     assert_ne!(world.tokens(ticket)[..], expected[..world.tokens(ticket).len()]);
 }
