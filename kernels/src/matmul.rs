@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::layout::{LINE, Layout, ROWS};
-use crate::memory::AlignedBytes;
+use crate::memory::{self, AlignedBytes};
 use crate::pool::{Disjoint, Shares, split};
 use crate::quantized::{PANEL, Panel, WIDE_PANEL};
 use crate::scalar::{blocks, dot};
@@ -202,8 +202,6 @@ pub(crate) trait Tiles {
     fn expanded_bytes(&self, layout: &Layout) -> usize;
     /// Whether tiles that can be expanded are, for `panels` panels of `columns` columns.
     fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool;
-    /// Asks for bytes that will be read soon.
-    fn ask_for(&self, bytes: &[u8]);
     /// Expands the weights of a tile to bytes.
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]);
     /// Gets ready for panels of `columns` columns.
@@ -260,7 +258,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
                     if expanded_bytes > 0 && tile + block.len() < whole.end {
                         // While this block is multiplied, memory brings the next one.
                         let next = job.weights.tile(layout, tile + block.len());
-                        kernels.ask_for(&next[split(next.len(), x.panels(), p, LINE)]);
+                        memory::ask_for(&next[split(next.len(), x.panels(), p, LINE)]);
                     }
                     kernels.multiply(ready, layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
                     let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);

@@ -12,6 +12,17 @@ const HUGE_FROM: usize = 4 << 20;
 const HUGE_PAGE: usize = 2 << 20;
 const VECTOR: usize = 64;
 
+/// Asks for the lines of bytes that will be read soon, into the second-level cache.
+#[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "there is no stable instruction for it"))]
+pub(crate) fn ask_for(bytes: &[u8]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in bytes.chunks(VECTOR) {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: any address may be asked for; nothing is read.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
+    }
+}
+
 /// A fixed number of bytes, zero at first, aligned to 64 bytes; to 2 MiB with transparent huge pages when large.
 #[derive(Debug)]
 pub(crate) struct AlignedBytes {

@@ -279,7 +279,7 @@ impl Quantized {
 
     /// The values of token `j` in a block of a panel of `n` tokens.
     fn chunks<'a>(&self, unit: &'a [i8], n: usize, j: usize) -> impl Iterator<Item = &'a [i8; 4]> {
-        let (first, step) = places(self.wide, self.block, n, j);
+        let (first, step) = if self.wide { (j * self.block / 4, 1) } else { (j, n) };
         unit.as_chunks::<4>().0[first..].iter().step_by(step).take(self.block / 4)
     }
 
@@ -343,11 +343,6 @@ fn run_sums(isa: Isa, q: &[i8]) -> [i32; 16] {
         *sum = run.iter().map(|&q| i32::from(q)).sum();
     }
     sums
-}
-
-/// Where four values of token `j` lie in a block of a panel of `n` tokens, in fours: the first, and how far from each other.
-fn places(wide: bool, block: usize, n: usize, j: usize) -> (usize, usize) {
-    if wide { (j * block / 4, 1) } else { (j, n) }
 }
 
 fn quantize_one(isa: Isa, x: &[f32], q: &mut [i8]) -> f32 {

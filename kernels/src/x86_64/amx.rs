@@ -16,10 +16,10 @@ use crate::matmul::{Results, Tiles};
 use crate::quantized::{Panel, WIDE_PANEL};
 use crate::{Amx, WeightType};
 
+use super::ask_ahead;
 use super::avx512::{
-    Bytes, Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights32, Weights256, WithMin, group, halves,
+    Bytes, Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights256, WithMin, expand32, group, halves,
 };
-use super::{ask_ahead, ask_for};
 
 /// Tile kernels of the matrix unit, for panels whose values lie token after token.
 pub(crate) struct AmxTiles(pub(crate) Amx);
@@ -53,23 +53,19 @@ impl Tiles for AmxTiles {
         true
     }
 
-    fn ask_for(&self, bytes: &[u8]) {
-        ask_for(bytes);
-    }
-
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
         assert!(tile.len() == layout.tile() && out.len() == self.expanded_bytes(layout));
         let (body, blocks, out) = (tile[layout.front..].as_ptr(), layout.blocks, out.as_mut_ptr());
         // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
         unsafe {
             match layout.dtype {
-                WeightType::Q8_0 => expand32::<Bytes>(body, blocks, 128, out),
-                WeightType::Q4_0 => expand32::<Q4>(body, blocks, 8, out),
-                WeightType::Q4_1 => expand32::<Q4>(body, blocks, 0, out),
-                WeightType::Q5_0 => expand32::<Q5>(body, blocks, 16, out),
-                WeightType::Q5_1 => expand32::<Q5>(body, blocks, 0, out),
-                WeightType::IQ4_NL => expand32::<Iq4>(body, blocks, 128, out),
-                WeightType::MXFP4 => expand32::<Mx4>(body, blocks, 128, out),
+                WeightType::Q8_0 => expand32::<Bytes, 128>(body, blocks, out),
+                WeightType::Q4_0 => expand32::<Q4, 8>(body, blocks, out),
+                WeightType::Q4_1 => expand32::<Q4, 0>(body, blocks, out),
+                WeightType::Q5_0 => expand32::<Q5, 16>(body, blocks, out),
+                WeightType::Q5_1 => expand32::<Q5, 0>(body, blocks, out),
+                WeightType::IQ4_NL => expand32::<Iq4, 128>(body, blocks, out),
+                WeightType::MXFP4 => expand32::<Mx4, 128>(body, blocks, out),
                 WeightType::Q2_K => expand256::<Q2K>(body, blocks, out),
                 WeightType::Q3_K => expand256::<Q3K>(body, blocks, out),
                 WeightType::Q4_K => expand256::<Q4K>(body, blocks, out),
@@ -170,7 +166,7 @@ impl Sums {
     }
 }
 
-/// `sums`: of `N` columns of 32 values at `rows` with eight lines.
+/// `sums`: of the columns of 32 values at `rows` with eight lines.
 #[inline(always)]
 unsafe fn block32(rows: *const i8, lines: *const u8, sums: &mut Sums) {
     // SAFETY: the caller's promise: the unit is set up for columns of 32 values, and reads and writes as much.
@@ -187,7 +183,7 @@ unsafe fn block32(rows: *const i8, lines: *const u8, sums: &mut Sums) {
     }
 }
 
-/// `low` and `high`: of `N` columns of 256 values at `rows` with the planes at `planes`.
+/// `low` and `high`: of the columns of 256 values at `rows` with the planes at `planes`.
 #[inline(always)]
 unsafe fn block256(rows: *const i8, planes: *const u8, low: &mut Sums, high: &mut Sums) {
     // SAFETY: the caller's promise: the unit is set up for columns of 64 values, and reads and writes as much.
@@ -275,25 +271,6 @@ unsafe fn tile256<W: Weights256, const N: usize>(
     }
 }
 
-/// Signed bytes of blocks of 32; `bias` is what the unpacked ones have too much.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn expand32<W: Weights32>(body: *const u8, blocks: usize, bias: u8, out: *mut u8) {
-    // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
-    unsafe {
-        let bias = _mm512_set1_epi8(bias.cast_signed());
-        for b in 0..blocks {
-            ask_ahead(body.wrapping_add(b * W::BODY), W::BODY / LINE);
-            for i in 0..4 {
-                let lines = W::pair(body.add(b * W::BODY), i);
-                let at = if W::APART { [i, i + 4] } else { [2 * i, 2 * i + 1] };
-                for (line, at) in lines.into_iter().zip(at) {
-                    _mm512_storeu_si512(out.add((8 * b + at) * LINE).cast(), _mm512_sub_epi8(line, bias));
-                }
-            }
-        }
-    }
-}
-
 /// Low and high bytes of weights times the scales of their runs.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
 unsafe fn expand256<W: Weights256>(body: *const u8, blocks: usize, out: *mut u8) {
@@ -333,8 +310,8 @@ unsafe fn expand_group<W: Weights256, const G: usize>(body: *const u8, out: *mut
     }
 }
 
-/// The probe: `rounds` times four full products, dependent only through their sums. Returns 0.
-pub(crate) fn products(proof: Amx, rounds: usize) -> i32 {
+/// The probe: `rounds` times four full products, dependent only through their sums.
+pub(crate) fn products(proof: Amx, rounds: usize) {
     let unit = Unit::new(proof, ROWS, 64);
     // SAFETY: the unit is set up; its registers are zero at first.
     unsafe {
@@ -349,5 +326,4 @@ pub(crate) fn products(proof: Amx, rounds: usize) -> i32 {
         }
     }
     drop(unit);
-    0
 }

@@ -46,10 +46,10 @@ pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
     unsafe {
         match layout.dtype {
-            WeightType::Q4_0 | WeightType::Q4_1 => expand32::<Q4>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q5_0 | WeightType::Q5_1 => expand32::<Q5>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::IQ4_NL => expand32::<Iq4>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::MXFP4 => expand32::<Mx4>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_0 | WeightType::Q4_1 => expand32::<Q4, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q5_0 | WeightType::Q5_1 => expand32::<Q5, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::IQ4_NL => expand32::<Iq4, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::MXFP4 => expand32::<Mx4, 0>(body, layout.blocks, out.as_mut_ptr()),
             WeightType::Q2_K => expand256::<Q2K>(body, layout, out.as_mut_ptr()),
             WeightType::Q3_K => expand256::<Q3K>(body, layout, out.as_mut_ptr()),
             WeightType::Q5_K => expand256::<Q5K>(body, layout, out.as_mut_ptr()),
@@ -112,7 +112,7 @@ unsafe fn four(at: *const i8) -> __m512i {
 }
 
 #[inline(always)]
-pub(super) unsafe fn line(at: *const u8) -> __m512i {
+unsafe fn line(at: *const u8) -> __m512i {
     // SAFETY: the caller's.
     unsafe { _mm512_loadu_si512(at.cast()) }
 }
@@ -647,17 +647,20 @@ unsafe fn run<W: Weights256, const N: usize>(
     }
 }
 
-/// For packed types, whose chunks are `APART`.
+/// `BIAS`: what is taken from every byte.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn expand32<W: Weights32>(body: *const u8, blocks: usize, out: *mut u8) {
+pub(super) unsafe fn expand32<W: Weights32, const BIAS: u8>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
     unsafe {
+        let bias = _mm512_set1_epi8(BIAS.cast_signed());
         for b in 0..blocks {
             ask_ahead(body.wrapping_add(b * W::BODY), W::BODY / LINE);
             for i in 0..4 {
-                let [low, high] = W::pair(body.add(b * W::BODY), i);
-                _mm512_storeu_si512(out.add((8 * b + i) * LINE).cast(), low);
-                _mm512_storeu_si512(out.add((8 * b + i + 4) * LINE).cast(), high);
+                let lines = W::pair(body.add(b * W::BODY), i);
+                let at = if W::APART { [i, i + 4] } else { [2 * i, 2 * i + 1] };
+                for (line, at) in lines.into_iter().zip(at) {
+                    _mm512_storeu_si512(out.add((8 * b + at) * LINE).cast(), _mm512_sub_epi8(line, bias));
+                }
             }
         }
     }

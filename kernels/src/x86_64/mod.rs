@@ -40,15 +40,6 @@ fn ask_ahead(line: *const u8, count: usize) {
     }
 }
 
-/// Asks for lines, into the second-level cache.
-#[expect(unsafe_code, reason = "instructions without effect on what is computed")]
-fn ask_for(bytes: &[u8]) {
-    for line in bytes.chunks(LINE) {
-        // SAFETY: any address may be asked for; nothing is read.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast()) };
-    }
-}
-
 /// Bytes of an expanded tile: one for every weight; Q8_0 is never expanded.
 fn expanded_bytes(layout: &Layout) -> usize {
     if layout.dtype == WeightType::Q8_0 { 0 } else { layout.blocks * layout.dtype.block_len() * ROWS }
@@ -63,10 +54,6 @@ impl Tiles for Avx512Tiles {
 
     fn wants_expanded(&self, _layout: &Layout, panels: usize, _columns: usize) -> bool {
         panels > 3
-    }
-
-    fn ask_for(&self, bytes: &[u8]) {
-        ask_for(bytes);
     }
 
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
@@ -94,10 +81,6 @@ impl Tiles for Avx2Tiles {
 
     fn wants_expanded(&self, layout: &Layout, panels: usize, columns: usize) -> bool {
         panels > 1 || columns > avx2::most_unpacked(layout.dtype, self.1.is_some())
-    }
-
-    fn ask_for(&self, bytes: &[u8]) {
-        ask_for(bytes);
     }
 
     fn expand(&self, layout: &Layout, tile: &[u8], out: &mut [u8]) {
