@@ -9,7 +9,7 @@ pub(crate) mod tests;
 use std::collections::BTreeMap;
 
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use plan::{manifest::CacheSpec, shard::Stage, worker::WorkerSpec};
+use plan::{fleet::FleetDraft, manifest::CacheSpec, shard::Stage, worker::WorkerSpec};
 use serde_json::{Map, Value, json};
 
 use self::{
@@ -18,9 +18,9 @@ use self::{
 };
 use crate::{
     host::Folders,
-    names::{self, DEPLOYMENT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
+    names::{self, DEPLOYMENT, DRAFT, DRAINING, REPLICA, REVISION, ROUTER_PORTS, SERVICE_PORT, STAGE, WORKER_PORT},
     resource::ModelDeployment,
-    revision::{self, Record, Revision, StageRecord},
+    revision::{self, DraftRecord, Record, Revision, StageRecord},
     rollout::{Id, Slot},
     validate::ValidatedDeployment,
 };
@@ -74,7 +74,7 @@ pub struct Resources {
     pub disruption_budget: Object,
     /// Where requests go.
     pub service: Object,
-    /// One for each replica and stage.
+    /// One for each replica and stage, and for each replica's draft model.
     pub stateful_sets: Vec<Object>,
 }
 
@@ -99,11 +99,12 @@ const WORKER_GRACE: u32 = 10;
 
 /// A deployment too large to be built.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("the specification of stage {stage} rank {rank} has {bytes} bytes, expected at most {PART}; use more stages")]
-pub struct TooLarge {
-    stage: usize,
-    rank: usize,
-    bytes: usize,
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum TooLarge {
+    #[error("the specification of stage {stage} rank {rank} has {bytes} bytes, expected at most {PART}; use more stages")]
+    Worker { stage: usize, rank: usize, bytes: usize },
+    #[error("the specification of the draft model has {bytes} bytes, expected at most {PART}; use a smaller one")]
+    Draft { bytes: usize },
 }
 
 /// Builds everything: `slots` are the replicas that are to exist, each of one of the `revisions`; `present` is the spec's. A replica of a
@@ -124,11 +125,16 @@ pub fn build(
     let mut config_maps = Vec::new();
     for stage in 0..valid.plan.stages.len() {
         let parts = specifications(valid, &specs, &present.name, stage)?;
-        config_maps.extend(parts.into_iter().map(|(name, data)| deployment.specification(name, &present.name, stage, data)));
+        config_maps.extend(parts.into_iter().map(|(name, data)| deployment.specification(name, &present.name, &stage.to_string(), data)));
+    }
+    if let Some((name, data)) = draft_specification(valid, &present.name)? {
+        config_maps.push(deployment.specification(name, &present.name, DRAFT, data));
     }
     let known = slots.iter().filter_map(|slot| Some((slot, &revisions.get(slot.id.revision.as_str())?.record)));
-    let stateful_sets = known
-        .flat_map(|(slot, record)| (0..record.stages.len()).map(|stage| deployment.stateful_set(slot, record, stage)).collect::<Vec<_>>());
+    let sets = |(slot, record): (&Slot, &Record)| {
+        let stages = (0..record.stages.len()).map(|stage| deployment.stage(slot, record, stage));
+        stages.chain(record.draft.as_ref().map(|draft| deployment.draft(slot, record, draft))).collect::<Vec<_>>()
+    };
     Ok(Resources {
         revision: present.object(object),
         config_maps,
@@ -136,7 +142,7 @@ pub fn build(
         network_policy: deployment.network_policy(),
         disruption_budget: deployment.disruption_budget(),
         service: deployment.service(),
-        stateful_sets: stateful_sets.collect(),
+        stateful_sets: known.flat_map(|(slot, record)| sets((slot, record))).collect(),
     })
 }
 
@@ -148,11 +154,29 @@ pub fn stages(valid: &ValidatedDeployment, revision: &str, settings: &Settings) 
     let specs = valid.worker_specs();
     let stage = |(index, stage): (usize, &Stage)| {
         let config_maps: Vec<String> = specifications(valid, &specs, revision, index)?.into_iter().map(|(name, _)| name).collect();
-        let need = stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD;
-        let pod = worker(settings, need, valid, &config_maps);
+        let pod = with_model(worker(settings, need(stage), valid, &config_maps), valid);
         Ok(StageRecord { ranks: stage.shards.len(), config_maps, pod })
     };
     valid.plan.stages.iter().enumerate().map(stage).collect()
+}
+
+/// The draft model of `revision`, as it is written down.
+///
+/// # Errors
+/// When its worker's specification does not fit into a ConfigMap.
+pub fn draft(valid: &ValidatedDeployment, revision: &str, settings: &Settings) -> Result<Option<DraftRecord>, TooLarge> {
+    let Some((draft, (name, _))) = valid.draft.as_ref().zip(draft_specification(valid, revision)?) else { return Ok(None) };
+    let need = draft.plan.stages.iter().map(need).max().unwrap_or(0);
+    let config_maps = vec![name];
+    // It is on a server, and shown nothing.
+    let pod = worker(settings, need, valid, &config_maps);
+    let FleetDraft { limits, cost, .. } = draft.fleet.clone();
+    Ok(Some(DraftRecord { limits, cost, worker: StageRecord { ranks: 1, config_maps, pod } }))
+}
+
+/// Bytes that the fullest worker of a stage asks for.
+fn need(stage: &Stage) -> u64 {
+    stage.shards.iter().map(|s| s.weight_bytes + s.kv_bytes).max().unwrap_or(0) + OVERHEAD
 }
 
 /// The specifications of a stage's ranks, packed into as few ConfigMaps as hold them: name and data of each.
@@ -167,27 +191,47 @@ fn specifications(
     Ok(parts.into_iter().enumerate().map(|(part, data)| (name(part), data)).collect())
 }
 
+/// The specification of the draft model's worker: name and data of its ConfigMap.
+fn draft_specification(valid: &ValidatedDeployment, revision: &str) -> Result<Option<(String, Data)>, TooLarge> {
+    let Some(spec) = valid.draft_spec() else { return Ok(None) };
+    let text = text(&spec);
+    if text.len() > PART {
+        return Err(TooLarge::Draft { bytes: text.len() });
+    }
+    let data = Map::from_iter([(key(0), text.into())]);
+    Ok(Some((names::draft_specification(&valid.name, &valid.uid, revision), data)))
+}
+
+fn text(spec: &WorkerSpec) -> String {
+    serde_json::to_string(spec).unwrap_or_else(|error| unreachable!("a specification is plain data: {error}"))
+}
+
+/// The file that a worker of this rank reads.
+fn key(rank: usize) -> String {
+    format!("rank-{rank}.json")
+}
+
 /// Packs specifications into as few maps as hold them.
 fn pack<'a>(specs: impl Iterator<Item = &'a WorkerSpec>) -> Result<Vec<Data>, TooLarge> {
     let mut parts: Vec<(usize, Data)> = vec![(0, Map::new())];
     for spec in specs {
-        let text = serde_json::to_string(spec).unwrap_or_else(|error| unreachable!("a specification is plain data: {error}"));
+        let text = text(spec);
         let (stage, rank, bytes) = (spec.shard.stage, spec.shard.rank, text.len());
         if bytes > PART {
-            return Err(TooLarge { stage, rank, bytes });
+            return Err(TooLarge::Worker { stage, rank, bytes });
         }
         if parts.last().is_some_and(|(used, _)| used + bytes > PART) {
             parts.push((0, Map::new()));
         }
         if let Some((used, data)) = parts.last_mut() {
             *used += bytes;
-            data.insert(format!("rank-{rank}.json"), text.into());
+            data.insert(key(rank), text.into());
         }
     }
     Ok(parts.into_iter().map(|(_, data)| data).collect())
 }
 
-/// The pod of a worker. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
+/// The pod of a worker, of whichever model. It is the same for every replica and rank: they tell themselves apart by their pod's labels.
 fn worker(settings: &Settings, need: u64, valid: &ValidatedDeployment, config_maps: &[String]) -> Value {
     let spec = valid.manifest.spec();
     let limit = spec.workers.resources.limits.memory.map(|m| m.0);
@@ -231,10 +275,15 @@ fn worker(settings: &Settings, need: u64, valid: &ValidatedDeployment, config_ma
     let mut pod = pod::template(names::WORKER_ACCOUNT, WORKER_GRACE, container);
     pod::schedule(&mut pod, &spec.workers);
     pod["volumes"] = json!([{ "name": "spec", "projected": { "sources": sources } }, cache(&spec.cache, valid.node_cache.as_deref())]);
+    pod
+}
+
+/// Gives a worker what it finds the model by, where that is on no server, and what its source is shown.
+fn with_model(mut pod: Value, valid: &ValidatedDeployment) -> Value {
     if let Some(place) = &valid.place {
         place.mount(&mut pod);
     }
-    if let Some(secret) = &spec.model.credentials_secret_ref {
+    if let Some(secret) = &valid.manifest.spec().model.credentials_secret_ref {
         pod::with_secret(&mut pod, ("credentials", CREDENTIALS), &secret.name);
     }
     pod
@@ -283,31 +332,42 @@ impl Build<'_> {
         owned((version, kind), name, labels, std::slice::from_ref(&self.owner), rest)
     }
 
-    /// A part of the specifications of a stage of a revision.
-    fn specification(&self, name: String, revision: &str, stage: usize, data: Data) -> Object {
-        let labels = self.labels("worker", &[(REVISION, revision), (STAGE, &stage.to_string())]);
+    /// A part of the specifications of a stage of a revision, or that of its draft model.
+    fn specification(&self, name: String, revision: &str, stage: &str, data: Data) -> Object {
+        let labels = self.labels("worker", &[(REVISION, revision), (STAGE, stage)]);
         self.object(("v1", "ConfigMap"), name, labels, json!({ "data": data, "immutable": true }))
     }
 
     /// The workers of one stage of one replica: the ordinal is the rank.
-    fn stateful_set(&self, slot: &Slot, record: &Record, stage: usize) -> Object {
+    fn stage(&self, slot: &Slot, record: &Record, stage: usize) -> Object {
+        let replica = revision::replica_name(self.object, &slot.id);
+        self.stateful_set(slot, (&replica, stage, &stage.to_string()), &record.stages[stage], record.plain)
+    }
+
+    /// The worker of the draft model of one replica: it is a replica of its own, of one stage.
+    fn draft(&self, slot: &Slot, record: &Record, draft: &DraftRecord) -> Object {
+        let replica = FleetDraft::name(&revision::replica_name(self.object, &slot.id));
+        self.stateful_set(slot, (&replica, 0, DRAFT), &draft.worker, record.plain)
+    }
+
+    /// Workers of the stage `stage` of `replica`, which `label` stands for; `plain`: they prove no names.
+    fn stateful_set(&self, slot: &Slot, (replica, stage, label): (&str, usize, &str), workers: &StageRecord, plain: bool) -> Object {
         let Id { revision, number } = &slot.id;
-        let name = revision::replica_name(self.object, &slot.id);
-        let identity = [(REVISION, revision.as_str()), (REPLICA, &number.to_string()), (STAGE, &stage.to_string())];
+        let identity = [(REVISION, revision.as_str()), (REPLICA, &number.to_string()), (STAGE, label)];
         let labels = self.labels("worker", &identity);
         let mut of_pod = labels.clone();
-        of_pod[names::REPLICA_NAME] = name.as_str().into();
+        of_pod[names::REPLICA_NAME] = replica.into();
         let mut selector = json!({ DEPLOYMENT: self.object.name() });
         identity.iter().for_each(|(key, value)| selector[*key] = (*value).into());
-        let mut pod = record.stages[stage].pod.clone();
+        let mut pod = workers.pod.clone();
         if let Some(meeting) = self.reach.meeting {
             with_args(&mut pod["containers"][0], ["--announce", meeting]);
         }
-        if !record.plain {
-            with_identity(&mut pod, &names::identity(&name, stage));
+        if !plain {
+            with_identity(&mut pod, &names::identity(replica, stage));
         }
         let rest = json!({ "spec": {
-            "replicas": record.stages[stage].ranks,
+            "replicas": workers.ranks,
             "serviceName": names::workers(self.object.name()),
             "podManagementPolicy": "Parallel",
             // Workers are replaced by the operator's decision alone, never because a template changed.
@@ -315,7 +375,7 @@ impl Build<'_> {
             "selector": { "matchLabels": selector },
             "template": { "metadata": { "labels": of_pod }, "spec": pod },
         }});
-        let mut set = self.object(("apps/v1", "StatefulSet"), names::stateful_set(&name, stage), labels, rest);
+        let mut set = self.object(("apps/v1", "StatefulSet"), names::stateful_set(replica, stage), labels, rest);
         if let Some(since) = slot.draining {
             set.body["metadata"]["annotations"] = json!({ DRAINING: since.to_string() });
         }
@@ -352,7 +412,9 @@ impl Build<'_> {
     }
 
     fn disruption_budget(&self) -> Object {
-        let spec = json!({ "maxUnavailable": 1, "selector": { "matchLabels": self.workers() } });
+        // A replica answers without its draft model too.
+        let of_stages = json!([{ "key": STAGE, "operator": "NotIn", "values": [DRAFT] }]);
+        let spec = json!({ "maxUnavailable": 1, "selector": { "matchLabels": self.workers(), "matchExpressions": of_stages } });
         self.object(
             ("policy/v1", "PodDisruptionBudget"),
             names::workers(self.object.name()),

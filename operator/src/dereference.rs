@@ -37,6 +37,8 @@ pub struct Fetched {
     pub access: Access,
     /// The header of the model; `None` where the spec names a source that this process cannot read.
     pub header: Option<Result<Arc<ModelHeader>, Unresolved>>,
+    /// The header of the draft model; `None` where the spec names none, or one that is on no server.
+    pub draft: Option<Result<Arc<ModelHeader>, Unresolved>>,
     /// The adapters that the spec names, where the header of the model is known.
     pub adapters: Vec<Opened>,
     /// The ConfigMap that the chat template is in, by name, where one is named and exists.
@@ -105,6 +107,11 @@ pub async fn dereference(
         };
         Ok((Some(header), adapters))
     };
+    let draft = async {
+        // What the model's source is shown is not for others.
+        let uri = object.spec["engine"]["draft"]["model"]["uri"].as_str().filter(|uri| ModelSpec::is_remote(uri))?;
+        Some(models.header(uri, None).await)
+    };
     let template = async {
         match object.spec["chat"]["template"]["configMapKeyRef"]["name"].as_str() {
             Some(map) => Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(map).await,
@@ -127,11 +134,12 @@ pub async fn dereference(
         })
     };
     let access = Access::of(client, folders, namespace, &object.spec);
-    let (model, template, standing, access) = tokio::join!(header, template, standing, access);
+    let (model, draft, template, standing, access) = tokio::join!(header, draft, template, standing, access);
     let (header, adapters) = model?;
     Ok(Fetched {
         access: access?,
         header,
+        draft,
         adapters,
         template: template?.and_then(|map| Some((map.metadata.name?, map.data.unwrap_or_default()))),
         taken: taken(object, others),

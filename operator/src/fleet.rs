@@ -135,14 +135,16 @@ pub struct Said {
     pub sequences: Option<u32>,
     /// Its adapters, by numerics id.
     pub adapters: BTreeMap<String, Presence>,
+    /// Its draft model, where it has one.
+    pub draft: Option<Presence>,
 }
 
-/// What routers say of an adapter on a replica.
+/// What routers say of an adapter on a replica, or of its draft model.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Presence {
     /// Every worker has it.
     pub ready: bool,
-    /// Why it cannot be loaded.
+    /// Why it cannot be loaded, or was lost.
     pub failure: Option<String>,
 }
 
@@ -152,7 +154,8 @@ impl Said {
         let part = |said: &Self| (said.fetch, (said.fetched * FETCH_PARTS).checked_div(said.fetch));
         // A failure that is only how far a worker is would have a deployment looked at with every report.
         let failure = |said: &Self| said.last_failure.clone().filter(|_| said.fetched == said.fetch);
-        (self.ready, failure(self), part(self), &self.adapters) != (other.ready, failure(other), part(other), &other.adapters)
+        let all = |said: &Self| (said.ready, failure(said), part(said));
+        all(self) != all(other) || (&self.adapters, &self.draft) != (&other.adapters, &other.draft)
     }
 }
 
@@ -402,6 +405,7 @@ impl Space {
                 known.fetch_seconds = inner.paces.get(name).and_then(|pace| seconds_left(*pace, said));
             }
             known.sequences = Some(known.sequences.unwrap_or(0) + said.sequences.unwrap_or(0));
+            known.draft = known.draft.take().or_else(|| said.draft.clone());
             for (numerics, said) in &said.adapters {
                 let adapter = known.adapters.entry(numerics.clone()).or_default();
                 adapter.ready |= said.ready;
@@ -429,12 +433,12 @@ impl Space {
         let mut inner = lock(&self.inner);
         let said = |r: wire::ReplicaState| {
             let last_failure = Some(one_line(&r.last_failure)).filter(|f| !f.is_empty());
-            let adapter = |a: wire::AdapterState| {
-                (a.numerics, Presence { ready: a.ready, failure: Some(one_line(&a.failure)).filter(|f| !f.is_empty()) })
-            };
-            let adapters = r.adapters.into_iter().map(adapter).collect();
+            let presence = |ready, failure: &str| Presence { ready, failure: Some(one_line(failure)).filter(|f| !f.is_empty()) };
+            let adapters = r.adapters.into_iter().map(|a| (a.numerics, presence(a.ready, &a.failure))).collect();
+            let draft = r.draft.map(|d| presence(d.ready, &d.failure));
             let (fetch, fetched) = (r.fetch_bytes, r.fetched_bytes.min(r.fetch_bytes));
-            let said = Said { ready: r.ready, last_failure, fetch, fetched, fetch_seconds: None, sequences: Some(r.sequences), adapters };
+            let said =
+                Said { ready: r.ready, last_failure, fetch, fetched, fetch_seconds: None, sequences: Some(r.sequences), adapters, draft };
             (r.name, said)
         };
         let measured = report.loads.iter().map(|load| (load.deployment.clone(), measured(load))).collect();

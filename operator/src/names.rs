@@ -48,8 +48,10 @@ pub const REPLICA: &str = "skein.dev/replica";
 pub const REPLICA_NAME: &str = "skein.dev/replica-name";
 /// Annotation of StatefulSets: since when the replica drains, in seconds since 1970.
 pub const DRAINING: &str = "skein.dev/draining-since";
-/// Label: number of the stage.
+/// Label: number of the stage, or [`DRAFT`].
 pub const STAGE: &str = "skein.dev/stage";
+/// In place of a stage's number: the worker of a draft model.
+pub const DRAFT: &str = "draft";
 /// Label that the StatefulSet controller sets: the ordinal, which is the rank.
 pub const RANK: &str = "apps.kubernetes.io/pod-index";
 
@@ -96,6 +98,11 @@ pub fn pod(replica: &str, stage: usize, rank: usize) -> String {
 /// Name of a part of the worker specifications of a stage; replicas of a revision share them.
 pub fn specification(name: &str, uid: &str, revision: &str, stage: usize, part: usize) -> String {
     format!("{}-{}-s{stage}-{part}", cut(name), digest(&[uid, revision], 8))
+}
+
+/// Name of the worker specification of a draft model; replicas of a revision share it.
+pub fn draft_specification(name: &str, uid: &str, revision: &str) -> String {
+    format!("{}-{}-{DRAFT}", cut(name), digest(&[uid, revision], 8))
 }
 
 /// Name of the pod that reads the headers of a deployment's model, and is `pod`.
@@ -155,6 +162,8 @@ pub fn worker_address(ip: IpAddr) -> String {
 
 #[cfg(test)]
 mod tests {
+    use plan::fleet::FleetDraft;
+
     use super::*;
 
     #[test]
@@ -162,6 +171,8 @@ mod tests {
         let long = "a".repeat(45);
         let name = stateful_set(&replica(&long, "uid", "0123456789", 999), 255);
         assert!(name.len() <= 52, "{name} has {}", name.len());
+        let draft = stateful_set(&FleetDraft::name(&replica(&long, "uid", "0123456789", 999)), 0);
+        assert!(draft.len() <= 52, "{draft} has {}", draft.len());
         assert!(name.starts_with(&"a".repeat(24)));
         let base = replica("a", "u", "r", 0);
         for other in [replica("a", "v", "r", 0), replica("a", "u", "s", 0), replica("a", "u", "r", 1)] {

@@ -6,7 +6,7 @@ use k8s_openapi::api::{apps::v1::StatefulSet, core::v1::Pod};
 
 use crate::{
     dereference::Standing,
-    names::{DRAINING, REPLICA, REVISION},
+    names::{DRAFT, DRAINING, REPLICA, REVISION, STAGE},
     resource::ModelDeployment,
     revision::{Record, Revision, replica_name},
     rollout::{Id, Placement, Seen},
@@ -16,6 +16,17 @@ use crate::{
 pub fn id(labels: Option<&BTreeMap<String, String>>) -> Option<Id> {
     let labels = labels?;
     Some(Id { revision: labels.get(REVISION)?.clone(), number: labels.get(REPLICA)?.parse().ok()? })
+}
+
+/// Whether an object is of a draft model's worker, by its labels.
+pub fn is_draft(labels: Option<&BTreeMap<String, String>>) -> bool {
+    labels.and_then(|labels| labels.get(STAGE)).is_some_and(|stage| stage == DRAFT)
+}
+
+/// Whether a pod is that of a worker of this replica which it cannot answer without.
+pub fn is_worker(pod: &Pod, of: &Id) -> bool {
+    let labels = pod.metadata.labels.as_ref();
+    id(labels).as_ref() == Some(of) && !is_draft(labels)
 }
 
 /// Where workers were told to find a router.
@@ -45,7 +56,7 @@ pub fn replicas(object: &ModelDeployment, standing: &Standing, revisions: &BTree
             draining: sets.iter().filter_map(|s| s.metadata.annotations.as_ref()?.get(DRAINING)?.parse().ok()).min(),
             leaving,
             sequences: said.and_then(|s| s.sequences),
-            placement: placement(standing.pods.iter().filter(|p| self::id(p.metadata.labels.as_ref()).as_ref() == Some(&id))),
+            placement: placement(standing.pods.iter().filter(|pod| is_worker(pod, &id))),
             covers: record.is_some_and(|record| record.covers(wanted)),
             id,
         }

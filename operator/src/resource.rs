@@ -218,10 +218,27 @@ pub struct PlanStatus {
     /// Its stages.
     #[schemars(length(max = 256), extend("x-kubernetes-list-type" = "map", "x-kubernetes-list-map-keys" = ["index"]))]
     pub stages: Vec<StageStatus>,
+    /// The worker of the draft model of each replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draft: Option<DraftPlanStatus>,
     /// Whether every worker fits into its memory.
     pub fits: bool,
     /// Why, with numbers.
     pub message: String,
+}
+
+/// The worker of a draft model.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DraftPlanStatus {
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// Bytes of its KV cache.
+    pub kv_bytes: u64,
+    /// Longest sequence that it guesses for, in tokens.
+    pub context_tokens: u64,
+    /// What a token takes it, in thousandths of what one takes the model.
+    pub cost: u32,
 }
 
 /// One stage of the plan.
@@ -269,6 +286,19 @@ pub struct ReplicaStatus {
     /// What went wrong last, as routers saw it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub last_failure: Option<String>,
+    /// Its draft model, where it has one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub draft: Option<DraftStatus>,
+}
+
+/// The draft model of a replica.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DraftStatus {
+    /// Ready: it guesses. Loading: it is on its way. Failed: the replica answers without it, as long as it cannot be asked.
+    pub state: LoadPhase,
+    /// How far it is, or why it cannot be asked.
+    pub message: String,
 }
 
 /// How far a replica is.
@@ -290,15 +320,15 @@ pub struct AdapterStatus {
     /// What requests name behind the model's name and a colon.
     pub name: String,
     /// Loading: some replica that answers does not have it yet. Ready: each has it. Failed: see the message.
-    pub state: AdapterPhase,
+    pub state: LoadPhase,
     /// Where it is, or why not.
     pub message: String,
 }
 
-/// How far an adapter is.
+/// How far an adapter is, or a draft model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[expect(missing_docs, reason = "AdapterStatus says it")]
-pub enum AdapterPhase {
+#[expect(missing_docs, reason = "AdapterStatus and DraftStatus say it")]
+pub enum LoadPhase {
     #[default]
     Loading,
     Ready,

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use k8s_openapi::{apimachinery::pkg::apis::meta::v1::ObjectMeta, jiff::Timestamp};
 use plan::{
-    fleet::{FleetReplica, ReplicaLimits},
+    fleet::{FleetDraft, FleetReplica, ReplicaLimits},
     manifest::parse_quantity,
 };
 use serde::{Deserialize, Serialize};
@@ -38,6 +38,9 @@ pub struct Record {
     pub limits: ReplicaLimits,
     /// Its stages.
     pub stages: Vec<StageRecord>,
+    /// Its draft model.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub draft: Option<DraftRecord>,
     /// Its workers prove no names. That they do is said nowhere, and how is no part of a revision: certificates change under pods that run.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub plain: bool,
@@ -55,6 +58,18 @@ pub struct StageRecord {
     pub pod: Value,
 }
 
+/// The draft model of a revision.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct DraftRecord {
+    /// What its worker holds.
+    pub limits: ReplicaLimits,
+    /// What a step of it takes, in thousandths of one of the model.
+    pub cost: u32,
+    /// Its one worker.
+    pub worker: StageRecord,
+}
+
 /// A revision.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Revision {
@@ -69,7 +84,7 @@ pub struct Revision {
 }
 
 impl Record {
-    /// Workers of a replica.
+    /// Workers of a replica, that of its draft model not counted.
     pub fn workers(&self) -> usize {
         self.stages.iter().map(|s| s.ranks).sum()
     }
@@ -80,6 +95,11 @@ impl Record {
         own.iter().zip(wanted).all(|(own, wanted)| own.0 >= wanted.0 && own.1 >= wanted.1)
     }
 
+    /// What its StatefulSets are made of: its stages, and its draft model.
+    fn sets(&self) -> impl Iterator<Item = &StageRecord> {
+        self.stages.iter().chain(self.draft.as_ref().map(|draft| &draft.worker))
+    }
+
     /// CPU and memory that a replica asks for: in all, and for its largest worker.
     fn needs(&self) -> [(f64, f64); 2] {
         ["cpu", "memory"].map(|resource| {
@@ -87,7 +107,7 @@ impl Record {
                 let asked = stage.pod["containers"][0]["resources"]["requests"][resource].as_str().and_then(parse_quantity).unwrap_or(0.0);
                 (asked * stage.ranks as f64, asked)
             };
-            self.stages.iter().map(of).fold((0.0, 0.0), |(sum, most), (all, one)| (sum + all, f64::max(most, one)))
+            self.sets().map(of).fold((0.0, 0.0), |(sum, most), (all, one)| (sum + all, f64::max(most, one)))
         })
     }
 }
@@ -114,6 +134,7 @@ impl Revision {
                 numerics: valid.numerics.clone(),
                 limits: valid.limits(),
                 stages,
+                draft: build::draft(valid, &name, settings)?,
                 plain: !settings.proven,
             };
             match known.iter().find(|r| r.name == name) {
@@ -158,11 +179,18 @@ impl Revision {
 
     /// Names of its ConfigMaps.
     pub fn config_maps(&self) -> impl Iterator<Item = &str> {
-        self.record.stages.iter().flat_map(|s| s.config_maps.iter().map(String::as_str))
+        self.record.sets().flat_map(|s| s.config_maps.iter().map(String::as_str))
     }
 
-    /// What routers are told of a replica; `address` finds a worker by stage and rank, and is empty where it is not known yet.
-    pub fn replica(&self, name: String, draining: bool, address: impl Fn(usize, usize) -> String) -> FleetReplica {
+    /// What routers are told of a replica; `address` finds a worker by stage and rank, `draft` that of its draft model; both are empty where it is
+    /// not known yet.
+    pub fn replica(
+        &self,
+        name: String,
+        draining: bool,
+        address: impl Fn(usize, usize) -> String,
+        draft: impl FnOnce() -> String,
+    ) -> FleetReplica {
         FleetReplica {
             name,
             revision: self.name.clone(),
@@ -177,7 +205,13 @@ impl Revision {
                 .enumerate()
                 .map(|(stage, of)| (0..of.ranks).map(|rank| address(stage, rank)).collect())
                 .collect(),
-            draft: None,
+            draft: self.record.draft.as_ref().map(|of| FleetDraft {
+                worker: draft(),
+                limits: of.limits.clone(),
+                cost: of.cost,
+                // The operator reads no tokenizers.
+                compared: false,
+            }),
         }
     }
 }
@@ -185,7 +219,8 @@ impl Revision {
 impl Record {
     /// Whether two records make the same workers; the specs they came from may differ in what is not the workers'.
     fn same_workers(&self, other: &Self) -> bool {
-        (&self.numerics, &self.limits, &self.stages, self.plain) == (&other.numerics, &other.limits, &other.stages, other.plain)
+        let Self { spec: _, numerics, limits, stages, draft, plain } = self;
+        (numerics, limits, stages, draft, *plain) == (&other.numerics, &other.limits, &other.stages, &other.draft, other.plain)
     }
 }
 
@@ -195,6 +230,9 @@ fn name(valid: &ValidatedDeployment, settings: &Settings, collisions: u32) -> Re
     let stages = build::stages(valid, "", settings)?;
     let mut parts =
         json!({ "numerics": valid.numerics, "limits": valid.limits(), "stages": stages, "specifications": valid.worker_specs() });
+    if let Some((draft, spec)) = build::draft(valid, "", settings)?.zip(valid.draft_spec()) {
+        parts["draft"] = json!({ "record": draft, "specification": spec });
+    }
     if !settings.proven {
         parts["plain"] = true.into();
     }

@@ -1,6 +1,7 @@
 //! Fifth step: what came of it, as status. Computed from what was applied and what stands; pure but for the last function.
 
 mod adapters;
+mod drafts;
 mod news;
 mod replicas;
 
@@ -10,7 +11,10 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use plan::{manifest::API_VERSION, shard::ExecutionPlan};
+use plan::{
+    manifest::API_VERSION,
+    shard::{ExecutionPlan, Shard},
+};
 use serde_json::json;
 
 pub use self::news::news;
@@ -22,8 +26,8 @@ use crate::{
     dereference::Standing,
     names::{self, MANAGER},
     resource::{
-        Address, Condition, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, RevisionStatus, RoutersStatus,
-        StageStatus, Status, now,
+        Address, Condition, DraftPlanStatus, ModelDeployment, ModelStatus, PlanStatus, ReplicaPhase, ReplicaStatus, RevisionStatus,
+        RoutersStatus, StageStatus, Status, now,
     },
     revision::Revision,
     rollout::{Goal, Plan, Progress},
@@ -65,7 +69,7 @@ pub const REASONS: [(&str, &[&str]); 10] = [
     (ROUTER_READY, &["Ready", "Deploying", "NoEndpoints", "PortConflict"]),
     (AVAILABLE, &["MinimumReplicasAvailable", "Unavailable", "ScaledToZero"]),
     (PROGRESSING, &["NewRevision", "RollingOut", "Paused", "ProgressDeadlineExceeded", "RolloutComplete"]),
-    (DEGRADED, &["AsExpected", "StageRecovering", "ReplicaUnavailable", "AdapterFailed"]),
+    (DEGRADED, &["AsExpected", "StageRecovering", "ReplicaUnavailable", "AdapterFailed", "DraftFailed"]),
     (SCALING_ACTIVE, &["ValidMetrics", "MetricsStale", "AtMax", "AtZero", "ExternallyManaged", "Disabled"]),
 ];
 
@@ -139,7 +143,7 @@ pub fn planned(object: &ModelDeployment, valid: &ValidatedDeployment, revision: 
     status.collision_count = collisions;
     status.desired_replicas = valid.replicas();
     status.model = Some(model(valid));
-    status.plan = Some(plan(&valid.plan));
+    status.plan = Some(plan(valid));
     let name = &valid.manifest.spec().model.uri;
     set(&mut status, object, ACCEPTED, (true, "Accepted", format!("planned: {}", valid.plan.message)));
     set(&mut status, object, MODEL_RESOLVED, (true, "Resolved", format!("the header of {name} was read")));
@@ -206,7 +210,9 @@ pub fn applied(object: &ModelDeployment, view: &View<'_>) -> Status {
     let (truth, reason, message) = progressing(object, view, &replicas);
     put(&mut status, object, PROGRESSING, truth, reason, message);
     status.adapters = adapters::states(view, &replicas);
-    let degraded = degraded(view, &replicas).unwrap_or_else(|| adapters::degraded(&status.adapters));
+    let beside = || adapters::degraded(&status.adapters).or_else(|| drafts::degraded(&replicas));
+    let degraded = degraded(view, &replicas).or_else(beside);
+    let degraded = degraded.unwrap_or_else(|| (false, "AsExpected", "every replica that answered does".to_owned()));
     set(&mut status, object, DEGRADED, degraded);
     status.replica_states = replicas.into_iter().take(LISTED).collect();
     summarize(&mut status, object);
@@ -262,7 +268,8 @@ fn model(valid: &ValidatedDeployment) -> ModelStatus {
     }
 }
 
-fn plan(plan: &ExecutionPlan) -> PlanStatus {
+fn plan(valid: &ValidatedDeployment) -> PlanStatus {
+    let plan = &valid.plan;
     let stage = |(index, stage): (usize, &plan::shard::Stage)| StageStatus {
         index: index as u32,
         first_layer: stage.layers.start as u32,
@@ -271,7 +278,14 @@ fn plan(plan: &ExecutionPlan) -> PlanStatus {
         weight_bytes: stage.shards.iter().map(|s| s.weight_bytes).max().unwrap_or(0),
         kv_bytes: stage.shards.iter().map(|s| s.kv_bytes).max().unwrap_or(0),
     };
-    PlanStatus { stages: plan.stages.iter().enumerate().map(stage).collect(), fits: plan.fits, message: plan.message.clone() }
+    let fullest = |plan: &ExecutionPlan, bytes: fn(&Shard) -> u64| plan.stages.iter().flat_map(|s| &s.shards).map(bytes).max().unwrap_or(0);
+    let draft = valid.draft.as_ref().map(|draft| DraftPlanStatus {
+        weight_bytes: fullest(&draft.plan, |s| s.weight_bytes),
+        kv_bytes: fullest(&draft.plan, |s| s.kv_bytes),
+        context_tokens: draft.plan.max_context as u64,
+        cost: draft.fleet.cost,
+    });
+    PlanStatus { stages: plan.stages.iter().enumerate().map(stage).collect(), draft, fits: plan.fits, message: plan.message.clone() }
 }
 
 fn set(status: &mut Status, object: &ModelDeployment, kind: &str, (truth, reason, message): (bool, &str, String)) {

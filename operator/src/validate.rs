@@ -4,10 +4,10 @@ use std::{borrow::Cow, sync::Arc};
 
 use plan::{
     adapter::AdapterSource,
-    fleet::ReplicaLimits,
-    manifest::{API_VERSION, AdapterSpec, KIND, Manifest},
+    fleet::{FleetDraft, ReplicaLimits},
+    manifest::{API_VERSION, AdapterSpec, DraftModelSpec, KIND, Manifest, ModelSpec},
     model::ModelHeader,
-    planner::{self, Capacity, Origin},
+    planner::{self, Capacity, DraftError, Origin},
     shard::ExecutionPlan,
     worker::{CollectiveKind, WorkerSpec},
 };
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use crate::{
     build::place::{Place, Volume},
     dereference::Fetched,
-    models::{Opened, Unresolved},
+    models::{Opened, Unresolved, chain},
     names,
     resource::ModelDeployment,
     status::{ACCEPTED, MODEL_RESOLVED},
@@ -43,8 +43,21 @@ pub struct ValidatedDeployment {
     pub plan: ExecutionPlan,
     /// What decides the bits of its replicas.
     pub numerics: String,
+    /// What guesses for it.
+    pub draft: Option<Draft>,
     /// Its adapters, or why one is none. They are no part of a revision: they come and go while its workers run.
     pub adapters: Vec<Adapter>,
+}
+
+/// A draft model beside each replica.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    /// Where it comes from.
+    pub source: DraftModelSpec,
+    /// How its worker is laid out.
+    pub plan: ExecutionPlan,
+    /// What routers are told of it, but for its worker.
+    pub fleet: FleetDraft,
 }
 
 /// An adapter by its name, and what workers are told, or why nothing.
@@ -89,6 +102,14 @@ impl ValidatedDeployment {
         planner::worker_specs(&self.plan, &origin, 1, CollectiveKind::Tcp)
     }
 
+    /// What the worker of its draft model is told; replicas share it.
+    pub fn draft_spec(&self) -> Option<WorkerSpec> {
+        let Draft { source, plan, .. } = self.draft.as_ref()?;
+        let name = FleetDraft::name(&self.name);
+        let origin = Origin { replica: &name, uri: &source.uri, digest: source.digest.as_deref() };
+        planner::worker_specs(plan, &origin, 1, CollectiveKind::Tcp).into_iter().next()
+    }
+
     /// Folders of nodes that its pods have.
     pub fn node_folders(&self) -> Vec<&str> {
         let model = self.place.as_ref().and_then(|place| match &place.volume {
@@ -119,10 +140,10 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
     let (place, node_cache) = (fetched.access.place(&model.uri)?, fetched.access.cache(manifest.spec().cache.policy)?);
     let header = match &fetched.header {
         Some(Ok(header)) => Arc::new(manifest.loaded(header)),
-        Some(Err(unresolved)) => return Err(unresolvable(unresolved)),
+        Some(Err(unresolved)) => return Err(unresolvable(unresolved, MODEL)),
         None => {
             let message = format!("nobody has read the header of {} yet", model.uri);
-            return Err(unresolvable(&Unresolved { reason: "Resolving", message }));
+            return Err(unresolvable(&Unresolved { reason: "Resolving", message }, MODEL));
         }
     };
     // A worker may take what its limit says; where there is none, the scheduler finds a node for what the plan needs.
@@ -140,6 +161,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         name: object.name().to_owned(),
         namespace: object.namespace().to_owned(),
         uid: object.uid().to_owned(),
+        draft: draft(&manifest, fetched, (&header, &plan))?,
         adapters: adapters(&manifest, fetched),
         manifest,
         header,
@@ -148,6 +170,35 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         plan,
         numerics,
     })
+}
+
+/// The draft model of a manifest, laid out beside its model.
+fn draft(manifest: &Manifest, fetched: &Fetched, (header, plan): (&ModelHeader, &ExecutionPlan)) -> Result<Option<Draft>, Rejection> {
+    let Some(source) = manifest.spec().engine.draft.model.clone() else { return Ok(None) };
+    let own = match &fetched.draft {
+        Some(Ok(header)) => header,
+        Some(Err(unresolved)) => return Err(unresolvable(unresolved, DRAFT)),
+        None => {
+            let message = format!("nobody has read the header of {} yet", source.uri);
+            return Err(unresolvable(&Unresolved { reason: "Resolving", message }, DRAFT));
+        }
+    };
+    let capacity = Capacity { memory_bytes: manifest.spec().workers.resources.limits.memory.map(|m| m.0) };
+    let laid_out = planner::check_draft(header, own).and_then(|()| {
+        let draft = planner::plan_draft(own, plan.max_context, &capacity)?;
+        Ok((FleetDraft::of(&draft, plan)?, draft))
+    });
+    match laid_out {
+        Ok((fleet, plan)) => Ok(Some(Draft { source, plan, fleet })),
+        Err(error) => {
+            let next = match error {
+                DraftError::Memory { .. } => "raise spec.workers.resources.limits.memory, or name a smaller one",
+                _ => "name another",
+            };
+            let message = format!("{DRAFT}: {} cannot guess for this model: {}; {next}", source.uri, chain(&error));
+            Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed))
+        }
+    }
 }
 
 /// The adapters of a manifest, as far as they were read.
@@ -181,10 +232,13 @@ pub fn read(object: &ModelDeployment, spec: &Value, fetched: &Fetched) -> Result
     if object.name() == names::POOL {
         return Err(invalid("metadata.name", "this is the name of the namespace's router pool, expected another"));
     }
-    if manifest.spec().engine.draft.model.is_some() {
-        let message =
-            "draft models are not there on a cluster yet, skein run and skein serve have them; expected none, or promptLookup alone";
-        return Err(invalid("spec.engine.draft.model", message));
+    if let Some(draft) = manifest.spec().engine.draft.model.as_ref().filter(|draft| !ModelSpec::is_remote(&draft.uri)) {
+        let message = format!(
+            "{DRAFT}: {} is a path of a node, and draft models are not read from nodes, whatever the namespace allows; name it by hf://, s3://, \
+             gs://, oci://, http:// or https://",
+            draft.uri
+        );
+        return Err(refuse(ACCEPTED, "HostPathForbidden", message, Until::Changed));
     }
     Ok(manifest)
 }
@@ -193,25 +247,32 @@ fn refuse(condition: &'static str, reason: &'static str, message: String, until:
     Rejection { condition, reason, message, until }
 }
 
-/// What a source's failure means.
-fn unresolvable(unresolved: &Unresolved) -> Rejection {
+/// Fields that name a model.
+const MODEL: &str = "spec.model";
+const DRAFT: &str = "spec.engine.draft.model";
+
+/// What a source's failure means; `field` names the model.
+fn unresolvable(unresolved: &Unresolved, field: &str) -> Rejection {
     let (condition, reason, next, until) = match unresolved.reason {
         "InvalidSpec" => (ACCEPTED, "InvalidSpec", "correct spec.model.uri", Until::Changed),
         "Resolving" => (MODEL_RESOLVED, "Resolving", "the model is planned when it has ended", Until::Elsewhere),
         "InspectionWaits" => (MODEL_RESOLVED, "SourceUnreachable", "it is looked at again", Until::Elsewhere),
         "NotFound" => (MODEL_RESOLVED, "NotFound", "check spec.model.uri; it is looked for again", Until::Source),
-        "Unauthorized" => (
-            MODEL_RESOLVED,
-            "Unauthorized",
-            "correct the Secret that spec.model.credentialsSecretRef names, or name one; it is tried again",
-            Until::Source,
-        ),
+        "Unauthorized" => (MODEL_RESOLVED, "Unauthorized", unauthorized(field), Until::Source),
         "DigestMismatch" => (MODEL_RESOLVED, "DigestMismatch", "correct spec.model.digest", Until::Source),
         "SourceUnreachable" | "DownloadFailed" => (MODEL_RESOLVED, "SourceUnreachable", "it is tried again", Until::Source),
         // What is left are the reasons of headers: there are bytes, and they are no model that can be run.
         _ => (ACCEPTED, "UnsupportedArchitecture", "deploy a model of a supported architecture and type", Until::Source),
     };
-    refuse(condition, reason, format!("{}; {next}", unresolved.message), until)
+    refuse(condition, reason, format!("{}; {}", unresolved.message, next.replace(MODEL, field)), until)
+}
+
+/// What to do where a source lets nobody in.
+fn unauthorized(field: &str) -> &'static str {
+    match field {
+        DRAFT => "the source of a draft model is shown no credentials, so name one in spec.model.uri that asks for none; it is tried again",
+        _ => "correct the Secret that spec.model.credentialsSecretRef names, or name one; it is tried again",
+    }
 }
 
 #[cfg(test)]

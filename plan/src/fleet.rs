@@ -177,4 +177,7 @@ pub struct FleetDraft {
     pub limits: ReplicaLimits,
     /// What a step of one row takes, in thousandths of such a step of the replica.
     pub cost: u32,
+    /// Its tokens were found to be the model's; else a router compares them before it asks for guesses.
+    #[serde(default)]
+    pub compared: bool,
 }

@@ -211,6 +211,7 @@ fn load(load: &DeploymentLoad) -> wire::DeploymentLoad {
         adapters: r.adapters.iter().map(adapter).collect(),
         fetched_bytes: r.fetching.done,
         fetch_bytes: r.fetching.total,
+        draft: r.draft.as_ref().map(|d| wire::DraftState { ready: d.ready, failure: d.failure.clone().unwrap_or_default() }),
     };
     wire::DeploymentLoad {
         deployment: load.deployment.clone(),

@@ -20,7 +20,7 @@ use plan::{
 };
 
 pub use handle::{Edge, EdgeOptions};
-pub use status::{AdapterLoad, DeploymentLoad, ModelStatus, ReplicaLoad};
+pub use status::{AdapterLoad, DeploymentLoad, DraftLoad, ModelStatus, ReplicaLoad};
 pub use stream::TokenStream;
 
 use crate::grammar::Constraint;

@@ -63,7 +63,6 @@ use plan::{
 };
 
 pub use blocks::PrefixChange;
-pub use drafts::is_worth_a_try;
 pub use prefix::BlockHash;
 pub use sequence::Submission;
 pub use sizes::StepSizes;

@@ -57,6 +57,9 @@ pub(crate) struct LogsArgs {
     /// Only this rank.
     #[arg(long, value_name = "N", requires = "name")]
     pub(crate) rank: Option<u32>,
+    /// Only the workers of draft models.
+    #[arg(long, requires = "name", conflicts_with_all = ["stage", "rank"])]
+    pub(crate) draft: bool,
     /// Go on as lines come.
     #[arg(long)]
     pub(crate) follow: bool,

@@ -28,6 +28,9 @@ fn selector(args: &LogsArgs) -> String {
             selector.push_str(&format!(",{label}={number}"));
         }
     }
+    if args.draft {
+        selector.push_str(",skein.dev/stage=draft");
+    }
     selector
 }
 
@@ -42,6 +45,7 @@ mod tests {
             replica: Some(1),
             stage: None,
             rank: Some(0),
+            draft: false,
             follow: true,
             previous: false,
             tail: 5,
@@ -50,6 +54,8 @@ mod tests {
         let chosen =
             "--selector=app.kubernetes.io/component=worker,skein.dev/deployment=m,skein.dev/replica=1,apps.kubernetes.io/pod-index=0";
         assert_eq!(arguments(&args), ["logs", "--prefix", MOST, "--tail=5", chosen, "--follow"]);
+        (args.rank, args.draft) = (None, true);
+        assert_eq!(selector(&args), "app.kubernetes.io/component=worker,skein.dev/deployment=m,skein.dev/replica=1,skein.dev/stage=draft");
         args.name = None;
         assert_eq!(selector(&args), "app.kubernetes.io/part-of=skein,app.kubernetes.io/component=router");
     }

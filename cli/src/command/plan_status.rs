@@ -45,6 +45,7 @@ fn as_object(name: &str, deployment: &Value, plan: &Value) -> Value {
         "pipeline": plan["stages"].as_array().map(Vec::len),
         "stale": is_stale(deployment),
         "stages": plan["stages"],
+        "draft": plan["draft"],
     })
 }
 
@@ -64,6 +65,15 @@ fn table(name: &str, deployment: &Value, plan: &Value) -> String {
         let layers = format!("{}–{}", number(stage, "firstLayer"), number(stage, "lastLayer"));
         let (weights, kv) = (output::bytes(number(stage, "weightBytes")), output::bytes(number(stage, "kvBytes")));
         shown.push_str(&format!("  {:<5}  {layers:<9}  {:<5}  {weights:<22}  {kv}\n", number(stage, "index"), number(stage, "ranks")));
+    }
+    if let Some(draft) = plan.get("draft") {
+        shown.push_str(&format!(
+            "  draft model: a worker beside each replica, weights {}, KV cache {}, context {} tokens; a token takes {:.2} of the model's time\n",
+            output::bytes(number(draft, "weightBytes")),
+            output::bytes(number(draft, "kvBytes")),
+            number(draft, "contextTokens"),
+            number(draft, "cost") as f64 / 1000.0
+        ));
     }
     shown.push_str(&format!("  {}\n", plan["message"].as_str().unwrap_or_default()));
     shown
@@ -98,6 +108,11 @@ m (hf://a/b): 3 replicas of 2 stages × 2 ranks
         assert_eq!(table("m", &deployment, plan), shown);
         let object = as_object("m", &deployment, plan);
         assert_eq!((&object["pipeline"], &object["stale"], &object["replicas"]), (&json!(2), &json!(false), &json!(3)));
+        let mut drafted = plan.clone();
+        drafted["draft"] = json!({ "weightBytes": 1048576, "kvBytes": 512, "contextTokens": 64, "cost": 90 });
+        let shown = table("m", &deployment, &drafted);
+        let draft = "  draft model: a worker beside each replica, weights 1.0 MiB, KV cache 512 B, context 64 tokens; a token takes 0.09 of the model's time\n";
+        assert!(shown.contains(draft), "{shown}");
         let mut newer = deployment.clone();
         newer["metadata"]["generation"] = json!(3);
         assert!(table("m", &newer, plan).contains("newer"));

@@ -76,7 +76,13 @@ macro_rules! line {
     };
 }
 
-/// A deployment, its conditions that are not true, its adapters, and its replicas down to the ranks.
+/// Whether a condition is worth a line: `Degraded` is bad news where it is true, the others where they are not.
+fn is_news(condition: &Value) -> bool {
+    let good = if condition["type"] == "Degraded" { "False" } else { "True" };
+    condition["status"] != good && condition["reason"] != "Disabled"
+}
+
+/// A deployment, its conditions that are bad news, its adapters, and its replicas down to the ranks.
 fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
     let (name, status) = (text(deployment, "/metadata/name"), &deployment["status"]);
     let conditions = || status["conditions"].as_array().into_iter().flatten();
@@ -92,7 +98,7 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
     if stale && ready.is_some() {
         line!(out, "│  the spec is newer than this status");
     }
-    for condition in conditions().filter(|c| c["type"] != "Ready" && c["status"] != "True") {
+    for condition in conditions().filter(|c| c["type"] != "Ready" && is_news(c)) {
         line!(
             out,
             "│  {} is {}: {}: {}",
@@ -127,13 +133,22 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
         if let Some(failure) = replica["lastFailure"].as_str() {
             line!(out, "{indent}last failure: {failure}");
         }
-        let prefix = format!("{replica_name}-s");
-        let of_replica: Vec<&Value> =
-            pods.iter().copied().filter(|pod| label(pod, DEPLOYMENT) == name && text(pod, "/metadata/name").starts_with(&prefix)).collect();
-        let mut numbers: Vec<u64> = of_replica.iter().filter_map(|pod| label(pod, STAGE).parse().ok()).collect();
-        numbers.sort_unstable();
-        numbers.dedup();
-        branches(out, indent, &numbers, |out, indent, stage| {
+        let of = |prefix: String| -> Vec<&Value> {
+            let of = |pod: &&Value| label(pod, DEPLOYMENT) == name && text(pod, "/metadata/name").starts_with(&prefix);
+            pods.iter().copied().filter(of).collect()
+        };
+        let of_replica = of(format!("{replica_name}-s"));
+        let mut parts: Vec<Part> = of_replica.iter().filter_map(|pod| label(pod, STAGE).parse().ok().map(Part::Stage)).collect();
+        parts.sort_unstable();
+        parts.dedup();
+        parts.extend(replica.get("draft").map(|_| Part::Draft));
+        branches(out, indent, &parts, |out, indent, part| {
+            let Part::Stage(stage) = part else {
+                line!(out, "draft model  {}: {}", text(replica, "/draft/state"), text(replica, "/draft/message"));
+                return branches(out, indent, &of(format!("{replica_name}-draft-s")), |out, indent, pod| {
+                    worker(out, indent, "worker", pod)
+                });
+            };
             // The plan of the present revision; an older replica may have had another.
             let current = replica["revision"] == status["currentRevision"];
             match stages().find(|planned| current && number(planned, "/index") == *stage) {
@@ -146,14 +161,26 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
             }
             let mut ranks: Vec<&Value> = of_replica.iter().copied().filter(|pod| label(pod, STAGE).parse() == Ok(*stage)).collect();
             ranks.sort_by_key(|pod| label(pod, RANK).parse::<u64>().unwrap_or(u64::MAX));
-            branches(out, indent, &ranks, |out, indent, pod| {
-                line!(out, "rank {}  {}", label(pod, RANK), pod_line(pod));
-                if let Some(failure) = last_end(pod) {
-                    line!(out, "{indent}{failure}");
-                }
-            });
+            branches(out, indent, &ranks, |out, indent, pod| worker(out, indent, &format!("rank {}", label(pod, RANK)), pod));
         });
     });
+}
+
+/// What a replica consists of.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    /// By its number.
+    Stage(u64),
+    /// The worker of its draft model.
+    Draft,
+}
+
+/// A pod, and how it ended last.
+fn worker(out: &mut String, indent: &str, called: &str, pod: &Value) {
+    line!(out, "{called}  {}", pod_line(pod));
+    if let Some(failure) = last_end(pod) {
+        line!(out, "{indent}{failure}");
+    }
 }
 
 /// The pool of the namespace.
@@ -161,12 +188,7 @@ fn routers(out: &mut String, pods: &[&Value]) {
     let routers: Vec<&Value> = pods.iter().copied().filter(|pod| label(pod, "app.kubernetes.io/component") == "router").collect();
     let ready = routers.iter().filter(|pod| is_ready(pod)).count();
     line!(out, "routers  {ready} of {} ready", routers.len());
-    branches(out, "", &routers, |out, indent, pod| {
-        line!(out, "{}  {}", text(pod, "/metadata/name"), pod_line(pod));
-        if let Some(failure) = last_end(pod) {
-            line!(out, "{indent}{failure}");
-        }
-    });
+    branches(out, "", &routers, |out, indent, pod| worker(out, indent, text(pod, "/metadata/name"), pod));
 }
 
 fn is_ready(pod: &Value) -> bool {
@@ -233,10 +255,13 @@ mod tests {
                 "conditions": [
                     {"type": "Scheduled", "status": "True", "reason": "AllReplicasScheduled", "message": "x"},
                     {"type": "ReplicasReady", "status": "False", "reason": "CrashLooping", "message": "1 of 2 replicas answer"},
+                    {"type": "Degraded", "status": "False", "reason": "AsExpected", "message": "x"},
+                    {"type": "ScalingActive", "status": "False", "reason": "Disabled", "message": "x"},
                     {"type": "Ready", "status": "False", "reason": "CrashLooping", "message": "1 of 2 replicas answer"},
                 ],
                 "replicaStates": [
-                    {"name": "m-1-r0", "revision": "cafe", "phase": "Ready", "readyWorkers": 2, "workers": 2},
+                    {"name": "m-1-r0", "revision": "cafe", "phase": "Ready", "readyWorkers": 2, "workers": 2,
+                     "draft": {"state": "Ready", "message": "it is asked for guesses"}},
                     {"name": "m-1-r1", "revision": "beef", "phase": "Starting", "readyWorkers": 1, "workers": 1, "lastFailure": "refused"},
                 ],
             },
@@ -250,8 +275,12 @@ mod tests {
             "ready": false, "restartCount": 3, "state": {"waiting": {"reason": "CrashLoopBackOff"}},
             "lastState": {"terminated": {"exitCode": 2, "reason": "Error", "finishedAt": "12:00", "message": "wrong digest\n"}},
         }]});
-        let pods =
-            [pod("m-1-r0-s0-1", "0", "1", running.clone()), pod("m-1-r0-s0-0", "0", "0", running), pod("m-1-r1-s0-0", "0", "0", crashed)];
+        let pods = [
+            pod("m-1-r0-s0-1", "0", "1", running.clone()),
+            pod("m-1-r0-draft-s0-0", "draft", "0", running.clone()),
+            pod("m-1-r0-s0-0", "0", "0", running),
+            pod("m-1-r1-s0-0", "0", "0", crashed),
+        ];
         let mut shown = String::new();
         tree(&mut shown, &deployment(), &pods.iter().collect::<Vec<_>>());
         let expected = "\
@@ -261,9 +290,11 @@ m  not Ready: CrashLooping  1 of 2 replicas  hf://a/b
 │  adapter law  Ready: 1 of 1 replicas that answer have it
 │  adapter songs  Failed: m-1-r0: no tensor
 ├─ m-1-r0  Ready  2 of 2 workers run  revision cafe
-│  └─ stage 0  layers 0 to 8
-│     ├─ rank 0  Ready  n0  10.0.0.1
-│     └─ rank 1  Ready  n0  10.0.0.1
+│  ├─ stage 0  layers 0 to 8
+│  │  ├─ rank 0  Ready  n0  10.0.0.1
+│  │  └─ rank 1  Ready  n0  10.0.0.1
+│  └─ draft model  Ready: it is asked for guesses
+│     └─ worker  Ready  n0  10.0.0.1
 └─ m-1-r1  Starting  1 of 1 workers run  revision beef
    last failure: refused
    └─ stage 0
@@ -271,6 +302,17 @@ m  not Ready: CrashLooping  1 of 2 replicas  hf://a/b
          ended 12:00 with exit code 2 (Error): wrong digest
 ";
         assert_eq!(shown, expected);
+    }
+
+    #[test]
+    fn what_is_wrong_beside_replicas_that_answer_is_shown() {
+        let mut degraded = deployment();
+        degraded["status"]["conditions"] = json!([
+            {"type": "Degraded", "status": "True", "reason": "DraftFailed", "message": "m-1-r0 answers without its draft model: it is gone"},
+        ]);
+        let mut shown = String::new();
+        tree(&mut shown, &degraded, &[]);
+        assert!(shown.contains("│  Degraded is True: DraftFailed: m-1-r0 answers without its draft model: it is gone\n"), "{shown}");
     }
 
     #[test]

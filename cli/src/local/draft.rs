@@ -4,10 +4,10 @@ use anyhow::Context;
 use plan::{
     fleet::FleetDraft,
     manifest::DraftModelSpec,
-    planner::{self, Capacity},
+    planner::{self, Capacity, DraftError},
     shard::ExecutionPlan,
 };
-use router::{encode::Tokenizer, scheduler};
+use router::encode;
 use tokio::task::spawn_blocking;
 
 use super::memory;
@@ -46,10 +46,10 @@ impl Opened {
         let place = || format!("{} cannot be the draft model of {}", draft.name, model.name);
         planner::check_draft(&model.header, &draft.header).with_context(place).bad_input()?;
         let capacity = Capacity { memory_bytes: memory::free().map(|bytes| bytes / PART / replicas.max(1) as u64) };
-        let plan = planner::plan_draft(&draft.header, context, &capacity).with_context(place).bad_input()?;
-        if !plan.fits {
-            return Err(bad_input!("{}: {}, which is the part of memory that draft models may take", place(), plan.message));
-        }
+        let plan = planner::plan_draft(&draft.header, context, &capacity).map_err(|error| match error {
+            DraftError::Memory { .. } => bad_input!("{}: {error}, which is the part of memory that draft models may take", place()),
+            error => bad_input!("{}: {:#}", place(), anyhow::Error::from(error)),
+        })?;
         same_tokens(&draft, model).await.map_err(|why| bad_input!("{}: {why}", place()))?;
         Ok(Self { model: draft, plan })
     }
@@ -65,36 +65,19 @@ impl Opened {
     /// Bad input when guessing takes so long that it is never worth it.
     pub(super) fn beside(self, model: &ExecutionPlan) -> Outcome<Draft> {
         let Self { model: draft, plan } = self;
-        let fleet = FleetDraft::of(&plan, model);
-        if scheduler::is_worth_a_try(fleet.cost) {
-            return Ok(Draft { model: draft, plan, fleet });
-        }
-        Err(bad_input!(
-            "{} cannot be a draft model: a token takes it {:.2} of the model's time, so its guesses are never worth it; expected a smaller one",
-            draft.name,
-            f64::from(fleet.cost) / 1000.0
-        ))
+        let place = || format!("{} cannot be a draft model", draft.name);
+        let fleet = FleetDraft::of(&plan, model).with_context(place).bad_input()?;
+        // Its tokens were compared when it was opened.
+        Ok(Draft { fleet: FleetDraft { compared: true, ..fleet }, model: draft, plan })
     }
 }
 
 /// Checks that each id stands for the same bytes in both models.
 async fn same_tokens(draft: &Model, model: &Model) -> Result<(), String> {
-    let mut tokenizers = Vec::with_capacity(2);
+    let mut cards = Vec::with_capacity(2);
     for of in [draft, model] {
-        let card = of.card().await.map_err(|_| format!("the tokenizer of {} cannot be read", of.name))?;
-        let built = spawn_blocking(move || Tokenizer::from_card(&card)).await.map_err(|error| error.to_string())?;
-        tokenizers.push(built.map_err(|error| format!("the tokenizer of {}: {error}", of.name))?);
+        cards.push(of.card().await.map_err(|_| format!("the tokenizer of {} cannot be read", of.name))?);
     }
-    let [got, expected] = tokenizers.as_slice() else { return Ok(()) };
-    if got.vocab() != expected.vocab() {
-        return Err(format!("its tokenizer has {} tokens, expected the model's {}", got.vocab(), expected.vocab()));
-    }
-    let other = |id: &u32| got.piece(*id) != expected.piece(*id) || got.is_control(*id) != expected.is_control(*id);
-    match (0..expected.vocab() as u32).find(other) {
-        None => Ok(()),
-        Some(id) => {
-            let text = |tokenizer: &Tokenizer| String::from_utf8_lossy(tokenizer.piece(id)).into_owned();
-            Err(format!("its token {id} is {:?}, expected {:?}, which is the model's", text(got), text(expected)))
-        }
-    }
+    let compared = spawn_blocking(move || encode::same_tokens(&cards[0], &cards[1])).await;
+    compared.map_err(|error| error.to_string())?.map_err(|error| error.to_string())
 }

@@ -194,7 +194,7 @@ mod tests {
     fn a_draft_model_has_a_seat_of_its_own() {
         let mut state = fleet();
         let replica = &mut state.deployments[0].replicas[1];
-        replica.draft = Some(FleetDraft { worker: String::new(), limits: replica.limits.clone(), cost: 100 });
+        replica.draft = Some(FleetDraft { worker: String::new(), limits: replica.limits.clone(), cost: 100, compared: true });
         let at = Seat { deployment: 0, replica: 1, stage: 0, rank: 0, draft: true };
         seat(&mut state, at, "host:9".into());
         seat(&mut state, Seat { replica: 0, ..at }, "nobody's".into());

@@ -20,7 +20,7 @@ use crate::{
     dereference::Fetched,
     host::tests::{access, folders, privileged},
     validate::{
-        tests::{fetched, object, spec, valid},
+        tests::{drafted, fetched, object, spec, valid},
         validate,
     },
 };
@@ -205,8 +205,42 @@ fn replicas_share_specifications_and_nothing_else() {
 }
 
 #[test]
+fn a_draft_model_has_a_worker_of_its_own_beside_each_replica() {
+    let mut spec = drafted();
+    spec["replicas"] = json!(2);
+    spec["model"]["credentialsSecretRef"] = json!({ "name": "hub" });
+    let resources = built(spec);
+    assert_eq!(resources.stateful_sets.len(), 6);
+    let names: Vec<&str> = resources.stateful_sets.iter().map(|set| set.name.as_str()).collect();
+    for (at, replica) in [(2, names[0]), (5, names[3])] {
+        let set = &resources.stateful_sets[at];
+        keeps::<StatefulSet>(set);
+        let replica = replica.strip_suffix("-s0").expect("the first stage");
+        assert_eq!(set.name, format!("{replica}-draft-s0"));
+        let template = &set.body["spec"]["template"];
+        assert_eq!((&template["metadata"]["labels"][STAGE], &set.body["spec"]["replicas"]), (&json!(DRAFT), &json!(1)));
+        assert_eq!(template["metadata"]["labels"][names::REPLICA_NAME], format!("{replica}-draft"), "what it calls itself");
+        let pod = &template["spec"];
+        let text = pod.to_string();
+        assert!(text.contains(&format!("{replica}-draft-s0-identity")) && text.contains(MEETING), "{text}");
+        assert!(!text.contains("hub"), "what the model's source is shown is not for others: {text}");
+        let spec = &pod["volumes"][0]["projected"]["sources"];
+        assert_eq!(spec, &json!([{ "configMap": { "name": resources.config_maps[2].name } }]));
+    }
+    let map = &resources.config_maps[2];
+    keeps::<ConfigMap>(map);
+    let said: Value = serde_json::from_str(map.body["data"]["rank-0.json"].as_str().expect("a text")).expect("JSON");
+    assert_eq!(said["uri"], "hf://org/small");
+    let selectors: Vec<_> = resources.stateful_sets.iter().map(|s| &s.body["spec"]["selector"]).collect();
+    assert!((1..6).all(|i| !selectors[..i].contains(&selectors[i])), "two StatefulSets select the same pods");
+    // Nobody keeps it where it is for the sake of the replica, which answers without it.
+    let budget = &resources.disruption_budget.body["spec"]["selector"]["matchExpressions"];
+    assert_eq!(budget, &json!([{ "key": STAGE, "operator": "NotIn", "values": [DRAFT] }]));
+}
+
+#[test]
 fn pods_pass_restricted_and_hold_no_credentials() {
-    let resources = built(spec());
+    let resources = built(drafted());
     let pool = build_pool(SHARED, &[], &settings(), None);
     let sets = resources.stateful_sets.iter().map(|s| &s.body["spec"]["template"]["spec"]);
     for pod in sets.chain([&pool.deployment.body["spec"]["template"]["spec"]]) {

@@ -10,7 +10,7 @@ use std::{
 use k8s_openapi::{api::apps::v1::StatefulSet, jiff::Timestamp};
 use kube::ResourceExt;
 use plan::{
-    fleet::{FleetAdapter, FleetDeployment},
+    fleet::{FleetAdapter, FleetDeployment, FleetDraft},
     manifest::{Manifest, RolloutStrategy},
 };
 use tracing::{info, warn};
@@ -124,9 +124,10 @@ impl<'a> Step<'a> {
     fn new_stages(&self, object: &ModelDeployment) -> Vec<(String, usize)> {
         let stands = |name: &str| self.standing.stateful_sets.iter().any(|s| s.metadata.name.as_deref() == Some(name));
         let stages = |slot: &Slot| {
-            let count = self.revisions.get(slot.id.revision.as_str()).map_or(0, |r| r.record.stages.len());
+            let record = self.revisions.get(slot.id.revision.as_str()).map(|r| &r.record);
             let replica = replica_name(object, &slot.id);
-            (0..count).map(move |stage| (replica.clone(), stage))
+            let draft = record.and_then(|r| r.draft.as_ref()).map(|_| (FleetDraft::name(&replica), 0));
+            (0..record.map_or(0, |r| r.stages.len())).map(move |stage| (replica.clone(), stage)).chain(draft)
         };
         self.plan.exist.iter().flat_map(stages).filter(|(replica, stage)| !stands(&names::stateful_set(replica, *stage))).collect()
     }
@@ -242,7 +243,11 @@ fn entry(
             let known = standing.address(&names::pod(&name, stage, rank));
             known.or_else(|| before?.workers.get(stage)?.get(rank).cloned()).unwrap_or_default()
         };
-        Some(revision.replica(name.clone(), slot.draining.is_some(), address))
+        let draft = || {
+            let known = standing.address(&names::pod(&FleetDraft::name(&name), 0, 0));
+            known.or_else(|| Some(before?.draft.as_ref()?.worker.clone())).unwrap_or_default()
+        };
+        Some(revision.replica(name.clone(), slot.draining.is_some(), address, draft))
     };
     let adapter = |(name, source): &Adapter| Some(FleetAdapter { name: name.clone(), source: source.clone().ok()? });
     // Requests are checked against what answers them; against what is being made only where nothing else does.

@@ -7,6 +7,7 @@ use kube::{
     Resource,
     runtime::events::{Event, EventType},
 };
+use plan::fleet::FleetDraft;
 use tracing::warn;
 
 use super::{API_BACKOFF, Context};
@@ -75,7 +76,11 @@ fn of_set(object: &ModelDeployment, set: &StatefulSet) -> Option<Wanted> {
         controller: None,
         block_owner_deletion: None,
     };
-    Some(wanted(object, &replica_name(object, &id), labels.get(STAGE)?.parse().ok()?, owner))
+    let replica = replica_name(object, &id);
+    if observe::is_draft(Some(labels)) {
+        return Some(wanted(object, &FleetDraft::name(&replica), 0, owner));
+    }
+    Some(wanted(object, &replica, labels.get(STAGE)?.parse().ok()?, owner))
 }
 
 fn wanted(object: &ModelDeployment, replica: &str, stage: usize, owner: OwnerReference) -> Wanted {

@@ -10,9 +10,9 @@ use crate::{
     build::tests::settings,
     certificates::Lifetimes,
     mock::{self, Objects, REFUSED},
-    requests,
+    names, requests,
     stop::{PLACES, Place},
-    validate::tests::{adapter, header, spec},
+    validate::tests::{adapter, draft_header, drafted, header, spec},
 };
 
 const DEPLOYMENT_PATH: &str = "/apis/skein.dev/v1alpha1/namespaces/models/modeldeployments/llama";
@@ -162,6 +162,7 @@ async fn context(objects: &Objects, term: u64, stops: Stops) -> Arc<Context> {
     writer.apply_watcher_event(&watcher::Event::Apply(object));
     let models = Models::new(None);
     models.know("hf://org/llama", header());
+    models.know("hf://org/small", draft_header());
     models.know_adapter("hf://org/a", "hf://org/llama", adapter());
     let (wake, _woken) = mpsc::channel(8);
     let hub = Arc::new(Hub::new(term, wake));
@@ -217,6 +218,34 @@ async fn a_rollout_passes_every_place_and_leaves_nothing_of_the_old() {
     world.settle().await;
     assert_eq!(Some(world.revisions()), first.update_revision.map(|name| vec![name]));
     assert_eq!(world.count("/controllerrevisions/"), 2);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_draft_model_is_rolled_out_with_its_replica_and_goes_with_it() {
+    let world = World::new().await;
+    world.change(|s| *s = drafted());
+    world.settle().await;
+    assert_eq!((world.count("/statefulsets/"), world.count("/configmaps/"), world.count("-identity")), (3, 3, 3));
+    let replica = world.told().replicas.remove(0);
+    assert_eq!(replica.draft.map(|draft| draft.worker).as_deref(), Some(""), "its pod has no address yet");
+    let pod = |ip: &str| {
+        let labels = json!({ names::DEPLOYMENT: "llama", names::REPLICA: "0", names::REVISION: replica.revision, names::STAGE: "draft" });
+        let metadata = json!({ "name": format!("{}-draft-s0-0", replica.name), "namespace": "models", "labels": labels });
+        json!({ "apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": { "containers": [] }, "status": { "podIP": ip } })
+    };
+    let path = format!("/api/v1/namespaces/models/pods/{}-draft-s0-0", replica.name);
+    world.objects.lock().expect("nobody panics with it").insert(path.clone(), pod("10.0.0.7"));
+    world.settle().await;
+    let worker = |world: &World| world.told().replicas[0].draft.as_ref().map(|draft| draft.worker.clone());
+    assert_eq!(worker(&world).as_deref(), Some("10.0.0.7:7071"));
+    world.objects.lock().expect("nobody panics with it").remove(&path);
+    world.settle().await;
+    assert_eq!(worker(&world).as_deref(), Some("10.0.0.7:7071"), "it may be on its way back");
+    // Without it the replica is another, beside which nothing of it is left.
+    world.change(|s| *s = spec());
+    world.settle().await;
+    assert_eq!((worker(&world), world.reason(status::PROGRESSING)), (None, "RolloutComplete".to_owned()));
+    assert_eq!((world.count("/statefulsets/"), world.count("/configmaps/")), (2, 2));
 }
 
 #[tokio::test(start_paused = true)]
@@ -499,7 +528,7 @@ async fn a_deployment_changes_to_routers_of_its_own_and_back() {
     let hub = &world.context.hub;
     let service = || {
         let objects = world.objects.lock().expect("nobody panics with it");
-        objects["/api/v1/namespaces/models/services/llama"]["spec"]["selector"].get(crate::names::ROUTER_OF).is_some()
+        objects["/api/v1/namespaces/models/services/llama"]["spec"]["selector"].get(names::ROUTER_OF).is_some()
     };
     let routers = || world.object().status.as_ref().and_then(|s| s.routers.clone());
     assert_eq!((service(), routers()), (false, None));

@@ -28,7 +28,7 @@ fn at(address: &str, draining: bool) -> FleetDeployment {
         limits: valid.limits(),
         serving: valid.manifest.serving(),
         drivers: String::new(),
-        replicas: vec![revision.replica("r".into(), draining, |_, _| address.into())],
+        replicas: vec![revision.replica("r".into(), draining, |_, _| address.into(), String::new)],
         adapters: Vec::new(),
     }
 }

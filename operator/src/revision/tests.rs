@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     build::tests::{revision, settings},
     cache::KeptRevision,
-    validate::tests::{object, spec, valid},
+    validate::tests::{drafted, object, spec, valid},
 };
 
 fn changed(change: impl FnOnce(&mut Value)) -> Value {
@@ -38,9 +38,13 @@ fn a_revision_is_what_decides_workers() {
         changed(|s| s["engine"] = json!({ "kvCache": { "prefixCaching": false } })),
         changed(|s| s["workers"] = json!({ "resources": { "limits": { "memory": "8Gi" } } })),
         changed(|s| s["model"]["digest"] = json!(format!("sha256:{}", "a".repeat(64)))),
+        drafted(),
     ] {
         assert_ne!(revision(&other).name, one.name, "{other}");
     }
+    let mut pinned = drafted();
+    pinned["engine"]["draft"]["model"]["digest"] = json!(format!("sha256:{}", "a".repeat(64)));
+    assert_ne!(revision(&pinned).name, revision(&drafted()).name, "another draft model has another worker");
     // So does what the operator puts into pods: another image is rolled out like another spec.
     let image = Settings { image: "skein:next".into(), ..settings() };
     assert_ne!(of(&spec(), &image, &[]).0.name, one.name);
@@ -96,6 +100,21 @@ fn room_is_compared_in_all_and_for_the_largest_worker() {
     let needs = four.needs();
     assert_eq!(needs[0], (1.0, 0.25), "four workers of 250m");
     assert!(needs[1].1 > 96e6 && needs[1].0 > 2.0 * needs[1].1);
+}
+
+#[test]
+fn a_draft_model_takes_room_and_has_a_worker_beside_each_replica() {
+    let (with, without) = (revision(&drafted()), revision(&spec()));
+    assert_eq!(with.record.workers(), 4, "it is none of those that a replica cannot answer without");
+    assert!(with.record.covers(&without.record) && !without.record.covers(&with.record));
+    let told = with.replica("r".into(), false, |_, _| String::new(), || "10.0.0.9:7071".into()).draft.expect("a draft model");
+    assert_eq!((told.worker.as_str(), told.compared), ("10.0.0.9:7071", false));
+    assert_eq!(without.replica("r".into(), false, |_, _| String::new(), String::new).draft, None);
+    let maps: Vec<&str> = with.config_maps().collect();
+    assert_eq!((maps.len(), maps.iter().filter(|name| name.ends_with("-draft")).count()), (3, 1), "{maps:?}");
+    // As it is written down, so it is read.
+    let written: ControllerRevision = serde_json::from_value(with.object(&object(drafted())).body).expect("an object");
+    assert_eq!(KeptRevision::of(written).read().expect("it is understood").record, with.record);
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::{Value, View};
 use crate::{
     fleet::Presence,
-    resource::{AdapterPhase, AdapterStatus, ReplicaPhase, ReplicaStatus},
+    resource::{AdapterStatus, LoadPhase, ReplicaPhase, ReplicaStatus},
 };
 
 /// Every adapter of the spec.
@@ -11,7 +11,7 @@ pub(super) fn states(view: &View<'_>, replicas: &[ReplicaStatus]) -> Vec<Adapter
     let answering: Vec<&str> = replicas.iter().filter(|r| r.phase == ReplicaPhase::Ready).map(|r| r.name.as_str()).collect();
     let state = |(name, source): &(String, Result<_, String>)| {
         let (state, message) = match source {
-            Err(why) => (AdapterPhase::Failed, why.clone()),
+            Err(why) => (LoadPhase::Failed, why.clone()),
             Ok(plan::adapter::AdapterSource { numerics, .. }) => presence(view, &answering, numerics),
         };
         AdapterStatus { name: name.clone(), state, message }
@@ -20,25 +20,23 @@ pub(super) fn states(view: &View<'_>, replicas: &[ReplicaStatus]) -> Vec<Adapter
 }
 
 /// How an adapter is doing on the replicas that answer.
-fn presence(view: &View<'_>, answering: &[&str], numerics: &str) -> (AdapterPhase, String) {
+fn presence(view: &View<'_>, answering: &[&str], numerics: &str) -> (LoadPhase, String) {
     let said = |replica: &&str| view.standing.load.replicas.get(*replica).and_then(|said| said.adapters.get(numerics));
     let failed = answering.iter().find_map(|replica| match said(replica) {
         Some(Presence { ready: false, failure: Some(why) }) => Some(format!("{replica}: {why}")),
         _ => None,
     });
     if let Some(message) = failed {
-        return (AdapterPhase::Failed, message);
+        return (LoadPhase::Failed, message);
     }
     let ready = answering.iter().filter(|replica| said(replica).is_some_and(|p| p.ready)).count();
     let message = format!("{ready} of {} replicas that answer have it", answering.len());
-    let state = if ready > 0 && ready == answering.len() { AdapterPhase::Ready } else { AdapterPhase::Loading };
+    let state = if ready > 0 && ready == answering.len() { LoadPhase::Ready } else { LoadPhase::Loading };
     (state, message)
 }
 
-/// Whether an adapter cannot be used.
-pub(super) fn degraded(adapters: &[AdapterStatus]) -> Value {
-    match adapters.iter().find(|a| a.state == AdapterPhase::Failed) {
-        Some(failed) => (true, "AdapterFailed", format!("adapter {}: {}", failed.name, failed.message)),
-        None => (false, "AsExpected", "every replica that answered does".to_owned()),
-    }
+/// That an adapter cannot be used, where one cannot.
+pub(super) fn degraded(adapters: &[AdapterStatus]) -> Option<Value> {
+    let failed = adapters.iter().find(|a| a.state == LoadPhase::Failed)?;
+    Some((true, "AdapterFailed", format!("adapter {}: {}", failed.name, failed.message)))
 }

@@ -4,7 +4,7 @@ use kube::runtime::events::{Event, EventType};
 
 use super::{ACCEPTED, DEGRADED, MODEL_RESOLVED, PROGRESSING, REPLICAS_READY, ROUTER_READY, SCHEDULED, WEIGHTS_READY, replicas::fetched};
 use crate::{
-    resource::{AdapterPhase, CacheStatus, Condition, ReplicaPhase, ReplicaStatus, Status},
+    resource::{CacheStatus, Condition, LoadPhase, ReplicaPhase, ReplicaStatus, Status},
     scaling::SCALING_ACTIVE,
 };
 
@@ -55,9 +55,9 @@ pub fn news(old: Option<&Status>, new: &Status) -> Vec<Event> {
         let note = format!("{}: {}", adapter.name, adapter.message);
         match adapter.state {
             state if before == Some(state) => {}
-            AdapterPhase::Ready => events.push(event(EventType::Normal, "AdapterLoaded", &note)),
-            AdapterPhase::Failed => events.push(event(EventType::Warning, "AdapterFailed", &note)),
-            AdapterPhase::Loading => {}
+            LoadPhase::Ready => events.push(event(EventType::Normal, "AdapterLoaded", &note)),
+            LoadPhase::Failed => events.push(event(EventType::Warning, "AdapterFailed", &note)),
+            LoadPhase::Loading => {}
         }
     }
     events
@@ -109,5 +109,14 @@ fn of_replica(before: Option<&ReplicaStatus>, replica: &ReplicaStatus) -> Vec<Ev
         (Some(ReplicaPhase::Ready), ReplicaPhase::Recovering) => Some(event(EventType::Warning, "StageFailed", &counts)),
         _ => None,
     };
-    created.into_iter().chain(moved).collect()
+    let draft = replica.draft.as_ref().and_then(|draft| {
+        let note = || format!("the draft model of {name}: {}", draft.message);
+        match draft.state {
+            state if before.and_then(|b| b.draft.as_ref()).is_some_and(|before| before.state == state) => None,
+            LoadPhase::Ready => Some(event(EventType::Normal, "DraftReady", &note())),
+            LoadPhase::Failed => Some(event(EventType::Warning, "DraftFailed", &note())),
+            LoadPhase::Loading => None,
+        }
+    });
+    created.into_iter().chain(moved).chain(draft).collect()
 }

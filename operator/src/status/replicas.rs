@@ -2,7 +2,7 @@
 
 use k8s_openapi::api::core::v1::{ContainerStatus, Pod};
 
-use super::{Value, View};
+use super::{Value, View, drafts};
 use crate::{
     names, observe,
     resource::{CacheStatus, ModelDeployment, ReplicaPhase, ReplicaStatus},
@@ -26,7 +26,7 @@ pub(super) fn states(object: &ModelDeployment, view: &View<'_>) -> Vec<ReplicaSt
 
 fn state(object: &ModelDeployment, view: &View<'_>, slot: &Slot) -> ReplicaStatus {
     let name = replica_name(object, &slot.id);
-    let of = |pod: &&Pod| observe::id(pod.metadata.labels.as_ref()).as_ref() == Some(&slot.id) && is_running(pod);
+    let of = |pod: &&Pod| observe::is_worker(pod, &slot.id) && is_running(pod);
     let ready_workers = view.standing.pods.iter().filter(of).count() as u32;
     let workers = view.revisions.get(slot.id.revision.as_str()).map_or(0, |r| r.record.workers() as u32);
     let said = view.standing.load.replicas.get(&name);
@@ -42,10 +42,12 @@ fn state(object: &ModelDeployment, view: &View<'_>, slot: &Slot) -> ReplicaStatu
         _ => ReplicaPhase::Pending,
     };
     let last_failure = said.filter(|s| !s.ready).and_then(|s| s.last_failure.clone());
-    ReplicaStatus { name, revision: slot.id.revision.clone(), phase, ready_workers, workers, last_failure }
+    let draft = drafts::state(view, slot, &name, said);
+    ReplicaStatus { name, revision: slot.id.revision.clone(), phase, ready_workers, workers, last_failure, draft }
 }
 
-fn is_running(pod: &Pod) -> bool {
+/// Whether all containers of a pod are ready.
+pub(super) fn is_running(pod: &Pod) -> bool {
     let status = pod.status.as_ref().filter(|_| pod.metadata.deletion_timestamp.is_none());
     status.and_then(|s| s.container_statuses.as_ref()).is_some_and(|c| !c.is_empty() && c.iter().all(|c| c.ready))
 }
@@ -155,22 +157,31 @@ pub(super) fn replicas_ready(counts: (u32, u32), missing: &[Missing<'_>]) -> Val
     (false, reason, if message.is_empty() { counted } else { format!("{counted}; {message}") })
 }
 
+/// What keeps a container of the pod `name` from running.
+fn stuck(name: &str, container: &ContainerStatus) -> Option<(&'static str, String)> {
+    let waiting = container.state.as_ref().and_then(|s| s.waiting.as_ref());
+    let why = waiting.and_then(|w| w.reason.as_deref()).unwrap_or_default();
+    let detail = observe::one_line(waiting.and_then(|w| w.message.as_deref()).unwrap_or_default());
+    match why {
+        "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
+            Some(("ImagePullFailed", format!("{name}: {why}: {detail}; check the operator's --image")))
+        }
+        "CrashLoopBackOff" => Some(("CrashLooping", format!("{name} {}", ended(container)))),
+        _ if container.restart_count >= RESTARTS && !container.ready => Some(("CrashLooping", format!("{name} {}", ended(container)))),
+        _ => None,
+    }
+}
+
+/// What keeps the pod `name` from running, in words.
+pub(super) fn trouble_of(name: &str, pod: &Pod) -> Option<String> {
+    let containers = pod.status.as_ref()?.container_statuses.as_ref()?;
+    containers.iter().find_map(|container| stuck(name, container)).map(|(_, message)| message)
+}
+
 /// What keeps replicas from answering.
 fn trouble(missing: &[Missing<'_>]) -> (&'static str, String) {
-    for (name, container) in missing.iter().flat_map(containers) {
-        let waiting = container.state.as_ref().and_then(|s| s.waiting.as_ref());
-        let why = waiting.and_then(|w| w.reason.as_deref()).unwrap_or_default();
-        let detail = observe::one_line(waiting.and_then(|w| w.message.as_deref()).unwrap_or_default());
-        match why {
-            "ErrImagePull" | "ImagePullBackOff" | "InvalidImageName" | "ErrImageNeverPull" => {
-                return ("ImagePullFailed", format!("{name}: {why}: {detail}; check the operator's --image"));
-            }
-            "CrashLoopBackOff" => return ("CrashLooping", format!("{name} {}", ended(container))),
-            _ if container.restart_count >= RESTARTS && !container.ready => {
-                return ("CrashLooping", format!("{name} {}", ended(container)));
-            }
-            _ => {}
-        }
+    if let Some(stuck) = missing.iter().flat_map(containers).find_map(|(name, container)| stuck(name, container)) {
+        return stuck;
     }
     if let Some(Missing { state, .. }) =
         missing.iter().find(|m| m.state.phase == ReplicaPhase::Recovering && m.state.ready_workers < m.state.workers)

@@ -14,11 +14,11 @@ use crate::{
         tests::{revision, slots},
     },
     fleet::{Load, Presence, Said},
-    resource::AdapterPhase,
+    resource::LoadPhase,
     rollout::{Id, Slot, Strategy},
     validate::{
         Until,
-        tests::{object, refusals, spec, valid},
+        tests::{drafted, object, refusals, spec, valid},
     },
 };
 
@@ -219,6 +219,59 @@ fn ready_is_a_token_and_not_a_pod() {
 /// A condition's type, status and reason, and a deployment that has it.
 type Reached = (&'static str, &'static str, &'static str, Case);
 
+/// One that answers, whose draft model is on its way.
+fn guessed() -> Case {
+    Case::new(drafted()).pods(true, &running()).ready(&[true]).progress(Progress::Complete)
+}
+
+impl Case {
+    /// Gives the draft model of the first replica a pod, of which routers say `said`.
+    fn draft(mut self, status: &Value, said: Option<Presence>) -> Self {
+        let slot = self.plan.exist[0].clone();
+        let replica = self.name(&slot);
+        let labels = json!({ names::REVISION: slot.id.revision, names::REPLICA: slot.id.number.to_string(), names::STAGE: names::DRAFT });
+        let name = names::pod(&plan::fleet::FleetDraft::name(&replica), 0, 0);
+        let pod = json!({ "metadata": { "name": name, "labels": labels }, "spec": { "containers": [] }, "status": status });
+        self.standing.pods.push(serde_json::from_value(pod).expect("a pod"));
+        self.standing.load.replicas.get_mut(&replica).expect("routers say something of it").draft = said;
+        self
+    }
+}
+
+#[test]
+fn a_draft_model_stands_in_no_ones_way_and_is_said() {
+    let loading = || Some(Presence::default());
+    let lost = || Some(Presence { ready: false, failure: Some("worker d:1 is gone".into()) });
+    let ready = || Some(Presence { ready: true, failure: None });
+    for (case, state, part) in [
+        (guessed(), LoadPhase::Loading, "its worker does not run yet"),
+        (guessed().draft(&running(), loading()), LoadPhase::Loading, "it runs, and is not asked"),
+        (guessed().draft(&running(), ready()), LoadPhase::Ready, "it is asked for guesses"),
+        (guessed().draft(&running(), lost()), LoadPhase::Failed, "worker d:1 is gone"),
+        (guessed().draft(&ended("NotFound"), loading()), LoadPhase::Failed, "ended with exit code 2"),
+        (guessed().draft(&unscheduled("1 Insufficient cpu"), None), LoadPhase::Failed, "1 Insufficient cpu"),
+    ] {
+        let status = case.status();
+        let draft = status.replica_states[0].draft.as_ref().expect("it has one");
+        assert!(draft.state == state && draft.message.contains(part), "{draft:?}");
+        is(&status, READY, "True", "Ready");
+        let counts = (status.replica_states[0].ready_workers, status.replica_states[0].workers);
+        assert_eq!((counts, status.ready_replicas), ((4, 4), 1), "workers are those that it cannot answer without");
+        let expected = if state == LoadPhase::Failed { ("True", "DraftFailed") } else { ("False", "AsExpected") };
+        is(&status, DEGRADED, expected.0, expected.1);
+        let events: Vec<String> = news(Some(&guessed().status()), &status).into_iter().map(|event| event.reason).collect();
+        let expected = match state {
+            LoadPhase::Loading => vec![],
+            LoadPhase::Ready => vec!["DraftReady"],
+            LoadPhase::Failed => vec!["DraftFailed"],
+        };
+        assert_eq!(events, expected);
+    }
+    let planned = guessed().status().plan.expect("a plan").draft.expect("its worker");
+    assert!(planned.weight_bytes > 0 && planned.kv_bytes > 0 && planned.cost > 0, "{planned:?}");
+    assert_eq!((answers().status().replica_states[0].draft.clone(), answers().status().plan.expect("a plan").draft), (None, None));
+}
+
 /// Every condition and reason that the code can set once objects stand, but for those of autoscaling.
 fn cases() -> Vec<Reached> {
     let full = unscheduled("0/1 nodes are available: 1 Insufficient cpu.");
@@ -270,6 +323,7 @@ fn cases() -> Vec<Reached> {
         (DEGRADED, "True", "ReplicaUnavailable", fell().pods(true, &waiting("", ""))),
         (DEGRADED, "True", "ReplicaUnavailable", lost),
         (DEGRADED, "True", "AdapterFailed", without),
+        (DEGRADED, "True", "DraftFailed", guessed().draft(&waiting("CrashLoopBackOff", ""), None)),
         (DEGRADED, "False", "AsExpected", answers()),
         (READY, "True", "Ready", answers()),
     ]
@@ -580,13 +634,13 @@ fn adapters_are_loading_ready_or_failed_and_degrade_nothing_else() {
     let failed = Some(Presence { ready: false, failure: Some("no room".into()) });
     let states = |status: &Status| status.adapters.iter().map(|a| a.state).collect::<Vec<_>>();
     let loading = with_adapters(None, false).status();
-    assert_eq!(states(&loading), [AdapterPhase::Loading]);
+    assert_eq!(states(&loading), [LoadPhase::Loading]);
     assert_eq!(loading.adapters[0].message, "0 of 1 replicas that answer have it");
     let loaded = with_adapters(ready(), false).status();
-    assert_eq!(states(&loaded), [AdapterPhase::Ready]);
+    assert_eq!(states(&loaded), [LoadPhase::Ready]);
     is(&loaded, DEGRADED, "False", "AsExpected");
     let broken = with_adapters(ready(), true).status();
-    assert_eq!(states(&broken), [AdapterPhase::Ready, AdapterPhase::Failed]);
+    assert_eq!(states(&broken), [LoadPhase::Ready, LoadPhase::Failed]);
     is(&broken, DEGRADED, "True", "AdapterFailed");
     is(&broken, READY, "True", "Ready");
     assert_eq!(message(&broken, DEGRADED), "adapter b: it does not exist");

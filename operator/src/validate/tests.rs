@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use plan::model::ModelHeader;
+use plan::{dtype::DType, model::ModelHeader};
 use serde_json::{Value, json};
 use source::{Source, SourceOptions};
 
@@ -28,15 +28,38 @@ pub(crate) fn spec() -> Value {
 
 /// The header of the committed llama.
 pub(crate) fn header() -> Arc<ModelHeader> {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models/llama");
-    let source = Source::open(&path.display().to_string(), SourceOptions::default()).expect("the fixture");
+    let source = Source::open(&fixture("llama"), SourceOptions::default()).expect("the fixture");
     Arc::new(source.header().expect("its header"))
+}
+
+fn fixture(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/models").join(name).display().to_string()
+}
+
+/// The same in 4 bits, which takes less than half of the time.
+pub(crate) fn draft_header() -> Arc<ModelHeader> {
+    Arc::new(header().loaded_as(DType::Q4_0))
+}
+
+/// The least spec, with a draft model.
+pub(crate) fn drafted() -> Value {
+    let mut spec = spec();
+    spec["engine"] = json!({ "draft": { "model": { "uri": "hf://org/small" } } });
+    spec
 }
 
 /// Everything read, and nothing standing.
 pub(crate) fn fetched() -> Fetched {
     let access = Access { namespace: "models".into(), ..Access::default() };
-    Fetched { access, header: Some(Ok(header())), adapters: Vec::new(), template: None, taken: None, standing: Standing::default() }
+    Fetched {
+        access,
+        header: Some(Ok(header())),
+        draft: Some(Ok(draft_header())),
+        adapters: Vec::new(),
+        template: None,
+        taken: None,
+        standing: Standing::default(),
+    }
 }
 
 pub(crate) fn valid(spec: Value) -> ValidatedDeployment {
@@ -76,18 +99,64 @@ fn a_plan_and_its_workers() {
 }
 
 #[test]
+fn a_draft_model_is_planned_beside_the_model() {
+    let one = valid(drafted());
+    let draft = one.draft.as_ref().expect("a draft model");
+    assert_eq!((draft.plan.stages.len(), draft.plan.max_context), (1, one.plan.max_context));
+    assert!((200..400).contains(&draft.fleet.cost) && !draft.fleet.compared, "{:?}", draft.fleet);
+    let worker = one.draft_spec().expect("its worker");
+    assert_eq!(
+        (worker.uri.as_str(), worker.replica.as_str(), worker.shard.stage, worker.shard.rank),
+        ("hf://org/small", "llama-draft", 0, 0)
+    );
+    assert_eq!(one.worker_specs(), valid(spec()).worker_specs(), "the model's workers are as they are without it");
+}
+
+#[test]
+fn a_draft_model_that_cannot_guess_is_refused_by_its_field() {
+    let refused = |fetched: Fetched| refusal(drafted(), &fetched);
+    let unresolved = |reason| Fetched { draft: Some(Err(Unresolved { reason, message: "hf://org/small".into() })), ..fetched() };
+    for (reason, condition, expected, part) in [
+        ("NotFound", MODEL_RESOLVED, "NotFound", "check spec.engine.draft.model.uri; it is looked for again"),
+        ("Unauthorized", MODEL_RESOLVED, "Unauthorized", "is shown no credentials, so name one in spec.engine.draft.model.uri"),
+        ("DigestMismatch", MODEL_RESOLVED, "DigestMismatch", "correct spec.engine.draft.model.digest"),
+        ("architecture_unsupported", ACCEPTED, "UnsupportedArchitecture", "deploy a model of a supported architecture"),
+    ] {
+        let r = refused(unresolved(reason));
+        assert_eq!((r.condition, r.reason, r.until), (condition, expected, Until::Source));
+        assert!(r.message.starts_with("hf://org/small; ") && r.message.contains(part), "{}", r.message);
+    }
+    let r = refused(Fetched { draft: None, ..fetched() });
+    assert_eq!(r.reason, "Resolving", "{}", r.message);
+
+    let encoder = Source::open(&fixture("bert"), SourceOptions::default()).and_then(|source| source.header()).expect("its header");
+    for (header, part) in [
+        (
+            header(),
+            "a token takes the draft model 1.00 of the model's time, so its guesses are never worth it; expected less than 0.50; name another",
+        ),
+        (Arc::new(encoder), "the draft model is an encoder, which draws no tokens; name another"),
+    ] {
+        let r = refused(Fetched { draft: Some(Ok(header)), ..fetched() });
+        assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "PlanInfeasible", Until::Changed));
+        assert!(r.message.starts_with("spec.engine.draft.model: hf://org/small cannot guess for this model: "), "{}", r.message);
+        assert!(r.message.ends_with(part), "{}", r.message);
+    }
+
+    let mut of_node = drafted();
+    of_node["engine"]["draft"]["model"]["uri"] = json!("file:/srv/models/small");
+    let r = refusal(of_node, &Fetched { access: access(folders(), privileged()), ..fetched() });
+    assert_eq!((r.reason, r.until), ("HostPathForbidden", Until::Changed));
+    assert!(r.message.starts_with("spec.engine.draft.model: file:/srv/models/small is a path of a node"), "{}", r.message);
+}
+
+#[test]
 fn refusals_name_the_field_and_the_next_step() {
     let mut wrong = spec();
     wrong["parallelism"]["pipeline"] = json!(0);
     let r = refusal(wrong, &fetched());
     assert_eq!((r.condition, r.reason, r.until), (ACCEPTED, "InvalidSpec", Until::Changed));
     assert!(r.message.starts_with("spec.parallelism.pipeline: "), "{}", r.message);
-
-    let mut drafted = spec();
-    drafted["engine"] = json!({ "draft": { "model": { "uri": "hf://a/small" } } });
-    let r = refusal(drafted, &fetched());
-    assert_eq!((r.reason, r.until), ("InvalidSpec", Until::Changed));
-    assert!(r.message.starts_with("spec.engine.draft.model: draft models are not there on a cluster yet"), "{}", r.message);
 
     let mut unknown = spec();
     unknown["modle"] = json!(1);

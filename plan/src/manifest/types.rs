@@ -311,7 +311,8 @@ pub struct DraftSpec {
     /// answers repeat the prompt or themselves (edits, summaries, code), and takes effect without a rollout.
     #[cfg_attr(feature = "schema", schemars(range(max = 16)))]
     pub prompt_lookup: u32,
-    /// A smaller model of the same tokenizer that guesses what comes next, in a worker of its own beside each replica. Clusters refuse it so far.
+    /// A smaller model of the same tokenizer that guesses what comes next, in a worker of its own beside each replica. On a
+    /// cluster it comes from a server; another one is rolled out like another model.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub model: Option<DraftModelSpec>,
 }

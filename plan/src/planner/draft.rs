@@ -9,6 +9,8 @@ pub const DRAFT_SEQUENCES: usize = 16;
 const BATCH_TOKENS: usize = 256;
 /// What a step of it takes at the least, in thousandths of one of the model that it guesses for: it has to be sent and answered too.
 const LEAST_COST: u32 = 50;
+/// From here on what a step of it takes is more than its guesses are worth to a sequence that is alone (crate `router` tells what they are worth).
+pub const DRAFT_COST_LIMIT: u32 = 500;
 
 /// Why a model cannot guess for another.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +28,18 @@ pub enum DraftError {
         got: usize,
         /// The model's.
         expected: usize,
+    },
+    /// Its guesses come too late.
+    #[error("a token takes the draft model {:.2} of the model's time, so its guesses are never worth it; expected less than {:.2}", f64::from(*cost) / 1000.0, f64::from(DRAFT_COST_LIMIT) / 1000.0)]
+    Slow {
+        /// What a step of it takes, in thousandths of one of the model.
+        cost: u32,
+    },
+    /// It does not fit.
+    #[error("the draft model {message}")]
+    Memory {
+        /// What the plan says.
+        message: String,
     },
     /// It cannot be laid out.
     #[error("the draft model cannot be planned")]
@@ -49,7 +63,7 @@ pub fn check_draft(model: &ModelHeader, draft: &ModelHeader) -> Result<(), Draft
 /// Plans the one worker of a draft model. Where its context is shorter than `context`, nothing is guessed beyond it.
 ///
 /// # Errors
-/// When it cannot be laid out, whatever the memory.
+/// When it cannot be laid out, or has too little memory.
 pub fn plan_draft(draft: &ModelHeader, context: usize, capacity: &Capacity) -> Result<ExecutionPlan, DraftError> {
     let spec = Spec {
         max_context: Some(context.min(draft.config.context)),
@@ -57,7 +71,8 @@ pub fn plan_draft(draft: &ModelHeader, context: usize, capacity: &Capacity) -> R
         max_batch_tokens: BATCH_TOKENS,
         ..Spec::default()
     };
-    Ok(plan(&spec, draft, capacity)?)
+    let laid_out = plan(&spec, draft, capacity)?;
+    if laid_out.fits { Ok(laid_out) } else { Err(DraftError::Memory { message: laid_out.message }) }
 }
 
 impl FleetDraft {
@@ -67,9 +82,15 @@ impl FleetDraft {
     }
 
     /// Of a draft model's plan, beside the plan of the model that it guesses for; its worker has said nothing yet.
-    pub fn of(draft: &ExecutionPlan, model: &ExecutionPlan) -> Self {
+    ///
+    /// # Errors
+    /// When guessing takes so long that it is never worth it.
+    pub fn of(draft: &ExecutionPlan, model: &ExecutionPlan) -> Result<Self, DraftError> {
         let cost = predict::thousandths(draft, model, LEAST_COST);
-        Self { worker: String::new(), limits: super::limits(draft, false), cost }
+        if cost >= DRAFT_COST_LIMIT {
+            return Err(DraftError::Slow { cost });
+        }
+        Ok(Self { worker: String::new(), limits: super::limits(draft, false), cost, compared: false })
     }
 }
 
@@ -95,7 +116,18 @@ mod tests {
         let draft = plan_draft(&short, 20, &ANY).unwrap();
         assert_eq!((draft.max_context, draft.stages.len(), draft.max_batch_sequences), (20, 1, DRAFT_SEQUENCES));
         let model = plan(&Spec::default(), &Sample { layers: 4, ..Sample::llama() }.model(), &ANY).unwrap();
-        let fleet = FleetDraft::of(&draft, &model);
-        assert!((50..1000).contains(&fleet.cost) && !fleet.limits.prefix_caching, "{fleet:?}");
+        let fleet = FleetDraft::of(&draft, &model).unwrap();
+        assert!((50..DRAFT_COST_LIMIT).contains(&fleet.cost) && !fleet.limits.prefix_caching, "{fleet:?}");
+    }
+
+    #[test]
+    fn what_is_as_slow_or_too_large_is_refused() {
+        let model = Sample::llama().model();
+        let draft = plan_draft(&model, 20, &ANY).unwrap();
+        let refused = FleetDraft::of(&draft, &draft).unwrap_err();
+        assert_eq!(refused, DraftError::Slow { cost: 1000 });
+        assert!(refused.to_string().contains("1.00 of the model's time"), "{refused}");
+        let refused = plan_draft(&model, 20, &Capacity { memory_bytes: Some(1) }).unwrap_err();
+        assert!(matches!(&refused, DraftError::Memory { message } if message.starts_with("does not fit")), "{refused}");
     }
 }

@@ -12,7 +12,7 @@ use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
-pub use draft::{DRAFT_SEQUENCES, DraftError, check_draft, plan_draft};
+pub use draft::{DRAFT_COST_LIMIT, DRAFT_SEQUENCES, DraftError, check_draft, plan_draft};
 
 use crate::{
     adapter::{AdapterHeader, AdapterShard},

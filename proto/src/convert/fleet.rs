@@ -108,7 +108,7 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
         draining: r.draining,
         stages: r.workers.iter().map(|ranks| wire::StageWorkers { ranks: ranks.clone() }).collect(),
         limits: Some(encode_limits(&r.limits)),
-        draft: r.draft.as_ref().map(|d| wire::Draft { worker: d.worker.clone(), limits: Some(encode_limits(&d.limits)), cost: d.cost }),
+        draft: r.draft.as_ref().map(encode_draft),
     };
     wire::Deployment {
         name: d.name.clone(),
@@ -133,6 +133,10 @@ fn encode_deployment(d: &FleetDeployment) -> wire::Deployment {
         replicas: d.replicas.iter().map(replica).collect(),
         adapters: d.adapters.iter().map(encode_adapter).collect(),
     }
+}
+
+fn encode_draft(d: &FleetDraft) -> wire::Draft {
+    wire::Draft { worker: d.worker.clone(), limits: Some(encode_limits(&d.limits)), cost: d.cost, compared: d.compared }
 }
 
 fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertError> {
@@ -164,7 +168,8 @@ fn decode_deployment(d: wire::Deployment) -> Result<FleetDeployment, ConvertErro
     let replica = |r: wire::Replica| {
         let name = r.name.clone();
         let limits = decode_limits(r.limits).map_err(|e| e.within(format_args!("replicas[{name}]")))?;
-        let draft = |d: wire::Draft| Ok(FleetDraft { worker: d.worker, limits: decode_limits(d.limits)?, cost: d.cost });
+        let draft =
+            |d: wire::Draft| Ok(FleetDraft { worker: d.worker, limits: decode_limits(d.limits)?, cost: d.cost, compared: d.compared });
         let draft = r.draft.map(draft).transpose().map_err(|e: ConvertError| e.within(format_args!("replicas[{name}].draft")))?;
         Ok(FleetReplica {
             name: r.name,

@@ -239,7 +239,7 @@ fn stopped_fleet(chat_template: Option<ChatTemplate>, policy: RoutingPolicy, dty
         draining: true,
         limits: limits(256),
         workers: vec![vec!["a:1".into(), "b:2".into()], vec!["c:3".into()]],
-        draft: Some(FleetDraft { worker: "d:4".into(), limits: limits(16), cost: 90 }),
+        draft: Some(FleetDraft { worker: "d:4".into(), limits: limits(16), cost: 90, compared: true }),
     };
     let deployment = FleetDeployment {
         name: "d".into(),

@@ -156,6 +156,9 @@ pub struct Draft {
     /// What a step of one row takes, in thousandths of such a step of the replica.
     #[prost(uint32, tag = "3")]
     pub cost: u32,
+    /// Its tokens were found to be the model's; else a router compares them before it asks for guesses.
+    #[prost(bool, tag = "4")]
+    pub compared: bool,
 }
 #[derive(Clone, PartialEq, ::prost::Message)]
 pub struct RouterReport {
@@ -213,6 +216,18 @@ pub struct ReplicaState {
     pub fetched_bytes: u64,
     #[prost(uint64, tag = "8")]
     pub fetch_bytes: u64,
+    /// Its draft model, where it has one and this router drives it.
+    #[prost(message, optional, tag = "9")]
+    pub draft: ::core::option::Option<DraftState>,
+}
+/// The draft model of a replica.
+#[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]
+pub struct DraftState {
+    /// It can be asked for guesses; neither this nor a failure: it is being loaded.
+    #[prost(bool, tag = "1")]
+    pub ready: bool,
+    #[prost(string, tag = "2")]
+    pub failure: ::prost::alloc::string::String,
 }
 /// An adapter on a replica.
 #[derive(Clone, PartialEq, Eq, Hash, ::prost::Message)]

@@ -13,7 +13,7 @@ use tokio::{sync::watch, task::JoinHandle, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    AdapterLoad, DeploymentLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
+    AdapterLoad, DeploymentLoad, DraftLoad, Generation, ModelStatus, ReplicaLoad, SubmitError, TokenStream,
     stream::{Course, Limits},
 };
 use crate::{
@@ -224,6 +224,11 @@ fn adapters(deployment: &Deployment, member: &Member) -> Vec<AdapterLoad> {
     deployment.spec.adapters.iter().zip(member.adapters(&deployment.spec)).map(of).collect()
 }
 
+fn draft(presence: Presence) -> DraftLoad {
+    let ready = presence == Presence::Ready;
+    DraftLoad { ready, failure: if let Presence::Failed(why) = presence { Some(why) } else { None } }
+}
+
 fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
     let stats = &deployment.lasting.stats;
     let rates = stats.rates(now);
@@ -250,6 +255,7 @@ fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {
                 fetching: m.fetching(),
                 last_failure: condition.last_failure,
                 adapters: adapters(deployment, m),
+                draft: m.driver.draft().map(draft),
             }
         })
         .collect();

@@ -107,6 +107,17 @@ pub struct ReplicaLoad {
     pub last_failure: Option<String>,
     /// The deployment's adapters, in its order.
     pub adapters: Vec<AdapterLoad>,
+    /// Its draft model, where it has one and this router drives it.
+    pub draft: Option<DraftLoad>,
+}
+
+/// How the draft model of a replica is doing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DraftLoad {
+    /// It can be asked for guesses; neither this nor a failure: it is being loaded.
+    pub ready: bool,
+    /// Why it cannot, or what it was lost by.
+    pub failure: Option<String>,
 }
 
 /// How an adapter is doing on a replica.

@@ -2,6 +2,7 @@
 
 mod card;
 mod carry;
+mod compare;
 mod error;
 mod gguf;
 mod guard;
@@ -24,6 +25,7 @@ use plan::step::TokenId;
 use serde_json::{Map, Value};
 
 pub use carry::{files as tokenizer_files, gguf_entries};
+pub use compare::{CompareError, same_tokens};
 pub use error::{ChatError, EncodeError, TokenizerError};
 pub use plan::generation::Defaults as GenerationDefaults;
 pub use vectors::{Activation, Classes, Embedding, VectorSettings, vector_entries, vector_files};

@@ -23,14 +23,14 @@ pub(crate) enum Driver {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Ticket(u64);
 
-/// An adapter on a replica.
+/// An adapter on a replica, or its draft model.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Presence {
     /// Every worker has it.
     Ready,
     /// It is to be loaded, or being loaded.
     Loading,
-    /// It cannot be loaded.
+    /// It cannot be loaded, or was lost.
     Failed(String),
 }
 
@@ -136,6 +136,14 @@ impl Driver {
         match self {
             Self::Here(owner) => owner.draft_failures.load(Ordering::Relaxed),
             Self::Peer(..) | Self::Nobody => 0,
+        }
+    }
+
+    /// How its draft model is doing, where it has one and this router drives it.
+    pub(crate) fn draft(&self) -> Option<Presence> {
+        match self {
+            Self::Here(owner) => owner.draft(),
+            Self::Peer(..) | Self::Nobody => None,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use plan::fleet::{FleetReplica, FleetState};
+use plan::fleet::{FleetDraft, FleetReplica, FleetState};
 
 /// A worker says where it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -48,12 +48,15 @@ impl Announced {
     /// an earlier one.
     pub(super) fn take(&mut self, state: &FleetState, announcement: &Announcement, fresh: bool) -> Result<bool, AnnounceError> {
         let Announcement { replica, stage, rank, revision, address, .. } = announcement;
-        let found = state.deployments.iter().flat_map(|d| &d.replicas).find(|r| r.name == *replica);
+        let found = state.deployments.iter().flat_map(|d| &d.replicas).find(|r| is_of(r, replica));
         let found = found.ok_or_else(|| AnnounceError::Replica(replica.clone()))?;
         if let Some(got) = revision.clone().filter(|got| found.revision != *got) {
             return Err(AnnounceError::Revision { replica: replica.clone(), expected: found.revision.clone(), got });
         }
-        let named = found.workers.get(*stage).and_then(|ranks| ranks.get(*rank));
+        let named = match &found.draft {
+            Some(draft) if found.name != *replica => Some(&draft.worker).filter(|_| (*stage, *rank) == (0, 0)),
+            _ => found.workers.get(*stage).and_then(|ranks| ranks.get(*rank)),
+        };
         let named = named.ok_or_else(|| AnnounceError::Worker { replica: replica.clone(), stage: *stage, rank: *rank })?;
         if address.rsplit_once(':').is_none_or(|(host, port)| host.is_empty() || port.parse::<u16>().is_err()) {
             return Err(AnnounceError::Address(address.clone()));
@@ -78,10 +81,14 @@ impl Announced {
             return;
         }
         self.places.retain(|(name, stage, rank), place| {
-            let found = state.deployments.iter_mut().flat_map(|d| &mut d.replicas).find(|r| r.name == *name);
+            let found = state.deployments.iter_mut().flat_map(|d| &mut d.replicas).find(|r| is_of(r, name));
             let same = |r: &&mut FleetReplica| place.announcement.revision.as_ref().is_none_or(|revision| r.revision == *revision);
             let Some(replica) = found.filter(same) else { return false };
-            match replica.workers.get_mut(*stage).and_then(|ranks| ranks.get_mut(*rank)) {
+            let named = match &mut replica.draft {
+                Some(draft) if replica.name != *name => Some(&mut draft.worker),
+                _ => replica.workers.get_mut(*stage).and_then(|ranks| ranks.get_mut(*rank)),
+            };
+            match named {
                 Some(named) if *named == place.instead_of => {
                     named.clone_from(&place.announcement.address);
                     true
@@ -94,6 +101,11 @@ impl Announced {
     pub(super) fn all(&self) -> Vec<Announcement> {
         self.places.values().map(|place| place.announcement.clone()).collect()
     }
+}
+
+/// Whether a worker that calls itself one of `name` is of this replica, or of its draft model.
+fn is_of(replica: &FleetReplica, name: &str) -> bool {
+    replica.name == name || replica.draft.is_some() && FleetDraft::name(&replica.name) == name
 }
 
 #[cfg(test)]
@@ -180,6 +192,29 @@ mod tests {
         assert_eq!(announced.take(&first, &announcement("here:1"), true), Ok(true));
         assert_eq!(placed(&mut announced, state(4, "2", "gone:1")), "gone:1");
         assert_eq!(announced.all(), []);
+    }
+
+    #[test]
+    fn the_worker_of_a_draft_model_is_found_as_others_are() {
+        let (mut announced, mut state) = (Announced::default(), state(1, "1", "gone:1"));
+        let said = Announcement { replica: "a-r0-draft".into(), stage: 0, ..announcement("here:1") };
+        assert_eq!(announced.take(&state, &said, true), Err(AnnounceError::Replica("a-r0-draft".into())), "it has none");
+        let replica = &mut state.deployments[0].replicas[0];
+        replica.draft = Some(FleetDraft { worker: String::new(), limits: replica.limits.clone(), cost: 90, compared: false });
+        let wrong = Announcement { rank: 1, ..said.clone() };
+        assert!(matches!(announced.take(&state, &wrong, true), Err(AnnounceError::Worker { .. })));
+        assert_eq!(announced.take(&state, &said, true), Ok(true));
+        let of_draft = |announced: &mut Announced, mut state: FleetState| {
+            announced.place(&mut state);
+            assert_eq!(state.deployments[0].replicas[0].workers, [["old:1"], ["gone:1"]], "the replica's own are as they were");
+            state.deployments[0].replicas[0].draft.clone().map(|draft| draft.worker)
+        };
+        assert_eq!(of_draft(&mut announced, state.clone()).as_deref(), Some("here:1"));
+        state.deployments[0].replicas[0].draft.as_mut().unwrap().worker = "new:1".into();
+        assert_eq!(of_draft(&mut announced, state.clone()).as_deref(), Some("new:1"), "the state knows better");
+        assert_eq!(announced.all(), []);
+        state.deployments[0].replicas[0].draft = None;
+        assert_eq!(of_draft(&mut announced, state), None);
     }
 
     #[test]

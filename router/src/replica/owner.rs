@@ -89,6 +89,8 @@ pub(crate) struct Owner {
     draft: Mutex<Option<DraftModel>>,
     /// Sessions of it that ended in a failure.
     pub(crate) draft_failures: AtomicU64,
+    /// How it is doing in the present session, where there is one.
+    draft_presence: Mutex<Option<Presence>>,
     /// How they are doing in the present session, by numerics id.
     present: Mutex<HashMap<String, Presence>>,
 }
@@ -112,6 +114,7 @@ impl Owner {
             prompt_lookup: AtomicUsize::new(0),
             draft: Mutex::default(),
             draft_failures: AtomicU64::new(0),
+            draft_presence: Mutex::default(),
             present: Mutex::default(),
         }
     }
@@ -195,10 +198,16 @@ impl Owner {
     pub(crate) fn set_draft(&self, spec: Option<&FleetDraft>, connect: impl FnOnce() -> Option<Arc<dyn Replica>>) {
         let mut draft = lock(&self.draft);
         if draft.as_ref().map(|draft| &draft.spec) != spec {
-            *draft = spec.and_then(|spec| Some(DraftModel { spec: spec.clone(), replica: connect()? }));
+            *draft = spec.and_then(|spec| Some(DraftModel::new(spec.clone(), connect()?)));
             drop(draft);
             self.wake.notify_one();
         }
+    }
+
+    /// How the draft model is doing, where there is one; nothing is known of it while there is no session.
+    pub(crate) fn draft(&self) -> Option<Presence> {
+        let told = lock(&self.draft).is_some();
+        told.then(|| lock(&self.draft_presence).clone().unwrap_or(Presence::Loading))
     }
 
     /// How an adapter is doing here.
@@ -296,7 +305,7 @@ impl Drive {
         let before = self.owner.counters();
         let (scheduler, adapters) = (Scheduler::new(options), Adapters::default());
         let masks = Masks::new(self.replica.clone(), self.grammars.clone());
-        let drafts = Drafts::default();
+        let drafts = Drafts::new(self.replica.clone());
         let mut run = Run { drive: self, scheduler, adapters, masks, drafts, sinks: HashMap::new(), session, before, proven: false };
         let result = run.run().await;
         let was_ready = run.proven;
@@ -343,8 +352,10 @@ impl Run<'_> {
                 self.obey(command);
             }
             self.scheduler.set_prompt_lookup(owner.prompt_lookup.load(Ordering::Relaxed));
-            if self.drafts.follow(lock(&owner.draft).clone()) {
+            let draft = lock(&owner.draft).clone();
+            if self.drafts.follow(draft) {
                 self.scheduler.set_draft_model(None);
+                self.publish_draft(None);
             }
             // Tokens go before the next step, unless a stage would wait for it.
             if self.scheduler.in_flight() >= self.drive.replica.stages() {
@@ -488,6 +499,11 @@ impl Run<'_> {
         }
     }
 
+    /// Notes how the draft model is doing.
+    fn publish_draft(&self, presence: Option<Presence>) {
+        *lock(&self.drive.owner.draft_presence) = presence;
+    }
+
     /// Something happened to the draft model's session.
     fn take_draft(&mut self, event: DraftEvent) {
         let replica = &self.drive.name;
@@ -495,6 +511,12 @@ impl Run<'_> {
             DraftEvent::Opened => {
                 info!(replica, "draft model ready");
                 self.scheduler.set_draft_model(self.drafts.spec());
+                self.publish_draft(Some(Presence::Ready));
+                return;
+            }
+            DraftEvent::Unfit(why) => {
+                warn!(replica, why, "draft model cannot guess; sequences go on without it");
+                self.publish_draft(Some(Presence::Failed(why)));
                 return;
             }
             DraftEvent::Reply(reply) => match self.scheduler.draft_reply(reply.step, reply.outputs) {
@@ -514,6 +536,7 @@ impl Run<'_> {
         };
         if self.scheduler.has_draft_model() {
             self.scheduler.set_draft_model(None);
+            self.publish_draft(Some(Presence::Failed(error.to_string())));
             self.drive.owner.draft_failures.fetch_add(1, Ordering::Relaxed);
             warn!(replica, reason = error.reason(), error = error.to_string(), "draft model lost; sequences go on without it");
         } else {
@@ -592,6 +615,7 @@ impl Run<'_> {
         owner.kv_used.store(0, Ordering::Relaxed);
         lock(&owner.prefixes).clear();
         lock(&owner.present).clear();
+        *lock(&owner.draft_presence) = None;
     }
 
     fn dispatch_last(&mut self) {

@@ -5,7 +5,6 @@ use plan::{shard::BLOCK_TOKENS, step::TokenId};
 use super::{
     Admission, BlockPool, Scheduler, Sequence, Table,
     drafter::MOST,
-    trust::START,
     worth::{Prospect, ROW, ROWS, Worth, drawn},
 };
 
@@ -16,13 +15,8 @@ pub(super) struct Drafts {
     pub(super) by_model: bool,
 }
 
-/// Whether a draft model is ever worth a try, a step of which takes `cost` thousandths of one of the model that it guesses for.
-pub fn is_worth_a_try(cost: u32) -> bool {
-    repays(START, cost as f32 / 1000.0)
-}
-
 /// Whether a draft of a sequence that is alone brings more than it and waiting for it take.
-fn repays(trust: f32, cost: f32) -> bool {
+pub(super) fn repays(trust: f32, cost: f32) -> bool {
     Worth::of(1).repays_waiting(Prospect { trust, price: drawn(cost, 1), most: MOST })
 }
 

@@ -282,7 +282,7 @@ fn run_operations(ops: Vec<Op>, shape: &Shape) -> Result<Counters, TestCaseError
     let drafting = |world: &mut World| {
         let Some((period, blocks)) = draft else { return };
         let limits = ReplicaLimits { max_context: 200, ..self::limits(&[(None, blocks), (Some(24), blocks)], 4, 100) };
-        world.draft_with(SimulatedModel { period, ..MODEL }, &FleetDraft { worker: String::new(), limits, cost: 100 });
+        world.draft_with(SimulatedModel { period, ..MODEL }, &FleetDraft { worker: String::new(), limits, cost: 100, compared: true });
     };
     let fresh = |lookup: usize| {
         let mut world = World::of(model, limits.clone(), stages);

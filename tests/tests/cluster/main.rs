@@ -11,6 +11,7 @@ mod apply;
 mod chart;
 mod dedicated;
 mod deletion;
+mod drafts;
 mod encoders;
 mod hpa;
 mod identity;

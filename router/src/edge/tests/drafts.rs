@@ -1,6 +1,6 @@
 //! Drafts: a setting of routers, in force from the next step on, and no matter when a replica or a draft model goes.
 
-use plan::fleet::FleetDraft;
+use plan::{card::CardFile, fleet::FleetDraft};
 
 use super::*;
 
@@ -67,12 +67,54 @@ async fn a_lost_replica_loses_no_token_of_drafts() {
 
 /// A world whose only replica has a draft model that is as good as it.
 fn guessed() -> World {
+    let connector = SimulatedConnector::new(REPEATING, 2, COST, Arc::new(ModelCard::default()));
+    guessed_by(connector, true)
+}
+
+/// The same; `compared`: whoever made the fleet knows that its tokens are the model's.
+fn guessed_by(mut connector: SimulatedConnector, compared: bool) -> World {
     let mut state = state(&[replica("r0")]);
-    let draft = FleetDraft { worker: "c".to_owned(), limits: limits(), cost: 100 };
+    let draft = FleetDraft { worker: "c".to_owned(), limits: limits(), cost: 100, compared };
     state.deployments[0].replicas[0].draft = Some(draft);
-    let mut connector = SimulatedConnector::new(REPEATING, 2, COST, Arc::new(ModelCard::default()));
     connector.draft = Some(REPEATING);
     world_by(connector, state)
+}
+
+/// Files of which a tokenizer is made that has these words.
+fn words(words: &[&str]) -> Arc<ModelCard> {
+    let vocab: serde_json::Map<_, _> = words.iter().enumerate().map(|(id, word)| ((*word).to_owned(), id.into())).collect();
+    let json = serde_json::json!({ "model": { "type": "WordLevel", "vocab": vocab, "unk_token": words[0] } });
+    Arc::new(ModelCard { files: vec![CardFile { name: "tokenizer.json".to_owned(), bytes: json.to_string().into_bytes() }] })
+}
+
+/// Tokens are read off the event loop, so time is real.
+#[tokio::test]
+async fn a_draft_model_whose_tokens_nobody_has_compared_is_compared_first() {
+    let own = words(&["a", "b", "c"]);
+    for (card, expected) in [
+        (words(&["a", "b", "c"]), None),
+        (words(&["a", "c", "b"]), Some(r#"its token 1 is "c", expected "b", which is the model's"#)),
+        (words(&["a", "b"]), Some("its tokenizer has 2 tokens, expected the model's 3")),
+        (Arc::default(), Some("the tokenizer of the draft model cannot be compared: model has no tokenizer")),
+    ] {
+        let cost = CostModel { step: Duration::from_micros(100), token: Duration::ZERO };
+        let mut connector = SimulatedConnector::new(REPEATING, 2, cost, own.clone());
+        connector.draft_card = Some(card);
+        let world = guessed_by(connector, false);
+        assert!(world.edge.wait_ready("small").await);
+        let said = || world.edge.load()[0].replicas[0].draft.clone().expect("there is one");
+        while said() == (DraftLoad { ready: false, failure: None }) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let (ready, failure) = (said().ready, said().failure.unwrap_or_default());
+        assert!(ready == expected.is_none() && failure.starts_with(expected.unwrap_or_default()), "{failure}");
+        let generation = long(3);
+        let (tokens, end) = collect(world.edge.submit("small", generation.clone()).expect("admitted")).await;
+        assert_eq!((tokens, end.expect("it finished")), (solo_of(&generation), FinishReason::Length));
+        assert_eq!(world.edge.load()[0].accepted_tokens_total > 0, expected.is_none());
+        assert_eq!(world.edge.load()[0].replicas[0].failures_total, 0);
+        world.edge.shutdown().await;
+    }
 }
 
 #[tokio::test(start_paused = true)]
@@ -80,15 +122,18 @@ async fn a_draft_model_comes_and_goes_in_the_middle_of_a_stream() {
     let world = guessed();
     assert!(world.edge.wait_ready("small").await);
     let load = || world.edge.load().remove(0);
+    let said = || load().replicas[0].draft.clone();
     let generation = long(1);
     let mut stream = world.edge.submit("small", generation.clone()).expect("admitted");
     let mut tokens = next_tokens(&mut stream, 80).await;
     assert!(load().accepted_tokens_total > 30, "{:?}", load());
+    assert_eq!(said(), Some(DraftLoad { ready: true, failure: None }));
     let draft = world.connector.get("r0-draft").expect("made");
     draft.set_fault(Fault::Down);
     tokens.extend(next_tokens(&mut stream, 60).await);
     let without = load();
     assert_eq!(without.draft_failures_total, 1);
+    assert!(said().expect("it is told").failure.is_some_and(|why| why.contains("it went down")), "{:?}", said());
     tokens.extend(next_tokens(&mut stream, 10).await);
     assert_eq!(load().draft_tokens_total, without.draft_tokens_total);
     draft.set_fault(Fault::None);
@@ -99,10 +144,12 @@ async fn a_draft_model_comes_and_goes_in_the_middle_of_a_stream() {
     }
     tokens.extend(next_tokens(&mut stream, 60).await);
     assert!(load().accepted_tokens_total > without.accepted_tokens_total + 20, "{:?}", load());
+    assert_eq!(said(), Some(DraftLoad { ready: true, failure: None }));
     world.update(|state| state.deployments[0].replicas[0].draft = None);
     world.edge.inner_view_changed().await;
     tokens.extend(next_tokens(&mut stream, 20).await);
     let off = load().draft_tokens_total;
+    assert_eq!(said(), None);
     let (rest, end) = collect_rest(stream).await;
     tokens.extend(rest);
     assert_eq!((tokens, end.expect("it finished")), (solo_of(&generation), FinishReason::Length));

@@ -1,11 +1,21 @@
 //! The draft model's session: opened beside the replica's own, and again when it is lost; nobody's stream depends on it.
 
-use std::{future::pending, sync::Arc, time::Duration};
+use std::{
+    future::pending,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use plan::fleet::FleetDraft;
-use tokio::time::{Instant, sleep_until};
+use tokio::{
+    task::spawn_blocking,
+    time::{Instant, sleep_until},
+};
 
-use crate::replica::{BoxFuture, Replica, ReplicaError, Session, StepReply};
+use crate::{
+    encode::same_tokens,
+    replica::{BoxFuture, Replica, ReplicaError, Session, StepReply},
+};
 
 /// First and longest pause between attempts to open its session.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(2));
@@ -17,13 +27,44 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub(crate) struct DraftModel {
     pub(crate) spec: FleetDraft,
     pub(crate) replica: Arc<dyn Replica>,
+    /// Whether its tokens are the model's, once that is known.
+    fit: Arc<OnceLock<Result<(), String>>>,
 }
 
 impl DraftModel {
+    pub(crate) fn new(spec: FleetDraft, replica: Arc<dyn Replica>) -> Self {
+        let fit = if spec.compared { OnceLock::from(Ok(())) } else { OnceLock::new() };
+        Self { spec, replica, fit: Arc::new(fit) }
+    }
+
     /// Whether both are the same worker.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.replica, &other.replica)
     }
+
+    /// Opens a session with a worker whose tokens are those of `model`.
+    async fn open(self, model: Arc<dyn Replica>) -> Result<Session, OpenError> {
+        if self.fit.get().is_none() {
+            let (own, of_model) = (self.replica.card().await?, model.card().await?);
+            let compared = spawn_blocking(move || same_tokens(&own, &of_model).map_err(|error| error.to_string())).await;
+            // Nobody else sets it meanwhile: a session is opened by one at a time.
+            let _ = self.fit.set(compared.unwrap_or_else(|broken| Err(format!("its tokens could not be compared: {broken}"))));
+        }
+        match self.fit.get() {
+            Some(Err(why)) => Err(OpenError::Unfit(why.clone())),
+            _ => Ok(self.replica.open().await?),
+        }
+    }
+}
+
+/// Why there is no session.
+#[derive(Debug, thiserror::Error)]
+enum OpenError {
+    #[error(transparent)]
+    Replica(#[from] ReplicaError),
+    /// No session of it would be of any use.
+    #[error("{0}")]
+    Unfit(String),
 }
 
 /// What happened to the session.
@@ -36,25 +77,26 @@ pub(super) enum DraftEvent {
     Late,
     /// It ended, or could not be opened; it is opened again.
     Lost(ReplicaError),
+    /// Its tokens are not the model's: it is not opened.
+    Unfit(String),
 }
 
 /// How the draft model of a replica's session is doing.
-#[derive(Default)]
 pub(super) struct Drafts {
+    /// What it guesses for.
+    replica: Arc<dyn Replica>,
     model: Option<DraftModel>,
     state: State,
     pause: Duration,
 }
 
-#[derive(Default)]
 enum State {
-    /// There is no draft model.
-    #[default]
+    /// There is no draft model, or none that could guess.
     None,
     Closed {
         until: Instant,
     },
-    Opening(BoxFuture<'static, Result<Session, ReplicaError>>),
+    Opening(BoxFuture<'static, Result<Session, OpenError>>),
     Open(Box<Open>),
 }
 
@@ -67,6 +109,11 @@ struct Open {
 }
 
 impl Drafts {
+    /// For `replica`, which has none yet.
+    pub(super) fn new(replica: Arc<dyn Replica>) -> Self {
+        Self { replica, model: None, state: State::None, pause: BACKOFF.0 }
+    }
+
     /// Follows what the fleet says; returns whether it is another draft model than before, or none.
     pub(super) fn follow(&mut self, model: Option<DraftModel>) -> bool {
         let same = match (&self.model, &model) {
@@ -106,17 +153,20 @@ impl Drafts {
                 State::Closed { until } => {
                     sleep_until(*until).await;
                     let Some(model) = &self.model else { return pending().await };
-                    let replica = model.replica.clone();
-                    self.state = State::Opening(Box::pin(async move { replica.open().await }));
+                    self.state = State::Opening(Box::pin(model.clone().open(self.replica.clone())));
                 }
                 State::Opening(opening) => match opening.await {
                     Ok(session) => {
                         self.state = State::Open(Box::new(Open { session, since: Instant::now(), in_flight: 0, patience: None }));
                         return DraftEvent::Opened;
                     }
-                    Err(error) => {
+                    Err(OpenError::Replica(error)) => {
                         self.lose(&error);
                         return DraftEvent::Lost(error);
+                    }
+                    Err(OpenError::Unfit(why)) => {
+                        self.state = State::None;
+                        return DraftEvent::Unfit(why);
                     }
                 },
                 State::Open(open) => {

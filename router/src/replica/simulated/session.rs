@@ -248,12 +248,14 @@ pub struct SimulatedConnector {
     replicas: Mutex<HashMap<String, Arc<SimulatedReplica>>>,
     /// The model of draft models.
     pub draft: Option<SimulatedModel>,
+    /// Their files; those of the model where there are none.
+    pub draft_card: Option<Arc<ModelCard>>,
 }
 
 impl SimulatedConnector {
     /// Replicas of `stages` stages that all run `model`.
     pub fn new(model: SimulatedModel, stages: usize, cost: CostModel, card: Arc<ModelCard>) -> Self {
-        Self { model, stages, cost, card, replicas: Mutex::default(), draft: None }
+        Self { model, stages, cost, card, replicas: Mutex::default(), draft: None, draft_card: None }
     }
 
     /// The replica made last under this name; a draft model's is that of its replica and `-draft`.
@@ -272,7 +274,8 @@ impl Connector for SimulatedConnector {
 
     fn draft(&self, replica: &FleetReplica) -> Option<Arc<dyn Replica>> {
         let kv = replica.draft.as_ref()?.limits.kv.clone();
-        let made = SimulatedReplica::new(self.draft?, kv, 1, self.cost, self.card.clone());
+        let card = self.draft_card.as_ref().unwrap_or(&self.card).clone();
+        let made = SimulatedReplica::new(self.draft?, kv, 1, self.cost, card);
         let made = Arc::new(SimulatedReplica { goes_back: true, ..made });
         self.replicas.lock().unwrap_or_else(PoisonError::into_inner).insert(FleetDraft::name(&replica.name), made.clone());
         Some(made)

@@ -1,6 +1,9 @@
 //! Draft models: what they save, and that nothing depends on them.
 
+use plan::planner::DRAFT_COST_LIMIT;
+
 use super::*;
+use crate::scheduler::drafts::repays;
 
 /// Says the same in every other period.
 const SOMETIMES: SimulatedModel = SimulatedModel { period: 24, ..MODEL };
@@ -8,7 +11,12 @@ const SOMETIMES: SimulatedModel = SimulatedModel { period: 24, ..MODEL };
 const HARDLY: SimulatedModel = SimulatedModel { vocab: 96, labels: 0, period: 0 };
 
 fn draft(groups: &[(Option<u32>, usize)]) -> FleetDraft {
-    FleetDraft { worker: String::new(), limits: ReplicaLimits { prefix_caching: false, ..limits(groups, 16, 256) }, cost: 100 }
+    FleetDraft {
+        worker: String::new(),
+        limits: ReplicaLimits { prefix_caching: false, ..limits(groups, 16, 256) },
+        cost: 100,
+        compared: true,
+    }
 }
 
 /// Runs submissions with a draft model; returns the events of each, and the counters.
@@ -69,7 +77,9 @@ fn a_draft_model_changes_no_event_and_saves_steps_as_far_as_it_is_right() {
 
 #[test]
 fn a_draft_model_that_costs_too_much_is_not_asked() {
-    assert!(is_worth_a_try(50) && is_worth_a_try(300) && !is_worth_a_try(1000));
+    // Whoever lays a draft model out goes by this limit.
+    let is_worth_a_try = |cost: u32| repays(trust::START, cost as f32 / 1000.0);
+    assert!(is_worth_a_try(50) && is_worth_a_try(DRAFT_COST_LIMIT - 1) && !is_worth_a_try(DRAFT_COST_LIMIT));
     let limits = limits(&[(None, 300)], 16, 128);
     let dear = FleetDraft { cost: 1000, ..draft(&[(None, 300)]) };
     let mut world = World::of(REPEATING, limits, 1);
