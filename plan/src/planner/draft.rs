@@ -115,7 +115,7 @@ mod tests {
         assert_eq!(plan_draft(&short, 64, &ANY).unwrap().max_context, 32);
         let draft = plan_draft(&short, 20, &ANY).unwrap();
         assert_eq!((draft.max_context, draft.stages.len(), draft.max_batch_sequences), (20, 1, DRAFT_SEQUENCES));
-        let model = plan(&Spec::default(), &Sample { layers: 4, ..Sample::llama() }.model(), &ANY).unwrap();
+        let model = plan(&Spec::default(), &Sample { layers: 12, ..Sample::llama() }.model(), &ANY).unwrap();
         let fleet = FleetDraft::of(&draft, &model).unwrap();
         assert!((50..DRAFT_COST_LIMIT).contains(&fleet.cost) && !fleet.limits.prefix_caching, "{fleet:?}");
     }
