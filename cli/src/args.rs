@@ -231,6 +231,10 @@ pub(crate) struct Placement {
     /// stream is faster by it).
     #[arg(long, value_enum, default_value_t = VocabularyChoice::Last, help_heading = "Placement")]
     pub(crate) vocabulary: VocabularyChoice,
+    /// Find the likeliest tokens by a copy of the vocabulary in 4 bits, and multiply those alone exactly [default: the manifest's]: greedy
+    /// draws, and those of a top-k of at most 40, are faster, and, rarely, other ones.
+    #[arg(long, help_heading = "Placement")]
+    pub(crate) screening: bool,
     /// How the ranks of a stage talk.
     #[arg(long, value_enum, default_value_t = CollectiveChoice::Shm, help_heading = "Placement")]
     pub(crate) collective: CollectiveChoice,

@@ -11,6 +11,17 @@ pub(crate) struct Context<'a, 'r> {
     pub(crate) timings: &'a mut Timings,
 }
 
+/// Which logits are wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Of<'a> {
+    /// All.
+    All,
+    /// Those of these vocabulary rows, counted from this rank's first, ascending; what stands in the others' places means nothing.
+    Rows(&'a [usize]),
+    /// Those of so many of the likeliest tokens; others may be minus infinity.
+    Likeliest(usize),
+}
+
 /// Holds one rank's weights and KV cache, and computes its part of a stage.
 ///
 /// Results stay in the backend's buffers until its next call. Bits do not depend on the backend's batch, threads or ranks.
@@ -28,9 +39,8 @@ pub(crate) trait Backend: Send {
     /// What [`Backend::forward`] left, `[rows, hidden]`.
     fn rows(&self) -> &[f32];
 
-    /// This rank's logits, `[rows, own vocabulary rows]`, of normed states, `[rows, hidden]`, on a stage that multiplies the vocabulary. `only`:
-    /// its vocabulary rows that are computed, ascending; what stands in the others' places means nothing then.
-    fn logits(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32];
+    /// This rank's logits, `[rows, own vocabulary rows]`, of normed states, `[rows, hidden]`, on a stage that multiplies the vocabulary.
+    fn logits(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32];
 
     /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
     fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;

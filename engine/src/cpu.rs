@@ -7,9 +7,11 @@ mod forward;
 mod input;
 mod load;
 mod project;
+mod screen;
 mod stage;
 mod weights;
 
 pub(crate) use adapter::Adapted;
 pub use adapter::Adapter;
+pub(crate) use screen::MOST;
 pub(crate) use stage::Cpu;

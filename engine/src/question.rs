@@ -5,6 +5,8 @@ use std::ops::Range;
 use kernels::vocab::VOCAB_TILE;
 use plan::step::TokenId;
 
+use crate::{backend::Of, cpu::MOST};
+
 /// States whose logits are wanted, in a step.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Question {
@@ -64,6 +66,19 @@ impl Need {
 /// Bytes of the part of whoever multiplies `rows` of the vocabulary; nobody hands over anything of no rows.
 pub fn part_bytes(needs: &[Need], rows: &Range<usize>) -> usize {
     if rows.is_empty() { 0 } else { needs.iter().map(|need| need.bytes(rows.len())).sum() }
+}
+
+/// Which logits of the vocabulary rows `own` these need; `rows`: those that [`few_rows`] found.
+pub(crate) fn wanted<'a>(needs: &[Need], rows: Option<&'a [usize]>) -> Of<'a> {
+    let few = |need: &Need| {
+        let more = need.whole || need.total || need.sparse || need.draw.is_some() || !need.targets.is_empty();
+        !more && (1..=MOST).contains(&need.top)
+    };
+    match rows {
+        Some(rows) => Of::Rows(rows),
+        None if !needs.is_empty() && needs.iter().all(few) => Of::Likeliest(needs.iter().map(|need| need.top).max().unwrap_or(1)),
+        None => Of::All,
+    }
 }
 
 /// The vocabulary rows of `own` that any of these needs, counted from its first, where none needs more than a few.

@@ -31,7 +31,7 @@ use crate::{
     batch::Wanted,
     compute::Compute,
     pooling,
-    question::{Need, few_rows},
+    question::{Need, few_rows, wanted as wanted_of},
     ranks::Ranks,
 };
 
@@ -126,7 +126,11 @@ impl Sampler {
             }
             let needs: Vec<Need> = with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab)).collect();
             let only = few_rows(&needs, &self.vocab[context.ranks.rank()]);
-            let logits: &[f32] = if with_logits.is_empty() { &[] } else { backend.logits(&self.states, only.as_deref(), context.timings) };
+            let logits: &[f32] = if with_logits.is_empty() {
+                &[]
+            } else {
+                backend.logits(&self.states, wanted_of(&needs, only.as_deref()), context.timings)
+            };
             let start = Instant::now();
             let exchanged = context.ranks.spent;
             let mut found = self.results(session, &with_logits, &needs, logits, context.ranks)?.into_iter();

@@ -27,9 +27,26 @@ pub struct Timings {
     pub sampling: Duration,
     /// Exchanges between ranks; part of the phases above.
     pub collective: Duration,
+    /// Vocabulary products that were screened.
+    pub screened: u64,
+    /// Those of them that were compared with the whole product.
+    pub screens_checked: u64,
+    /// Those of the latter that lacked one of the likeliest tokens.
+    pub screens_missed: u64,
 }
 
 impl Timings {
+    /// What somebody has to know of the time between `before` and these: that screening lacked one of the likeliest tokens.
+    pub fn alarm(&self, before: &Self) -> Option<String> {
+        let Self { screened, screens_checked: checked, screens_missed: missed, .. } = self;
+        let say = || {
+            format!(
+                "screening lacked one of the likeliest tokens in {missed} of {checked} products that were compared with the whole, of {screened} in all"
+            )
+        };
+        (*missed > before.screens_missed).then(say)
+    }
+
     /// The phases by name, in the order in which a step runs them.
     pub fn phases(&self) -> [(&'static str, Duration); 9] {
         [

@@ -1,9 +1,11 @@
 //! Rows of weights from one stored type to another.
 
+use std::ops::Range;
+
 use half::{bf16, f16};
 
 use crate::scalar::{blocks, requantize};
-use crate::{Pool, WeightType};
+use crate::{Isa, Matrix, MatrixBuilder, Pool, WeightType};
 
 /// Why rows cannot be converted.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -107,6 +109,37 @@ pub fn convert_rows(
     }
 }
 
+/// Some rows of a packed matrix in another type, packed too: what [`convert_rows`] makes of them without importance.
+///
+/// # Errors
+/// If nothing is converted to `to`, rows are not whole blocks of it, or a value does not fit; [`ConvertError::Value`] counts from the first of
+/// `rows`.
+///
+/// # Panics
+/// If the matrix has no such rows.
+pub fn convert_matrix(pool: &Pool, isa: Isa, matrix: &Matrix, rows: Range<usize>, to: WeightType) -> Result<Matrix, ConvertError> {
+    if !to.can_be_made() {
+        return Err(ConvertError::Type { to });
+    }
+    assert!(rows.start <= rows.end && rows.end <= matrix.rows(), "rows {rows:?} of {}", matrix.rows());
+    let k = matrix.k();
+    let wrong = ConvertError::Blocks { k, from: matrix.dtype(), to };
+    let made = to.row_bytes(k).filter(|&made| made > 0).ok_or_else(|| wrong.clone())?;
+    let mut builder = MatrixBuilder::new(isa, to, rows.len(), k).map_err(|_| wrong.clone())?;
+    builder.fill(pool, |own, out| {
+        let mut values = vec![0.0; k];
+        for (row, out) in own.zip(out.chunks_exact_mut(made)) {
+            matrix.row(rows.start + row, &mut values);
+            encode(to, &values, None, out);
+            if !holds(to, out, k) {
+                return Err(ConvertError::Value { row, to });
+            }
+        }
+        Ok(())
+    })?;
+    builder.finish().map_err(|_| wrong)
+}
+
 /// Importance as a part of the row's mean; `None` where nothing of the row has any.
 fn beside_the_mean(given: &[f32]) -> Option<Vec<f32>> {
     let mean = given.iter().copied().map(f64::from).sum::<f64>() / given.len() as f64;
@@ -170,6 +203,38 @@ fn holds(to: WeightType, row: &[u8], k: usize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_of_a_packed_matrix_are_converted_as_rows_are() {
+        let (pool, rows, k) = (Pool::new(2), 53, 256);
+        let values: Vec<u8> = normal(rows * k, 0.5).iter().flat_map(|v| v.to_le_bytes()).collect();
+        for isa in Isa::available() {
+            for from in [WeightType::Q8_0, WeightType::Q6_K, WeightType::F16] {
+                let stored = convert_rows(&pool, (WeightType::F32, from), k, &values, None).unwrap();
+                let matrix = Matrix::pack(isa, from, rows, k, &stored, &pool).unwrap();
+                let some = 7..41;
+                let made = convert_matrix(&pool, isa, &matrix, some.clone(), WeightType::Q4_0).unwrap();
+                let bytes = from.row_bytes(k).unwrap();
+                let of_stored = &stored[some.start * bytes..some.end * bytes];
+                let expected = convert_rows(&pool, (from, WeightType::Q4_0), k, of_stored, None).unwrap();
+                let row = WeightType::Q4_0.row_bytes(k).unwrap();
+                for (i, expected) in expected.chunks_exact(row).enumerate() {
+                    made.with_stored_row(i, |stored| assert_eq!(stored, expected, "{from} {isa} row {i}"));
+                }
+                assert_eq!(
+                    convert_matrix(&pool, isa, &matrix, some, WeightType::MXFP4).unwrap_err(),
+                    ConvertError::Type { to: WeightType::MXFP4 }
+                );
+            }
+        }
+        let narrow = Matrix::pack(Isa::Scalar, WeightType::F32, 2, 40, &[0; 320], &pool).unwrap();
+        let refused = convert_matrix(&pool, Isa::Scalar, &narrow, 0..2, WeightType::Q4_0).unwrap_err();
+        assert_eq!(refused, ConvertError::Blocks { k: 40, from: WeightType::F32, to: WeightType::Q4_0 });
+        let large = [f32::MAX; 64].iter().flat_map(|v| v.to_le_bytes()).collect::<Vec<_>>();
+        let large = Matrix::pack(Isa::Scalar, WeightType::F32, 2, 32, &large, &pool).unwrap();
+        let refused = convert_matrix(&pool, Isa::Scalar, &large, 1..2, WeightType::Q4_0).unwrap_err();
+        assert_eq!(refused, ConvertError::Value { row: 0, to: WeightType::Q4_0 });
+    }
 
     fn normal(n: usize, size: f32) -> Vec<f32> {
         let mut state = 5_u64;

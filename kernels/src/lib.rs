@@ -36,7 +36,7 @@ mod weight;
 mod x86_64;
 
 pub use attention::Attention;
-pub use convert::{ConvertError, convert_rows, dequantize_rows};
+pub use convert::{ConvertError, convert_matrix, convert_rows, dequantize_rows};
 pub use file_map::FileMap;
 pub use isa::{Amx, Avx2, Avx512, AvxVnni, Isa, IsaError};
 pub use kv::{ABSENT, KV_BLOCK, KV_SCALED, KvCache, KvError, KvSpan, KvType};

@@ -156,7 +156,7 @@ pub fn validate(object: &ModelDeployment, fetched: &Fetched) -> Result<Validated
         let message = if plan.adapter_bytes > 0 { format!("{message}, or take adapters away") } else { message };
         return Err(refuse(ACCEPTED, "PlanInfeasible", message, Until::Changed));
     }
-    let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context);
+    let numerics = planner::numerics(&header, model.digest.as_deref().unwrap_or(&model.uri), &plan);
     Ok(ValidatedDeployment {
         name: object.name().to_owned(),
         namespace: object.namespace().to_owned(),

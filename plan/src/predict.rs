@@ -91,6 +91,10 @@ fn cost(config: &ModelConfig, kv: &KvGeometry, shard: &Shard, sequences: usize, 
         let width = *slice.tensor.shape.get(1)?;
         let bytes = (rows * slice.tensor.dtype.row_bytes(width)?) as f64;
         let products = (rows * width) as f64 * if slice.tensor.dtype.block_len() == 1 { FLOATS } else { 1.0 };
+        if slice.id.role == output && shard.screening {
+            // One token each, of which the likeliest alone is wanted; those that are multiplied exactly are few.
+            return Some(Cost { bytes: shard.screen_bytes(width) as f64, products: (rows * width * sequences) as f64 });
+        }
         let (read, used) = share(config, slice.id.role, sequences);
         Some(Cost { bytes: bytes * read, products: products * used * sequences as f64 })
     };

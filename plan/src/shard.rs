@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{ModelConfig, Role, TensorId, TensorInfo};
+use crate::{
+    dtype::DType,
+    model::{ModelConfig, Role, TensorId, TensorInfo},
+};
 
 /// Tokens per KV block.
 pub const BLOCK_TOKENS: usize = 16;
@@ -246,7 +249,13 @@ pub struct Shard {
     pub weight_bytes: u64,
     /// Bytes of KV cache.
     pub kv_bytes: u64,
+    /// The rows of the vocabulary that it multiplies are screened: see [`crate::planner::Spec::screening`].
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub screening: bool,
 }
+
+/// Type of the copy of the vocabulary that rows are screened by.
+pub const SCREEN: DType = DType::Q4_0;
 
 impl Shard {
     /// Bytes of weight files to read: other than [`Shard::weight_bytes`] where tensors are converted as they are loaded.
@@ -271,6 +280,12 @@ impl Shard {
             (true, false) => self.splits.lent(self.rank),
             (false, false) => 0..0,
         }
+    }
+
+    /// Bytes of the copy that the rows of the vocabulary are screened by; 0 where they are not.
+    pub fn screen_bytes(&self, hidden: usize) -> u64 {
+        let row = SCREEN.row_bytes(hidden).filter(|_| self.screening).unwrap_or(0);
+        (self.product().len() * row) as u64
     }
 
     /// Whether this stage turns hidden states into tokens.

@@ -247,6 +247,14 @@ async fn repeat(
 fn profile(test: BenchTest, before: &Timings, after: &Timings) {
     let steps = after.steps.saturating_sub(before.steps).max(1);
     output::note(false, &format!("{test}: {steps} steps, {} tokens", after.tokens.saturating_sub(before.tokens)));
+    if after.screened > before.screened {
+        let [screened, checked, missed] = [
+            after.screened - before.screened,
+            after.screens_checked - before.screens_checked,
+            after.screens_missed - before.screens_missed,
+        ];
+        output::note(false, &format!("  {screened} screened, of which {checked} were checked; {missed} of those lacked a token"));
+    }
     for ((name, before), (_, after)) in before.phases().into_iter().zip(after.phases()) {
         let spent = after.saturating_sub(before);
         output::note(

@@ -124,7 +124,7 @@ async fn manifests(
             name: manifest.name().to_owned(),
             served: manifest.model_name().to_owned(),
             aliases: manifest.spec().model.aliases.clone(),
-            numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context),
+            numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), &plan),
             model,
             adapters,
             draft: draft.map(|draft| draft.beside(&plan)).transpose()?,
@@ -200,6 +200,7 @@ fn overridden(mut spec: planner::Spec, placement: &Placement, context: Option<us
     spec.max_batch_tokens = placement.chunk.map_or(spec.max_batch_tokens, NonZeroUsize::get);
     spec.kv_dtype = placement.kv.map(loaded::kv_dtype).or(spec.kv_dtype);
     spec.vocabulary = placement.vocabulary.planned();
+    spec.screening |= placement.screening;
     spec.max_context = context.or(spec.max_context);
     Ok(spec)
 }
@@ -232,7 +233,7 @@ pub(crate) fn alone(model: Model, plan: ExecutionPlan) -> Planned {
         served: name.clone(),
         name,
         aliases: Vec::new(),
-        numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), plan.kv.dtype, plan.max_context),
+        numerics: planner::numerics(&model.header, model.digest.as_deref().unwrap_or(&model.uri), &plan),
         model,
         adapters: Vec::new(),
         plan,

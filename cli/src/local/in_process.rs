@@ -19,6 +19,7 @@ use router::replica::{
     AdapterAnswer, AdapterEnd, AdapterLine, AdapterOrder, BoxFuture, Connector, Replica, ReplicaError, Session, StepReply,
 };
 use tokio::{runtime::Handle, sync::mpsc, time::Instant};
+use tracing::warn;
 
 /// Name in errors.
 const NAME: &str = "in this process";
@@ -129,7 +130,11 @@ fn serve(mut engine: Engine, loader: &AdapterLoader, opened: &jobs::Receiver<End
                 }
             };
             let reply = run(&mut engine, step, &mut sampled);
-            *timings.lock().unwrap_or_else(PoisonError::into_inner) = engine.timings();
+            let now = engine.timings();
+            let before = std::mem::replace(&mut *timings.lock().unwrap_or_else(PoisonError::into_inner), now);
+            if let Some(alarm) = now.alarm(&before) {
+                warn!("{alarm}");
+            }
             let failed = reply.is_err();
             if ends.replies.blocking_send(reply).is_err() || failed {
                 break;

@@ -95,6 +95,7 @@ pub(crate) fn plan(model: &Model, placement: &Placement, needs: &Needs) -> Outco
         max_batch_tokens: needs.batch_tokens,
         kv_dtype: placement.kv.map(kv_dtype),
         vocabulary: placement.vocabulary.planned(),
+        screening: placement.screening,
         adapters: needs.adapters.clone(),
         ..planner::Spec::default()
     };

@@ -7,12 +7,13 @@ use plan::model::ModelConfig;
 
 use super::{
     adapter::Adapted,
+    screen::Screened,
     stage::{Buffers, Cpu},
     weights::{Norm, first_values},
 };
 use crate::{
     Timings,
-    backend::Context,
+    backend::{Context, Of},
     batch::{Batch, Span},
     collective::CollectiveError,
     compute::Compute,
@@ -227,16 +228,22 @@ impl Cpu {
     }
 
     /// This rank's logits of states, `[rows, hidden]`.
-    pub(super) fn vocabulary_product(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32] {
+    pub(super) fn vocabulary_product(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32] {
         let mut laps = Laps(Instant::now());
         let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
         let tokens = states.len() / self.config.hidden;
         let logits = first_values(&mut self.buffers.logits, tokens * self.product);
         // The last stage sees every state that goes in; the first, which has a part of the rows, sees them once more.
         let observed = if self.is_last { None } else { self.inputs.observed.take() };
-        match only {
-            Some(only) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (only, self.product), logits),
-            None => self.inputs.multiply_first(&self.compute, states, tokens, (id, matrix), self.product, logits),
+        match (of, &mut self.screen) {
+            (Of::Rows(only), _) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (only, self.product), logits),
+            (Of::Likeliest(count), Some(screen)) if screen.takes(tokens) => {
+                let screened = Screened { states, tokens, matrix: (id, matrix), rows: self.product };
+                screen.product(&self.compute, &mut self.inputs, screened, count, logits, timings);
+            }
+            (Of::All | Of::Likeliest(_), _) => {
+                self.inputs.multiply_first(&self.compute, states, tokens, (id, matrix), self.product, logits)
+            }
         }
         self.inputs.observed = observed.or(self.inputs.observed.take());
         laps.add(&mut timings.vocabulary);

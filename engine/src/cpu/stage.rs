@@ -14,11 +14,12 @@ use super::{
     input::Inputs,
     load,
     project::LatentBuffers,
+    screen::Screen,
     weights::{RopeFactors, Weights},
 };
 use crate::{
     EngineOptions, LoadShardError, Observed, Timings, WeightReader,
-    backend::{Backend, Context},
+    backend::{Backend, Context, Of},
     batch::Batch,
     collective::CollectiveError,
     compute::Compute,
@@ -48,6 +49,8 @@ pub(crate) struct Cpu {
     pub(super) product: usize,
     pub(super) compute: Compute,
     pub(super) weights: Weights,
+    /// What the vocabulary is screened by, where it is.
+    pub(super) screen: Option<Screen>,
     pub(super) places: Vec<LayerPlace>,
     pub(super) caches: Vec<KvCache>,
     pub(super) ropes: Vec<RopeTable>,
@@ -100,6 +103,7 @@ impl Cpu {
         loaded: &(dyn Fn(u64) + Sync),
     ) -> Result<Self, LoadShardError> {
         let weights = load::load(&load::Loading { config, shard, reader, loaded, compute })?;
+        let screen = if shard.screening { Screen::of(&weights, shard.product().len(), compute)? } else { None };
         let (rank, splits) = (shard.rank, shard.splits.clone());
         let (heads, kv_range) = (splits.heads[rank].clone(), splits.kv_heads[rank].clone());
         let per_kv_head = config.heads / config.kv_heads;
@@ -146,6 +150,7 @@ impl Cpu {
             product: shard.product().len(),
             compute: compute.clone(),
             weights,
+            screen,
             places,
             caches,
             ropes: ropes.into_iter().map(|(_, table)| table).collect(),
@@ -260,7 +265,7 @@ impl Backend for Cpu {
         self.inputs.observed.take().unwrap_or_default()
     }
 
-    fn logits(&mut self, states: &[f32], only: Option<&[usize]>, timings: &mut Timings) -> &mut [f32] {
-        self.vocabulary_product(states, only, timings)
+    fn logits(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32] {
+        self.vocabulary_product(states, of, timings)
     }
 }

@@ -11,5 +11,6 @@ mod observed;
 mod reference;
 mod rig;
 mod sampling;
+mod screening;
 mod spread;
 mod steps;

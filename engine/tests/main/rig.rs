@@ -36,6 +36,7 @@ pub(crate) struct Layout {
     pub(crate) kv: KvDType,
     pub(crate) sequences: usize,
     pub(crate) vocabulary: Vocabulary,
+    pub(crate) screening: bool,
 }
 
 impl Layout {
@@ -47,7 +48,16 @@ impl Layout {
 
 impl Default for Layout {
     fn default() -> Self {
-        Self { pipeline: 1, tensor: 1, threads: 1, isa: Isa::best(), kv: KvDType::F32, sequences: 12, vocabulary: Vocabulary::Auto }
+        Self {
+            pipeline: 1,
+            tensor: 1,
+            threads: 1,
+            isa: Isa::best(),
+            kv: KvDType::F32,
+            sequences: 12,
+            vocabulary: Vocabulary::Auto,
+            screening: false,
+        }
     }
 }
 
@@ -122,6 +132,7 @@ pub(crate) fn plan(model: &Model, layout: Layout) -> ExecutionPlan {
         max_batch_tokens: 400,
         kv_dtype: Some(layout.kv),
         vocabulary: layout.vocabulary,
+        screening: layout.screening,
         ..planner::Spec::default()
     };
     planner::plan(&spec, &model.header, &planner::Capacity { memory_bytes: None }).expect("a plan")

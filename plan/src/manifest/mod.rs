@@ -228,6 +228,7 @@ impl Manifest {
             tensor: size(parallelism.tensor),
             // Draws from all logits, which clients ask for by default, would send half a megabyte a token between stages.
             vocabulary: planner::Vocabulary::default(),
+            screening: engine.screening,
             stage_layers: parallelism.stages.as_ref().map(|s| s.iter().map(|s| size(s.layers)).collect()),
             max_context: engine.max_context_tokens.map(size),
             max_batch_sequences: engine.max_batch_sequences.map_or(planner::DEFAULT_BATCH_SEQUENCES, size),

@@ -52,6 +52,7 @@ fn every_field_has_an_effect() {
     maxContextTokens: 100
     maxBatchSequences: 5
     maxBatchTokens: 6
+    screening: true
     kvCache: {{blockTokens: 16, memory: 1Gi, prefixCaching: false, dtype: F32}}
     draft: {{promptLookup: 9, model: {{uri: hf://a/small}}}}
   parallelism:
@@ -82,7 +83,7 @@ fn every_field_has_an_effect() {
     assert_eq!((spec.pipeline, spec.tensor, spec.stage_layers), (2, 3, Some(vec![1, 3])));
     assert_eq!((spec.max_context, spec.max_batch_sequences, spec.max_batch_tokens), (Some(100), 5, 6));
     assert_eq!((spec.kv_memory, spec.kv_dtype), (KvMemory::Bytes(1 << 30), Some(KvDType::F32)));
-    assert_eq!(spec.worker_memory, Some(3 << 30));
+    assert_eq!((spec.worker_memory, spec.screening), (Some(3 << 30), true));
     let workers = &m.spec().workers;
     assert_eq!(workers.node_selector["example.com/pool"], "big");
     let [first, second] = &workers.tolerations[..] else { panic!("{workers:?}") };

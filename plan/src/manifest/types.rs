@@ -296,6 +296,11 @@ pub struct EngineSpec {
     pub max_batch_tokens: Option<u32>,
     /// Type that weights stored as floats are converted to as they are loaded.
     pub quantization: QuantizationChoice,
+    /// Faster draws of greedy requests and of those with a `top_k` of at most 40 where few are answered at once: a copy of the vocabulary in
+    /// 4 bits says which tokens may be the likeliest, and those alone are multiplied exactly. That the likeliest are among them is known from
+    /// trials alone, so answers may differ, rarely, from those without. It takes the copy's memory.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub screening: bool,
     /// The KV cache.
     pub kv_cache: KvCacheSpec,
     /// Tokens that are guessed and verified several at a time. Which tokens come out does not depend on it.

@@ -17,8 +17,8 @@ pub use draft::{DRAFT_COST_LIMIT, DRAFT_SEQUENCES, DraftError, check_draft, plan
 use crate::{
     adapter::{AdapterHeader, AdapterShard},
     fleet::ReplicaLimits,
-    model::{Format, ModelHeader, Role},
-    shard::{BLOCK_TOKENS, ExecutionPlan, KvDType, Shard, Stage},
+    model::{Format, ModelConfig, ModelHeader, Role},
+    shard::{BLOCK_TOKENS, ExecutionPlan, KvDType, SCREEN, Shard, Stage},
     worker::{CollectiveKind, WorkerSpec},
 };
 
@@ -64,6 +64,9 @@ pub struct Spec {
     pub stage_layers: Option<Vec<usize>>,
     /// Which stages multiply the vocabulary.
     pub vocabulary: Vocabulary,
+    /// Where a request asks for no more than the likeliest tokens, a copy of the vocabulary in 4 bits says which may be among them, and those alone
+    /// are multiplied exactly. That the likeliest are among them is known from trials alone.
+    pub screening: bool,
     /// Longest sequence in tokens; `None` takes the model's context.
     pub max_context: Option<usize>,
     /// Most sequences in a step.
@@ -88,6 +91,7 @@ impl Default for Spec {
             tensor: 1,
             stage_layers: None,
             vocabulary: Vocabulary::default(),
+            screening: false,
             max_context: None,
             max_batch_sequences: DEFAULT_BATCH_SEQUENCES,
             max_batch_tokens: DEFAULT_BATCH_TOKENS,
@@ -120,6 +124,8 @@ pub enum PlanError {
         "the vocabulary is to be spread over {stages} stages, expected several, of a model whose embedding table is its vocabulary matrix"
     )]
     Vocabulary { stages: usize },
+    #[error("the vocabulary cannot be screened {why}")]
+    Screening { why: &'static str },
     #[error("{got} tokens of context, expected at least 1 and at most the model's {limit}")]
     Context { got: usize, limit: usize },
     #[error("sequences of {got} tokens in steps of {batch} (maxBatchTokens), expected steps that hold a whole one, as an encoder reads it")]
@@ -163,6 +169,9 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
             return Err(PlanError::Zero { field, got });
         }
     }
+    if spec.screening {
+        check_screening(spec, config)?;
+    }
     let longest = if config.encoder.is_some() { config.context.min(spec.max_batch_tokens) } else { config.context };
     let max_context = spec.max_context.unwrap_or(longest);
     if max_context == 0 || max_context > config.context {
@@ -190,7 +199,7 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
         let splits = split::splits(header, range, spec.tensor, lent);
         let shards = (0..spec.tensor).map(|rank| {
             let slices = slices::slices(header, range, (stage, ranges.len()), rank, &splits);
-            Shard {
+            let mut shard = Shard {
                 stage,
                 stages: ranges.len(),
                 rank,
@@ -200,7 +209,10 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
                 weight_bytes: slices.iter().map(|s| s.tensor.held_bytes(s.rows.len())).sum(),
                 slices,
                 kv_bytes: 0,
-            }
+                screening: spec.screening && stage + 1 == ranges.len(),
+            };
+            shard.weight_bytes += shard.screen_bytes(config.hidden);
+            shard
         });
         stages.push(Stage { layers: range.clone(), shards: shards.collect() });
     }
@@ -227,6 +239,21 @@ pub fn plan(spec: &Spec, header: &ModelHeader, capacity: &Capacity) -> Result<Ex
         fits: sized.fits,
         message: sized.message,
     })
+}
+
+/// Whether the vocabulary can be screened.
+fn check_screening(spec: &Spec, config: &ModelConfig) -> Result<(), PlanError> {
+    let refuse = |why| Err(PlanError::Screening { why });
+    if config.encoder.is_some() {
+        return refuse("of an encoder, which multiplies none");
+    }
+    if spec.vocabulary != Vocabulary::Last {
+        return refuse("where it is spread over stages; expected the last alone");
+    }
+    if !config.hidden.is_multiple_of(SCREEN.block_len()) {
+        return refuse("by blocks of 32 values, which its rows are not whole ones of");
+    }
+    Ok(())
 }
 
 fn shards(stages: &[Stage]) -> impl Iterator<Item = &Shard> {
@@ -317,12 +344,16 @@ pub fn limits(plan: &ExecutionPlan, prefix_caching: bool) -> ReplicaLimits {
 /// It covers the weights (`identity`: their digest or, when unpinned, their resolved source and revision), the shape with its rope
 /// settings, the stored types, the KV entry type and [`ARITHMETIC_VERSION`]; of the plan only the longest sequence, where rotary
 /// frequencies go by it, for no bit depends on anything else.
-pub fn numerics(header: &ModelHeader, identity: &str, kv: KvDType, max_context: usize) -> String {
+pub fn numerics(header: &ModelHeader, identity: &str, plan: &ExecutionPlan) -> String {
+    let (kv, max_context) = (plan.kv.dtype, plan.max_context);
     let types: Vec<_> = header.tensors.iter().map(|(id, t)| (*id, t.dtype, t.shape.clone())).collect();
     let mut hash = Sha256::new();
     hash.update(format!("{ARITHMETIC_VERSION}\n{identity}\n{kv:?}\n{:?}\n{types:?}", header.config));
     if header.config.layers.iter().any(|l| l.rope.scaling.depends_on_length()) {
         hash.update(format!("\n{max_context} tokens"));
+    }
+    if shards(&plan.stages).any(|shard| shard.screening) {
+        hash.update("\nscreened");
     }
     hash.finalize().iter().take(16).map(|b| format!("{b:02x}")).collect()
 }

@@ -327,6 +327,30 @@ fn a_vocabulary_stays_together_where_nothing_is_gained() {
 }
 
 #[test]
+fn a_screened_vocabulary_takes_a_copy_where_it_is_multiplied() {
+    let model = gemma_270m().model();
+    for (pipeline, tensor) in [(1, 1), (2, 2)] {
+        let (without, with) =
+            (planned(&spec(pipeline, tensor), &model), planned(&Spec { screening: true, ..spec(pipeline, tensor) }, &model));
+        for (plain, screened) in shards(&without).zip(shards(&with)) {
+            // A block of 32 values is 18 bytes.
+            let copy = if plain.is_last() { (plain.product().len() * 640 / 32 * 18) as u64 } else { 0 };
+            assert_eq!((screened.weight_bytes, screened.screening), (plain.weight_bytes + copy, plain.is_last()));
+            assert_eq!(screened.screen_bytes(640), copy);
+        }
+        // Nothing else depends on it; what is told to workers that have none is what it was.
+        assert_eq!(with.kv, without.kv);
+        let told = |plan: &ExecutionPlan| serde_json::to_string(shards(plan).next().unwrap()).unwrap();
+        assert!(!told(&without).contains("screening"));
+    }
+    let refused = |spec: &Spec, model: &ModelHeader| plan(spec, model, &UNKNOWN).unwrap_err().to_string();
+    let spread = Spec { vocabulary: Vocabulary::Spread, screening: true, ..spec(2, 1) };
+    assert!(refused(&spread, &model).contains("where it is spread over stages"));
+    let narrow = Sample { hidden: 40, matrix: DType::F32, ..Sample::llama() }.model();
+    assert!(refused(&Spec { screening: true, ..spec(1, 1) }, &narrow).contains("by blocks of 32 values"));
+}
+
+#[test]
 fn impossible_specs_are_refused_with_their_numbers() {
     let model = Sample::llama().model();
     let said = |spec: Spec| plan(&spec, &model, &UNKNOWN).unwrap_err().to_string();
@@ -476,16 +500,20 @@ fn the_reference_model_at_two_by_two() {
 #[test]
 fn the_numerics_id_changes_with_what_changes_bits_and_nothing_else() {
     let model = Sample::llama().model();
-    let id = numerics(&model, "sha256:a", KvDType::F32, 64);
-    assert_eq!(id, numerics(&model.clone(), "sha256:a", KvDType::F32, 64));
+    let with = |model: &ModelHeader, identity: &str, spec: Spec| numerics(model, identity, &planned(&spec, model));
+    let plain = || Spec { kv_dtype: Some(KvDType::F32), max_context: Some(64), ..spec(1, 1) };
+    let id = with(&model, "sha256:a", plain());
+    assert_eq!(id, with(&model.clone(), "sha256:a", plain()));
     assert_eq!(id.len(), 32);
     let mut rope = model.clone();
     rope.config.layers[0].rope.base += 1.0;
     // Where frequencies go by the longest sequence, it is one of the numerics.
     let mut dynamic = model.clone();
     dynamic.config.layers[0].rope.scaling = RopeScaling::Dynamic { factor: 2.0, trained_context: 16.0 };
-    let of = |max_context| numerics(&dynamic, "sha256:a", KvDType::F32, max_context);
+    let of = |max_context| with(&dynamic, "sha256:a", Spec { max_context: Some(max_context), ..plain() });
     assert_ne!(of(32), of(64));
+    let wide = gemma_270m().model();
+    assert_ne!(with(&wide, "sha256:a", plain()), with(&wide, "sha256:a", Spec { screening: true, ..plain() }));
     let mut moved = model.clone();
     for tensor in moved.tensors.values_mut() {
         tensor.offset += 32;
@@ -493,12 +521,13 @@ fn the_numerics_id_changes_with_what_changes_bits_and_nothing_else() {
     let mut stored = model.clone();
     stored.tensors.values_mut().for_each(|t| t.dtype = DType::BF16);
     for (other, same) in [
-        (numerics(&model, "sha256:b", KvDType::F32, 64), false),
-        (numerics(&model, "sha256:a", KvDType::F16, 64), false),
-        (numerics(&rope, "sha256:a", KvDType::F32, 64), false),
-        (numerics(&stored, "sha256:a", KvDType::F32, 64), false),
-        (numerics(&moved, "sha256:a", KvDType::F32, 64), true),
-        (numerics(&model, "sha256:a", KvDType::F32, 32), true),
+        (with(&model, "sha256:b", plain()), false),
+        (with(&model, "sha256:a", Spec { kv_dtype: Some(KvDType::F16), ..plain() }), false),
+        (with(&rope, "sha256:a", plain()), false),
+        (with(&stored, "sha256:a", plain()), false),
+        (with(&moved, "sha256:a", plain()), true),
+        (with(&model, "sha256:a", Spec { max_context: Some(32), ..plain() }), true),
+        (with(&model, "sha256:a", Spec { max_batch_tokens: 7, pipeline: 2, ..plain() }), true),
     ] {
         assert_eq!(other == id, same);
     }

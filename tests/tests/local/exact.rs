@@ -115,7 +115,7 @@ const PROMPTS: [Prompt; 3] = [
 /// The model continues each known prefix with the known id, outside narrow margins, and has the known logits within `near`.
 ///
 /// A greedy run whose ids are all known ones is the same as a run for each known prefix; narrow steps are skipped by starting again behind them.
-fn continues_known_prefixes(model: &Path, near: f32) {
+fn continues_known_prefixes(model: &Path, near: f32, more: &[&str]) {
     for prompt in PROMPTS {
         let mut known = prompt.ids.to_vec();
         let mut next = 0;
@@ -126,12 +126,12 @@ fn continues_known_prefixes(model: &Path, near: f32) {
                 continue;
             }
             let end = prompt.narrow.iter().copied().find(|&n| n > next).unwrap_or(prompt.greedy.len());
-            let got = logits(model, &known, end - next, &[]);
+            let got = logits(model, &known, end - next, more);
             assert_eq!(ids(&got, "greedy_ids"), prompt.greedy[next..end], "after {known:?}");
             known.extend(&prompt.greedy[next..end]);
             next = end;
         }
-        let first = floats(&logits(model, prompt.ids, 0, &[]), "last_logits");
+        let first = floats(&logits(model, prompt.ids, 0, more), "last_logits");
         for &(id, logit) in prompt.top {
             assert!((first[id] - logit).abs() < near, "logit of {id} after {:?}: {}, expected about {logit}", prompt.ids, first[id]);
         }
@@ -143,7 +143,25 @@ fn continues_known_prefixes(model: &Path, near: f32) {
 
 #[test]
 fn reference_model_continues_known_prefixes() {
-    continues_known_prefixes(&files::reference(), 0.5);
+    continues_known_prefixes(&files::reference(), 0.5, &[]);
+}
+
+/// Its vocabulary screened, in one process and on ranks of stages; the plan says what that takes.
+#[test]
+fn the_reference_model_screened_continues_known_prefixes() {
+    let model = files::reference();
+    continues_known_prefixes(&model, 0.5, &["--screening"]);
+    let spread = ["--screening", "--pp", "2", "--tp", "2"];
+    let (prompt, plain) = (&PROMPTS[2], logits(&model, PROMPTS[2].ids, 8, &[]));
+    let screened = logits(&model, prompt.ids, 8, &spread);
+    assert_eq!(ids(&screened, "greedy_ids"), prompt.greedy[..8]);
+    // What asks for all logits has them as they are.
+    assert_eq!(screened["last_logits"], plain["last_logits"]);
+    let bytes = |more: &[&str]| {
+        let plan = json(&[&["plan", &*model.to_string_lossy(), "--json"], more].concat());
+        plan["stages"][0]["ranks"][0]["weight_bytes"].as_u64().expect("a number")
+    };
+    assert_eq!(bytes(&["--screening"]) - bytes(&[]), 262_144 * 640 / 32 * 18);
 }
 
 /// With its weights written as floats, in parts of a folder, the reference model has the known logits closely, and a GGUF file of them the
@@ -162,7 +180,7 @@ fn reference_model_as_floats_continues_known_prefixes() {
         name.to_string_lossy().ends_with(".safetensors")
     });
     assert!(parts.count() > 2, "the model must be in parts");
-    continues_known_prefixes(&folder, 0.01);
+    continues_known_prefixes(&folder, 0.01, &[]);
     convert(&folder, &gguf, &[]);
     let input = PROMPTS[1].ids;
     let [parts, one, packed] = [&folder, &gguf, &files::reference()].map(|model| floats(&logits(model, input, 0, &[]), "last_logits"));

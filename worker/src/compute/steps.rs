@@ -14,7 +14,7 @@ use proto::{
     convert::encode_output,
     worker::{self as wire, session_reply::Message},
 };
-use tracing::trace;
+use tracing::{trace, warn};
 
 use super::{
     slots::Slots,
@@ -273,9 +273,13 @@ fn computed<T>(
     spent: &mut Spent,
     compute: impl FnOnce(&mut Engine) -> Result<T, engine::StepError>,
 ) -> Result<T, Failure> {
-    let (begun, gathered) = (Instant::now(), engine.timings().collective);
+    let (begun, before) = (Instant::now(), engine.timings());
     let result = compute(engine).map_err(Failure::from);
-    let collective = engine.timings().collective.saturating_sub(gathered);
+    let after = engine.timings();
+    if let Some(alarm) = after.alarm(&before) {
+        warn!("{alarm}");
+    }
+    let collective = after.collective.saturating_sub(before.collective);
     spent.collective += collective;
     spent.compute += begun.elapsed().saturating_sub(collective);
     result
