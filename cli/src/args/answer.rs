@@ -51,15 +51,8 @@ pub(crate) struct RunArgs {
     pub(crate) json: bool,
     #[command(flatten)]
     pub(crate) sampling: SamplingArgs,
-    /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
-    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
-    pub(crate) context: Option<NonZeroUsize>,
-    /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
-    pub(crate) prompt_lookup: Option<u32>,
-    /// Small model of the same tokenizer that guesses tokens, in a worker of its own; it changes speed, never results [default: the manifest's].
-    #[arg(long, value_name = "SOURCE", help_heading = "Placement")]
-    pub(crate) draft_model: Option<String>,
+    #[command(flatten)]
+    pub(crate) generator: GeneratorArgs,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }
@@ -107,6 +100,33 @@ fn adapter(text: &str) -> Result<AdapterSpec, String> {
             Ok(AdapterSpec { name: name.to_owned(), uri: uri.to_owned(), digest: None })
         }
         _ => Err("expected NAME=SOURCE".to_owned()),
+    }
+}
+
+/// What generates tokens, beside how it is placed.
+#[derive(Clone, Debug, Default, Args)]
+#[command(next_help_heading = "Placement")]
+pub(crate) struct GeneratorArgs {
+    /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<NonZeroUsize>,
+    /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
+    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16))]
+    pub(crate) prompt_lookup: Option<u32>,
+    /// Small model of the same tokenizer that guesses tokens, in a worker of its own; it changes speed, never results [default: the manifest's].
+    #[arg(long, value_name = "SOURCE")]
+    draft_model: Option<String>,
+}
+
+impl GeneratorArgs {
+    /// Tokens of the longest sequence.
+    pub(crate) fn context(&self) -> Option<usize> {
+        self.context.map(Into::into)
+    }
+
+    /// Source of the draft model.
+    pub(crate) fn draft_model(&self) -> Option<&str> {
+        self.draft_model.as_deref()
     }
 }
 
@@ -162,15 +182,8 @@ pub(crate) struct ServeArgs {
     /// Port of the gRPC API; 0 takes a free one.
     #[arg(long, default_value_t = 8081, value_name = "PORT")]
     pub(crate) grpc_port: u16,
-    /// Longest sequence in tokens [default: the manifest's, else 8192 or what the model has].
-    #[arg(long, value_name = "TOKENS", help_heading = "Placement")]
-    pub(crate) context: Option<NonZeroUsize>,
-    /// Most tokens guessed in a step from where the last ones stood before, 0 to 16; they change speed, never results [default: 0, or the manifest's].
-    #[arg(long, value_name = "TOKENS", value_parser = clap::value_parser!(u32).range(..=16), help_heading = "Placement")]
-    pub(crate) prompt_lookup: Option<u32>,
-    /// Small model of the same tokenizer that guesses tokens, in a worker of its own; it changes speed, never results [default: the manifest's].
-    #[arg(long, value_name = "SOURCE", help_heading = "Placement")]
-    pub(crate) draft_model: Option<String>,
+    #[command(flatten)]
+    pub(crate) generator: GeneratorArgs,
     #[command(flatten)]
     pub(crate) placement: Placement,
 }

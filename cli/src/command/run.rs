@@ -51,12 +51,11 @@ pub(crate) async fn run(global: &Global, args: RunArgs, stop: &Stop) -> Outcome 
             Some(Adapted::With(spec)) => std::slice::from_ref(spec),
             _ => &[],
         };
-        let planned =
-            deployment::plans(global, &target, adapters, args.draft_model.as_deref(), &args.placement, args.context.map(Into::into))
-                .await?;
+        let (draft, context) = (args.generator.draft_model(), args.generator.context());
+        let planned = deployment::plans(global, &target, adapters, draft, &args.placement, context).await?;
         // One copy answers one person.
         let mut planned = Planned { replicas: 1, ..choose(planned, args.deployment.as_deref())? };
-        planned.look_up(args.prompt_lookup);
+        planned.look_up(args.generator.prompt_lookup);
         called(&planned, adapted.as_ref())?;
         if fleet::workers(&planned.plan) > 1 || planned.draft.is_some() {
             output::status(global.quiet, "Starting", &fleet::summary(&planned));

@@ -30,16 +30,9 @@ pub(crate) async fn serve(global: &Global, args: ServeArgs, stop: &Stop) -> Outc
     let grpc = bind(args.host, args.grpc_port, "gRPC", "--grpc-port").await?;
     let ends = (address(&http)?, address(&grpc)?);
     let start = async {
-        let mut planned = deployment::plans(
-            global,
-            &args.target,
-            &args.adapter,
-            args.draft_model.as_deref(),
-            &args.placement,
-            args.context.map(Into::into),
-        )
-        .await?;
-        planned.iter_mut().for_each(|planned| planned.look_up(args.prompt_lookup));
+        let (draft, context) = (args.generator.draft_model(), args.generator.context());
+        let mut planned = deployment::plans(global, &args.target, &args.adapter, draft, &args.placement, context).await?;
+        planned.iter_mut().for_each(|planned| planned.look_up(args.generator.prompt_lookup));
         announce(global, &planned);
         Serving::start(global, planned, &args.placement).await
     };

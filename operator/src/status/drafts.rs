@@ -13,8 +13,8 @@ use crate::{
     rollout::{Placement, Slot},
 };
 
-/// The draft model of a replica, of which routers said `said`.
-pub(super) fn state(view: &View<'_>, slot: &Slot, replica: &str, said: Option<&Said>) -> Option<DraftStatus> {
+/// The draft model of a replica, of which routers said `said`, and which was `before`.
+pub(super) fn state(view: &View<'_>, slot: &Slot, replica: &str, said: Option<&Said>, before: Option<&DraftStatus>) -> Option<DraftStatus> {
     view.revisions.get(slot.id.revision.as_str())?.record.draft.as_ref()?;
     let said = said.and_then(|said| said.draft.as_ref());
     if said.is_some_and(|said| said.ready) {
@@ -29,6 +29,10 @@ pub(super) fn state(view: &View<'_>, slot: &Slot, replica: &str, said: Option<&S
     // What became of the pod tells more than that it cannot be reached.
     if let Some(message) = of_pod().or_else(|| said.and_then(|said| said.failure.clone())) {
         return Some(DraftStatus { state: LoadPhase::Failed, message });
+    }
+    // The router that drives it alone says so; while another takes over, nothing is known to be worse.
+    if let Some(before) = before.filter(|_| said.is_none() && pod.is_some_and(is_running)) {
+        return Some(before.clone());
     }
     let how = if pod.is_some_and(is_running) { "it runs, and is not asked for guesses yet" } else { "its worker does not run yet" };
     Some(DraftStatus { state: LoadPhase::Loading, message: how.to_owned() })

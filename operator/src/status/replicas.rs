@@ -30,7 +30,8 @@ fn state(object: &ModelDeployment, view: &View<'_>, slot: &Slot) -> ReplicaStatu
     let ready_workers = view.standing.pods.iter().filter(of).count() as u32;
     let workers = view.revisions.get(slot.id.revision.as_str()).map_or(0, |r| r.record.workers() as u32);
     let said = view.standing.load.replicas.get(&name);
-    let before = object.status.as_ref().and_then(|s| s.replica_states.iter().find(|r| r.name == name)).map(|r| r.phase);
+    let last = object.status.as_ref().and_then(|s| s.replica_states.iter().find(|r| r.name == name));
+    let before = last.map(|r| r.phase);
     let phase = match said {
         _ if slot.draining.is_some() => ReplicaPhase::Draining,
         Some(said) if said.ready => ReplicaPhase::Ready,
@@ -42,7 +43,7 @@ fn state(object: &ModelDeployment, view: &View<'_>, slot: &Slot) -> ReplicaStatu
         _ => ReplicaPhase::Pending,
     };
     let last_failure = said.filter(|s| !s.ready).and_then(|s| s.last_failure.clone());
-    let draft = drafts::state(view, slot, &name, said);
+    let draft = drafts::state(view, slot, &name, said, last.and_then(|r| r.draft.as_ref()));
     ReplicaStatus { name, revision: slot.id.revision.clone(), phase, ready_workers, workers, last_failure, draft }
 }
 

@@ -267,6 +267,15 @@ fn a_draft_model_stands_in_no_ones_way_and_is_said() {
         };
         assert_eq!(events, expected);
     }
+    // Which router drives it changes, and the one that does says so first.
+    let was = guessed().draft(&running(), ready()).status();
+    let kept = guessed().draft(&running(), None).before(&was).status();
+    assert_eq!((&kept.replica_states[0].draft, news(Some(&was), &kept).len()), (&was.replica_states[0].draft, 0));
+    assert_eq!(
+        guessed().before(&was).status().replica_states[0].draft.as_ref().map(|d| d.state),
+        Some(LoadPhase::Loading),
+        "it has no pod"
+    );
     let planned = guessed().status().plan.expect("a plan").draft.expect("its worker");
     assert!(planned.weight_bytes > 0 && planned.kv_bytes > 0 && planned.cost > 0, "{planned:?}");
     assert_eq!((answers().status().replica_states[0].draft.clone(), answers().status().plan.expect("a plan").draft), (None, None));
