@@ -61,19 +61,29 @@ pub fn matmul_group(pool: &Pool, isa: Isa, products: &mut [Product<'_>], input: 
         })
         .collect();
     pool.run(&|thread| {
-        for job in &jobs {
+        for (i, job) in jobs.iter().enumerate() {
             while let Some(units) = job.shares.own(thread, job.grain) {
+                ask_for_small(jobs.get(i + 1));
                 compute(isa, job, job.columns(units), input, tokens);
             }
         }
         for other in (thread + 1..threads).chain(0..thread) {
-            for job in jobs.iter().rev() {
+            for (i, job) in jobs.iter().enumerate().rev() {
                 while let Some(units) = job.shares.of(other, job.grain) {
+                    ask_for_small(i.checked_sub(1).map(|before| &jobs[before]));
                     compute(isa, job, job.columns(units), input, tokens);
                 }
             }
         }
     });
+}
+
+/// Asks memory for the tile of a job that is one: kernels ask within a matrix, and not from one scattered row to the next.
+fn ask_for_small(job: Option<&Job<'_>>) {
+    let Some(job) = job.filter(|job| (1..=ROWS).contains(&job.rows.len())) else { return };
+    if let Some(layout) = job.weights.layout() {
+        memory::ask_for(job.weights.tile(layout, job.rows.start / ROWS));
+    }
 }
 
 struct Job<'a> {
