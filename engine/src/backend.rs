@@ -12,12 +12,12 @@ pub(crate) struct Context<'a, 'r> {
 }
 
 /// Which logits are wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Of<'a> {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Of {
     /// All.
     All,
     /// Those of these vocabulary rows, counted from this rank's first, ascending; what stands in the others' places means nothing.
-    Rows(&'a [usize]),
+    Rows(Vec<usize>),
     /// Those of so many of the likeliest tokens; others may be minus infinity.
     Likeliest(usize),
 }
@@ -40,7 +40,7 @@ pub(crate) trait Backend: Send {
     fn rows(&self) -> &[f32];
 
     /// This rank's logits, `[rows, own vocabulary rows]`, of normed states, `[rows, hidden]`, on a stage that multiplies the vocabulary.
-    fn logits(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32];
+    fn logits(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32];
 
     /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
     fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;

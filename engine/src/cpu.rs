@@ -13,5 +13,4 @@ mod weights;
 
 pub(crate) use adapter::Adapted;
 pub use adapter::Adapter;
-pub(crate) use screen::MOST;
 pub(crate) use stage::Cpu;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use kernels::vocab::VOCAB_TILE;
 use plan::step::TokenId;
 
-use crate::{backend::Of, cpu::MOST};
+use crate::backend::Of;
 
 /// States whose logits are wanted, in a step.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,21 +68,21 @@ pub fn part_bytes(needs: &[Need], rows: &Range<usize>) -> usize {
     if rows.is_empty() { 0 } else { needs.iter().map(|need| need.bytes(rows.len())).sum() }
 }
 
-/// Which logits of the vocabulary rows `own` these need; `rows`: those that [`few_rows`] found.
-pub(crate) fn wanted<'a>(needs: &[Need], rows: Option<&'a [usize]>) -> Of<'a> {
-    let few = |need: &Need| {
+/// Which logits of the vocabulary rows `own` these need.
+pub(crate) fn wanted(needs: &[Need], own: &Range<usize>) -> Of {
+    let top = |need: &Need| {
         let more = need.whole || need.total || need.sparse || need.draw.is_some() || !need.targets.is_empty();
-        !more && (1..=MOST).contains(&need.top)
+        Some(need.top).filter(|&top| !more && top > 0)
     };
-    match rows {
+    let likeliest = || needs.iter().map(top).collect::<Option<Vec<_>>>()?.into_iter().max();
+    match few_rows(needs, own) {
         Some(rows) => Of::Rows(rows),
-        None if !needs.is_empty() && needs.iter().all(few) => Of::Likeliest(needs.iter().map(|need| need.top).max().unwrap_or(1)),
-        None => Of::All,
+        None => likeliest().map_or(Of::All, Of::Likeliest),
     }
 }
 
 /// The vocabulary rows of `own` that any of these needs, counted from its first, where none needs more than a few.
-pub(crate) fn few_rows(needs: &[Need], own: &Range<usize>) -> Option<Vec<usize>> {
+fn few_rows(needs: &[Need], own: &Range<usize>) -> Option<Vec<usize>> {
     if needs.is_empty() || !needs.iter().all(|need| need.sparse) {
         return None;
     }

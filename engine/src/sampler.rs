@@ -31,7 +31,7 @@ use crate::{
     batch::Wanted,
     compute::Compute,
     pooling,
-    question::{Need, few_rows, wanted as wanted_of},
+    question::{self, Need},
     ranks::Ranks,
 };
 
@@ -125,12 +125,8 @@ impl Sampler {
                 self.take_mask(session, wanted)?;
             }
             let needs: Vec<Need> = with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab)).collect();
-            let only = few_rows(&needs, &self.vocab[context.ranks.rank()]);
-            let logits: &[f32] = if with_logits.is_empty() {
-                &[]
-            } else {
-                backend.logits(&self.states, wanted_of(&needs, only.as_deref()), context.timings)
-            };
+            let of = question::wanted(&needs, &self.vocab[context.ranks.rank()]);
+            let logits: &[f32] = if with_logits.is_empty() { &[] } else { backend.logits(&self.states, of, context.timings) };
             let start = Instant::now();
             let exchanged = context.ranks.spent;
             let mut found = self.results(session, &with_logits, &needs, logits, context.ranks)?.into_iter();

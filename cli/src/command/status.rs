@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 
+use plan::fleet::FleetDraft;
 use serde_json::Value;
 
 use crate::{
@@ -145,7 +146,7 @@ fn tree(out: &mut String, deployment: &Value, pods: &[&Value]) {
         branches(out, indent, &parts, |out, indent, part| {
             let Part::Stage(stage) = part else {
                 line!(out, "draft model  {}: {}", text(replica, "/draft/state"), text(replica, "/draft/message"));
-                return branches(out, indent, &of(format!("{replica_name}-draft-s")), |out, indent, pod| {
+                return branches(out, indent, &of(format!("{}-s", FleetDraft::name(replica_name))), |out, indent, pod| {
                     worker(out, indent, "worker", pod)
                 });
             };

@@ -7,7 +7,7 @@ use plan::model::ModelConfig;
 
 use super::{
     adapter::Adapted,
-    screen::Screened,
+    screen::{Screen, Screened},
     stage::{Buffers, Cpu},
     weights::{Norm, first_values},
 };
@@ -228,16 +228,16 @@ impl Cpu {
     }
 
     /// This rank's logits of states, `[rows, hidden]`.
-    pub(super) fn vocabulary_product(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32] {
+    pub(super) fn vocabulary_product(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32] {
         let mut laps = Laps(Instant::now());
         let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
         let tokens = states.len() / self.config.hidden;
         let logits = first_values(&mut self.buffers.logits, tokens * self.product);
         // The last stage sees every state that goes in; the first, which has a part of the rows, sees them once more.
         let observed = if self.is_last { None } else { self.inputs.observed.take() };
-        match (of, &mut self.screen) {
-            (Of::Rows(only), _) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (only, self.product), logits),
-            (Of::Likeliest(count), Some(screen)) if screen.takes(tokens) => {
+        match (of, &self.screen) {
+            (Of::Rows(only), _) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (&only, self.product), logits),
+            (Of::Likeliest(count), Some(screen)) if Screen::takes(tokens, count) => {
                 let screened = Screened { states, tokens, matrix: (id, matrix), rows: self.product };
                 screen.product(&self.compute, &mut self.inputs, screened, count, logits, timings);
             }

@@ -15,7 +15,7 @@ use super::{
 use crate::{LoadShardError, compute::Compute, timings::Timings};
 
 /// Most of the likeliest tokens that are looked for in this way.
-pub(crate) const MOST: usize = 40;
+const MOST: usize = 40;
 /// Rows of each token that are multiplied exactly: at least so many, and so many for each of the likeliest that is wanted.
 const CANDIDATES: usize = 256;
 const CANDIDATES_EACH: usize = 32;
@@ -26,10 +26,7 @@ const CHECKED: u64 = 256;
 
 /// The copy.
 #[derive(Debug)]
-pub(super) struct Screen {
-    copy: Matrix,
-    products: u64,
-}
+pub(super) struct Screen(Matrix);
 
 /// What is multiplied.
 #[derive(Clone, Copy)]
@@ -50,17 +47,17 @@ impl Screen {
         let to: WeightType = weight_type(shard::SCREEN);
         let copy = convert_matrix(&compute.pool, compute.isa, matrix, 0..rows, to);
         let failed = |error: kernels::ConvertError| LoadShardError::Pack { name: format!("{:?}", id.role), detail: error.to_string() };
-        Ok(Some(Self { copy: copy.map_err(failed)?, products: 0 }))
+        copy.map(|copy| Some(Self(copy))).map_err(failed)
     }
 
-    /// Whether products of so many tokens are screened.
-    pub(super) fn takes(&self, tokens: usize) -> bool {
-        tokens <= TOKENS
+    /// Whether products of so many tokens are screened, where so many of the likeliest are wanted.
+    pub(super) fn takes(tokens: usize, count: usize) -> bool {
+        tokens <= TOKENS && count <= MOST
     }
 
     /// Fills `logits`, `[tokens, rows]`: of each token `count` of the likeliest, and others; the rest is minus infinity.
     pub(super) fn product(
-        &mut self,
+        &self,
         compute: &Compute,
         inputs: &mut Inputs,
         of: Screened<'_>,
@@ -69,7 +66,7 @@ impl Screen {
         timings: &mut Timings,
     ) {
         let Screened { states, tokens, matrix: (id, matrix), rows } = of;
-        inputs.multiply_first(compute, states, tokens, (id, &self.copy), rows, logits);
+        inputs.multiply_first(compute, states, tokens, (id, &self.0), rows, logits);
         let likeliest = |logits: &[f32], count: usize| {
             let found = logits.chunks_exact(rows).flat_map(|logits| vocab::top_k(&compute.pool, compute.isa, logits, 0, count));
             found.map(|candidate| candidate.id as usize).collect::<Vec<_>>()
@@ -77,9 +74,8 @@ impl Screen {
         let mut candidates = likeliest(logits, CANDIDATES.max(CANDIDATES_EACH * count));
         candidates.sort_unstable();
         candidates.dedup();
-        self.products += 1;
         timings.screened += 1;
-        if self.products.is_multiple_of(CHECKED) {
+        if timings.screened.is_multiple_of(CHECKED) {
             inputs.multiply_first(compute, states, tokens, (id, matrix), rows, logits);
             let lacks = likeliest(logits, count).iter().any(|row| candidates.binary_search(row).is_err());
             timings.screens_checked += 1;

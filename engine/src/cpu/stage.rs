@@ -265,7 +265,7 @@ impl Backend for Cpu {
         self.inputs.observed.take().unwrap_or_default()
     }
 
-    fn logits(&mut self, states: &[f32], of: Of<'_>, timings: &mut Timings) -> &mut [f32] {
+    fn logits(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32] {
         self.vocabulary_product(states, of, timings)
     }
 }

@@ -16,7 +16,7 @@ use crate::{
     backend::{Backend, Context},
     batch::Wanted,
     compute::Compute,
-    question::{few_rows, part_bytes, wanted},
+    question::{part_bytes, wanted},
 };
 
 /// A step whose logits are computed in parts.
@@ -57,8 +57,7 @@ pub(crate) fn part(
     for (needs, states) in question.needs.chunks(ROWS).zip(question.states.chunks(ROWS * hidden)) {
         let (into, behind) = left.split_at_mut(part_bytes(needs, rows));
         left = behind;
-        let few = few_rows(needs, rows);
-        let logits = backend.logits(states, wanted(needs, few.as_deref()), timings);
+        let logits = backend.logits(states, wanted(needs, rows), timings);
         let start = Instant::now();
         exchange::write(compute, rows, needs, logits, into);
         timings.sampling += start.elapsed();
