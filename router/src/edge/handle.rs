@@ -217,16 +217,15 @@ impl std::fmt::Debug for Edge {
 /// How the adapters of a deployment are doing on one of its replicas.
 fn adapters(deployment: &Deployment, member: &Member) -> Vec<AdapterLoad> {
     let of = |(adapter, (numerics, presence)): (&FleetAdapter, (String, Presence))| {
-        let ready = presence == Presence::Ready;
-        let failure = if let Presence::Failed(why) = presence { Some(why) } else { None };
+        let (ready, failure) = presence.said();
         AdapterLoad { name: adapter.name.clone(), numerics, ready, failure }
     };
     deployment.spec.adapters.iter().zip(member.adapters(&deployment.spec)).map(of).collect()
 }
 
 fn draft(presence: Presence) -> DraftLoad {
-    let ready = presence == Presence::Ready;
-    DraftLoad { ready, failure: if let Presence::Failed(why) = presence { Some(why) } else { None } }
+    let (ready, failure) = presence.said();
+    DraftLoad { ready, failure }
 }
 
 fn deployment_load(deployment: &Deployment, now: Instant) -> DeploymentLoad {

@@ -34,6 +34,17 @@ pub(crate) enum Presence {
     Failed(String),
 }
 
+impl Presence {
+    /// Whether it is ready, and why it is not where that is a failure.
+    pub(crate) fn said(self) -> (bool, Option<String>) {
+        match self {
+            Self::Ready => (true, None),
+            Self::Loading => (false, None),
+            Self::Failed(why) => (false, Some(why)),
+        }
+    }
+}
+
 /// What an owner says of its replica.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Condition {

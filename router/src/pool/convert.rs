@@ -86,12 +86,8 @@ fn decode_constraint(constraint: wire::Constraint) -> Result<Constraint, Convert
 
 /// How an adapter is doing on a replica.
 pub(crate) fn encode_presence((numerics, presence): (String, Presence)) -> AdapterState {
-    let (ready, failure) = match presence {
-        Presence::Ready => (true, String::new()),
-        Presence::Loading => (false, String::new()),
-        Presence::Failed(why) => (false, why),
-    };
-    AdapterState { numerics, ready, failure }
+    let (ready, failure) = presence.said();
+    AdapterState { numerics, ready, failure: failure.unwrap_or_default() }
 }
 
 pub(super) fn encode_event(ticket: u64, kind: &EventKind) -> wire::Event {
