@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::{
     kubernetes::{Namespace, WORKERS, condition, hub, identity, name},
     load::Load,
+    rollout::revision,
     weights::{ask, manifest, seen},
 };
 
@@ -142,5 +143,6 @@ fn a_draft_model_guesses_beside_its_replica_and_is_missed_by_nobody() {
     namespace.ready("guess", 1);
     load.more(expected.len());
     load.stop().assert_whole("draft models");
+    namespace.gone(&format!("{WORKERS},skein.dev/revision!={}", revision(&namespace, "guess")));
     assert_eq!(namespace.running(WORKERS).len(), 4);
 }

@@ -32,7 +32,8 @@ fn rolled(namespace: &Namespace, name: &str, old: &str) -> String {
     })
 }
 
-fn revision(namespace: &Namespace, name: &str) -> String {
+/// What the deployment called `name` is rolled out as.
+pub(crate) fn revision(namespace: &Namespace, name: &str) -> String {
     namespace.deployment(name)["status"]["currentRevision"].as_str().expect("a revision").to_owned()
 }
 
