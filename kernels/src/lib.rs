@@ -42,6 +42,7 @@ pub use isa::{Amx, Avx2, Avx512, AvxVnni, Isa, IsaError};
 pub use kv::{ABSENT, KV_BLOCK, KV_SCALED, KvCache, KvError, KvSpan, KvType};
 pub use matmul::{Input, Product, matmul, matmul_group};
 pub use matrix::{Matrix, MatrixBuilder, MatrixError};
+pub use memory::Buffer;
 pub use pool::{Pool, available_threads, split};
 pub use quantized::Quantized;
 pub use rope::RopeTable;

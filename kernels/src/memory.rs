@@ -1,15 +1,17 @@
-//! Zeroed byte buffers aligned for vectors and huge pages.
+//! Zeroed byte buffers aligned for vectors, on huge pages.
 #![expect(unsafe_code, reason = "aligned memory and huge pages are asked of the system by pointer")]
 
+#[cfg(unix)]
+mod mapping;
+
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::fmt;
+use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 
-/// Buffers from this size on are mapped: zero without being written to, so that the threads which fill them touch them first.
+/// Buffers from this size on are cut from mappings: zero without being written to, so that the threads which fill them touch them first.
 const MAPPED_FROM: usize = 128 << 10;
-/// Buffers from this size on are aligned to huge pages and marked for them.
-const HUGE_FROM: usize = 4 << 20;
-const HUGE_PAGE: usize = 2 << 20;
 const VECTOR: usize = 64;
 
 /// Asks for the lines of bytes that will be read soon, into the second-level cache.
@@ -23,7 +25,7 @@ pub(crate) fn ask_for(bytes: &[u8]) {
     }
 }
 
-/// A fixed number of bytes, zero at first, aligned to 64 bytes; to 2 MiB with transparent huge pages when large.
+/// A fixed number of bytes, zero at first, aligned to 64 bytes; on huge pages, where the system has them, unless it is small.
 #[derive(Debug)]
 pub(crate) struct AlignedBytes {
     start: NonNull<u8>,
@@ -36,10 +38,7 @@ enum Origin {
     Empty,
     Heap(Layout),
     #[cfg(unix)]
-    Mapped {
-        start: NonNull<u8>,
-        len: usize,
-    },
+    Cut(#[expect(dead_code, reason = "held until the buffer goes")] mapping::Cut),
 }
 
 // SAFETY: the buffer owns its memory alone, like a `Box<[u8]>`.
@@ -55,9 +54,9 @@ impl AlignedBytes {
         }
         #[cfg(unix)]
         if len >= MAPPED_FROM
-            && let Some(buffer) = Self::mapped(len)
+            && let Some(cut) = mapping::Cut::new(len)
         {
-            return buffer;
+            return Self { start: cut.start(), len, origin: Origin::Cut(cut) };
         }
         Self::heap(len)
     }
@@ -68,31 +67,6 @@ impl AlignedBytes {
         let Some(start) = NonNull::new(unsafe { alloc_zeroed(layout) }) else { handle_alloc_error(layout) };
         Self { start, len, origin: Origin::Heap(layout) }
     }
-
-    #[cfg(unix)]
-    fn mapped(len: usize) -> Option<Self> {
-        let huge = len >= HUGE_FROM;
-        let whole = if huge { len.checked_next_multiple_of(HUGE_PAGE)?.checked_add(HUGE_PAGE)? } else { len };
-        // SAFETY: a new private anonymous mapping touches no existing memory.
-        let address = unsafe {
-            libc::mmap(std::ptr::null_mut(), whole, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1, 0)
-        };
-        if address == libc::MAP_FAILED {
-            return None;
-        }
-        let origin = NonNull::new(address.cast::<u8>())?;
-        let skip = if huge { origin.as_ptr().align_offset(HUGE_PAGE) } else { 0 };
-        // SAFETY: `skip` is 0, or less than HUGE_PAGE where the mapping is HUGE_PAGE longer than `len` rounded up.
-        let start = unsafe { origin.add(skip) };
-        #[cfg(target_os = "linux")]
-        if huge {
-            // SAFETY: the range lies in the mapping; the advice changes no content, and its failure is harmless.
-            unsafe {
-                libc::madvise(start.as_ptr().cast(), len, libc::MADV_HUGEPAGE);
-            }
-        }
-        Some(Self { start, len, origin: Origin::Mapped { start: origin, len: whole } })
-    }
 }
 
 /// Gives the dangling pointer of an empty buffer the alignment of a full one.
@@ -101,15 +75,9 @@ struct Line;
 
 impl Drop for AlignedBytes {
     fn drop(&mut self) {
-        match self.origin {
-            Origin::Empty => {}
+        if let Origin::Heap(layout) = self.origin {
             // SAFETY: allocated in `heap` with this layout and never freed before.
-            Origin::Heap(layout) => unsafe { dealloc(self.start.as_ptr(), layout) },
-            #[cfg(unix)]
-            // SAFETY: mapped in `mapped` with this address and length and never unmapped before.
-            Origin::Mapped { start, len } => unsafe {
-                libc::munmap(start.as_ptr().cast(), len);
-            },
+            unsafe { dealloc(self.start.as_ptr(), layout) }
         }
     }
 }
@@ -118,7 +86,7 @@ impl Drop for AlignedBytes {
 ///
 /// # Safety
 /// Every pattern of bytes is a value, without padding, and the alignment is at most 64.
-pub(crate) unsafe trait Number: Copy {}
+pub unsafe trait Number: Copy {}
 // SAFETY: 4 bytes, any of which make a value.
 unsafe impl Number for f32 {}
 // SAFETY: one byte, any of which makes a value.
@@ -137,6 +105,55 @@ impl AlignedBytes {
     pub(crate) fn numbers_mut<T: Number>(&mut self) -> &mut [T] {
         // SAFETY: as in `numbers`; borrowed exclusively, and every `T` is plain bytes.
         unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast(), self.len / size_of::<T>()) }
+    }
+}
+
+/// Numbers, zero at first, on huge pages unless they are few.
+pub struct Buffer<T> {
+    bytes: AlignedBytes,
+    of: PhantomData<T>,
+}
+
+impl<T: Number> Buffer<T> {
+    /// `len` zeros. Aborts when memory is exhausted, as a `Vec` does.
+    pub fn zeroed(len: usize) -> Self {
+        let Some(bytes) = len.checked_mul(size_of::<T>()) else { handle_alloc_error(Layout::new::<T>()) };
+        Self { bytes: AlignedBytes::zeroed(bytes), of: PhantomData }
+    }
+
+    /// The first `len` numbers; if there are fewer, more are made, zero all of them.
+    pub fn first(&mut self, len: usize) -> &mut [T] {
+        if self.len() < len {
+            // What is not touched takes no memory.
+            *self = Self::zeroed(len.max(2 * self.len()));
+        }
+        &mut self[..len]
+    }
+}
+
+impl<T: Number + fmt::Debug> fmt::Debug for Buffer<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.iter()).finish()
+    }
+}
+
+impl<T: Number> Default for Buffer<T> {
+    fn default() -> Self {
+        Self::zeroed(0)
+    }
+}
+
+impl<T: Number> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        self.bytes.numbers()
+    }
+}
+
+impl<T: Number> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        self.bytes.numbers_mut()
     }
 }
 
@@ -161,8 +178,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_buffer_grows_and_keeps_its_memory() {
+        let mut buffer = Buffer::<f32>::default();
+        assert!(buffer.is_empty() && buffer.first(0).is_empty());
+        buffer.first(3).copy_from_slice(&[1.0, 2.0, 3.0]);
+        assert_eq!(buffer.first(2), [1.0, 2.0]);
+        let first = buffer.first(100_000);
+        assert!(first.len() == 100_000 && first.iter().all(|&x| x == 0.0));
+        let start = buffer.as_ptr();
+        assert_eq!((buffer.first(70_000).len(), buffer.as_ptr()), (70_000, start));
+    }
+
+    #[test]
     fn buffers_are_zero_and_aligned() {
-        for len in [0, 1, 63, 4096, MAPPED_FROM - 1, MAPPED_FROM, MAPPED_FROM + 5, HUGE_FROM - 1, HUGE_FROM, HUGE_FROM + 5] {
+        for len in [0, 1, 63, 4096, MAPPED_FROM - 1, MAPPED_FROM, MAPPED_FROM + 5, 70 << 20] {
             let mut buffer = AlignedBytes::zeroed(len);
             assert_eq!(buffer.len(), len);
             assert!(buffer.as_ptr().addr().is_multiple_of(VECTOR));
@@ -172,6 +201,5 @@ mod tests {
                 assert_eq!(buffer[len - 1], 7);
             }
         }
-        assert!(AlignedBytes::zeroed(HUGE_FROM).as_ptr().addr().is_multiple_of(HUGE_PAGE));
     }
 }

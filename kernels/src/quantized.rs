@@ -9,6 +9,7 @@
 use std::ops::Range;
 
 use crate::Isa;
+use crate::memory::Buffer;
 use crate::pool::{Disjoint, Pool, split};
 use crate::scalar::quantize::quantize_block;
 
@@ -25,14 +26,15 @@ const PARALLEL_FROM: usize = 16 << 10;
 ///
 /// A block of zeros has scale 0. A block that holds an infinity or a NaN has it as its scale, so that it shows in every product.
 /// The buffers are kept and reused from one use to the next.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Quantized {
     block: usize,
     tokens: usize,
     k: usize,
     /// For a matrix unit.
     wide: bool,
-    q: Vec<i8>,
+    /// `tokens · k` values, and room.
+    q: Buffer<i8>,
     scales: Vec<f32>,
     /// Blocks of 32: −128 · Σ q for each block. Blocks of 256: −32 · Σ q for each run of 16.
     offsets: Vec<i32>,
@@ -96,7 +98,7 @@ impl Quantized {
     /// If `block` is neither 32 nor 256.
     pub fn new(block: usize) -> Self {
         assert!(block == 32 || block == 256, "activation blocks hold 32 or 256 values, not {block}");
-        Self { block, tokens: 0, k: 0, wide: false, q: Vec::new(), scales: Vec::new(), offsets: Vec::new(), sums: Vec::new() }
+        Self { block, tokens: 0, k: 0, wide: false, q: Buffer::default(), scales: Vec::new(), offsets: Vec::new(), sums: Vec::new() }
     }
 
     /// Values in a block.
@@ -129,7 +131,7 @@ impl Quantized {
         self.wide = matches!(isa.for_tokens(tokens), Isa::Amx(_));
         let values = tokens * k;
         let (offset_run, sum_run) = self.runs();
-        self.q.resize(values, 0);
+        self.q.first(values);
         self.scales.resize(values / self.block, 0.0);
         self.offsets.resize(values / offset_run, 0);
         self.sums.resize(values / sum_run, 0);

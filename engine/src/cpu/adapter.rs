@@ -5,17 +5,14 @@
 
 use std::{collections::HashMap, ops::Range, sync::Arc};
 
-use kernels::{Input, Isa, Matrix, MatrixBuilder, Pool, elementwise, matmul};
+use kernels::{Buffer, Input, Isa, Matrix, MatrixBuilder, Pool, elementwise, matmul};
 use plan::{
     adapter::{AdapterShard, PairSlice, RowOrder},
     model::{ModelConfig, TensorId},
     shard::{Shard, TensorSlice},
 };
 
-use super::{
-    input::Into,
-    weights::{first_values, weight_type},
-};
+use super::{input::Into, weights::weight_type};
 use crate::{LoadShardError, WeightReader, compute::Compute};
 
 /// One rank's part of an adapter, loaded.
@@ -136,9 +133,9 @@ fn matrix(slice: &TensorSlice, order: RowOrder, reader: &dyn WeightReader, pool:
 /// Buffers of the products of adapters; they grow as needed.
 #[derive(Debug, Default)]
 pub(super) struct LowRank {
-    inputs: Vec<f32>,
-    inner: Vec<f32>,
-    sums: Vec<f32>,
+    inputs: Buffer<f32>,
+    inner: Buffer<f32>,
+    sums: Buffer<f32>,
 }
 
 impl LowRank {
@@ -152,14 +149,14 @@ impl LowRank {
             let x = match input {
                 Input::F32(x) if n == tokens => x,
                 Input::F32(x) => {
-                    let gathered = first_values(&mut self.inputs, n * k);
+                    let gathered = self.inputs.first(n * k);
                     for (to, &row) in gathered.chunks_exact_mut(k).zip(rows) {
                         to.copy_from_slice(&x[row * k..(row + 1) * k]);
                     }
                     gathered
                 }
                 Input::Quantized(x) => {
-                    let gathered = first_values(&mut self.inputs, n * k);
+                    let gathered = self.inputs.first(n * k);
                     pool.for_rows(gathered, k, 4, |first, out| {
                         for (&row, out) in rows[first..].iter().zip(out.chunks_exact_mut(k)) {
                             x.dequantize(row, out);
@@ -170,9 +167,9 @@ impl LowRank {
             };
             for (linear, out) in into.iter_mut() {
                 let Some(Pair { a, b, scale }) = adapter.pairs.get(&linear.id) else { continue };
-                let (inner, width) = (first_values(&mut self.inner, n * a.rows()), b.rows());
+                let (inner, width) = (self.inner.first(n * a.rows()), b.rows());
                 matmul(pool, isa, a, 0..a.rows(), Input::F32(x), n, inner);
-                let sums = first_values(&mut self.sums, n * width);
+                let sums = self.sums.first(n * width);
                 matmul(pool, isa, b, 0..width, Input::F32(inner), n, sums);
                 for (sum, &row) in sums.chunks_exact(width).zip(rows) {
                     elementwise::add_scaled(isa, &mut out[row * width..(row + 1) * width], sum, *scale);

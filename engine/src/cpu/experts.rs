@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use kernels::{
-    bytes,
+    Buffer, bytes,
     elementwise::{self, Gate},
     routing::{self, Choice, Groups, Routing},
 };
@@ -15,14 +15,14 @@ use plan::model::{Experts, Scoring};
 
 use super::{
     input::Inputs,
-    weights::{Expert, Linear, first_values},
+    weights::{Expert, Linear},
 };
 use crate::{collective::CollectiveError, compute::Compute, ranks::Ranks};
 
 /// Where the tokens of a step go, and what comes back. Buffers grow as they are needed.
 #[derive(Debug, Default)]
 pub(super) struct Mixture {
-    scores: Vec<f32>,
+    scores: Buffer<f32>,
     /// Experts of each token.
     used: usize,
     /// The experts of each token, `[tokens, used]`.
@@ -34,11 +34,11 @@ pub(super) struct Mixture {
     /// The place in `order` of each choice.
     places: Vec<u32>,
     /// An expert's inputs.
-    inputs: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    inputs: Buffer<f32>,
+    gate: Buffer<f32>,
+    up: Buffer<f32>,
     /// Outputs in `order`, `[tokens · used, hidden]`.
-    outputs: Vec<f32>,
+    outputs: Buffer<f32>,
 }
 
 impl Mixture {
@@ -53,7 +53,7 @@ impl Mixture {
         tokens: usize,
     ) {
         self.used = experts.used;
-        let scores = first_values(&mut self.scores, tokens * experts.count);
+        let scores = self.scores.first(tokens * experts.count);
         inputs.multiply(compute, h, tokens, &[], [(router, &mut *scores)]);
         let routing = Routing {
             experts: experts.count,
@@ -96,19 +96,19 @@ impl Mixture {
         h: &[f32],
         hidden: usize,
     ) {
-        first_values(&mut self.outputs, self.chosen.len() * hidden);
+        self.outputs.first(self.chosen.len() * hidden);
         for (expert, places) in own.iter().zip(&self.of_expert[first_expert..]) {
             let rows = places.len();
             if rows == 0 {
                 continue;
             }
-            let x = first_values(&mut self.inputs, rows * hidden);
+            let x = self.inputs.first(rows * hidden);
             for (row, &choice) in x.chunks_exact_mut(hidden).zip(&self.order[places.clone()]) {
                 let token = choice as usize / self.used;
                 row.copy_from_slice(&h[token * hidden..(token + 1) * hidden]);
             }
             let width = rows * expert.gate.matrix.rows();
-            let (gate, up) = (first_values(&mut self.gate, width), first_values(&mut self.up, width));
+            let (gate, up) = (self.gate.first(width), self.up.first(width));
             inputs.multiply(compute, x, rows, &[], [(&expert.gate, &mut *gate), (&expert.up, &mut *up)]);
             elementwise::gate(&compute.pool, compute.isa, activation, gate, up);
             let out = &mut self.outputs[places.start * hidden..places.end * hidden];

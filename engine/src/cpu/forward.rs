@@ -9,7 +9,7 @@ use super::{
     adapter::Adapted,
     screen::{Screen, Screened},
     stage::{Buffers, Cpu},
-    weights::{Norm, first_values},
+    weights::Norm,
 };
 use crate::{
     Timings,
@@ -232,7 +232,7 @@ impl Cpu {
         let mut laps = Laps(Instant::now());
         let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
         let tokens = states.len() / self.config.hidden;
-        let logits = first_values(&mut self.buffers.logits, tokens * self.product);
+        let logits = self.buffers.logits.first(tokens * self.product);
         // The last stage sees every state that goes in; the first, which has a part of the rows, sees them once more.
         let observed = if self.is_last { None } else { self.inputs.observed.take() };
         match (of, &self.screen) {

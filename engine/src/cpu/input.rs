@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kernels::{Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
+use kernels::{Buffer, Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
 use plan::model::TensorId;
 
 use super::{
@@ -46,8 +46,8 @@ pub(super) struct Inputs {
     exported: Vec<u8>,
     gathered_bytes: Vec<u8>,
     parts: Vec<Range<usize>>,
-    gathered: Vec<f32>,
-    floats: Vec<f32>,
+    gathered: Buffer<f32>,
+    floats: Buffer<f32>,
     low_rank: LowRank,
     /// Sums of the squares of what goes in, where they are wanted.
     pub(super) observed: Option<Observed>,
@@ -65,8 +65,8 @@ impl Inputs {
             exported: Vec::new(),
             gathered_bytes: Vec::new(),
             parts: Vec::new(),
-            gathered: vec![0.0; tokens * width],
-            floats: vec![0.0; tokens * width],
+            gathered: Buffer::zeroed(tokens * width),
+            floats: Buffer::zeroed(tokens * width),
             low_rank: LowRank::default(),
             observed: None,
         }

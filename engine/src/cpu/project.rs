@@ -3,7 +3,7 @@
 //! Latent attention keeps keys and values as they are unpacked, each head its own: the cache, and what attention makes of it, are those of any
 //! other model (`docs/adr/0025-latent-attention.md`).
 
-use kernels::norm;
+use kernels::{Buffer, norm};
 use plan::model;
 
 use super::{
@@ -18,24 +18,24 @@ use crate::{backend::Context, batch::Batch};
 #[derive(Debug)]
 pub(super) struct LatentBuffers {
     /// Compressed queries.
-    q: Vec<f32>,
+    q: Buffer<f32>,
     /// Compressed keys and values, and the rotated part of keys.
-    kv: Vec<f32>,
+    kv: Buffer<f32>,
     /// The former alone, normed.
-    normed: Vec<f32>,
+    normed: Buffer<f32>,
     /// For each head the other part of its key, and its value where both are unpacked together.
-    unpacked: Vec<f32>,
+    unpacked: Buffer<f32>,
 }
 
 impl LatentBuffers {
     /// For `tokens` tokens, of `unpacked` values each.
     pub(super) fn new(latent: Option<model::Latent>, tokens: usize, unpacked: usize) -> Self {
-        let rows = |width: fn(model::Latent) -> usize| vec![0.0; latent.map_or(0, |l| tokens * width(l))];
+        let rows = |width: fn(model::Latent) -> usize| Buffer::zeroed(latent.map_or(0, |l| tokens * width(l)));
         Self {
             q: rows(|l| l.q_rank.unwrap_or(0)),
             kv: rows(|l| l.kv_rank + l.rotated),
             normed: rows(|l| l.kv_rank),
-            unpacked: vec![0.0; tokens * unpacked],
+            unpacked: Buffer::zeroed(tokens * unpacked),
         }
     }
 }

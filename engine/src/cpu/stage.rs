@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use kernels::{KvCache, KvType, RopeTable, elementwise, rope};
+use kernels::{Buffer, KvCache, KvType, RopeTable, elementwise, rope};
 use plan::{
     model::{ModelConfig, PoolerActivation, Rope, RopeLayout, RopeScaling},
     shard::{KvDType, KvGeometry, Shard, Splits},
@@ -68,27 +68,27 @@ pub(crate) struct Cpu {
 #[derive(Debug)]
 pub(super) struct Buffers {
     /// The residual stream, `[tokens, hidden]`.
-    pub(super) x: Vec<f32>,
+    pub(super) x: Buffer<f32>,
     /// Its norm.
-    pub(super) h: Vec<f32>,
-    pub(super) q: Vec<f32>,
-    pub(super) k: Vec<f32>,
-    pub(super) v: Vec<f32>,
+    pub(super) h: Buffer<f32>,
+    pub(super) q: Buffer<f32>,
+    pub(super) k: Buffer<f32>,
+    pub(super) v: Buffer<f32>,
     pub(super) latent: LatentBuffers,
-    pub(super) attention: Vec<f32>,
-    pub(super) gate: Vec<f32>,
-    pub(super) up: Vec<f32>,
+    pub(super) attention: Buffer<f32>,
+    pub(super) gate: Buffer<f32>,
+    pub(super) up: Buffer<f32>,
     /// Outputs of o and down, rank after rank.
-    pub(super) gathered: Vec<f32>,
+    pub(super) gathered: Buffer<f32>,
     /// The same, token after token; empty where there is one rank.
-    pub(super) block_out: Vec<f32>,
+    pub(super) block_out: Buffer<f32>,
     /// Outputs of experts, where others are shared.
-    pub(super) sums: Vec<f32>,
+    pub(super) sums: Buffer<f32>,
     /// Rows of the hidden state that are left after the last layer.
     pub(super) rows: usize,
     /// Positions of the rows that are left.
     pub(super) positions: Vec<u32>,
-    pub(super) logits: Vec<f32>,
+    pub(super) logits: Buffer<f32>,
 }
 
 impl Cpu {
@@ -170,7 +170,7 @@ impl Cpu {
 
 impl Buffers {
     fn new(config: &ModelConfig, splits: &Splits, rank: usize, tokens: usize) -> Self {
-        let rows = |width: usize| vec![0.0; tokens * width];
+        let rows = |width: usize| Buffer::zeroed(tokens * width);
         let (heads, kv_heads) = (splits.heads[rank].len(), splits.kv_heads[rank].len());
         let ffn = splits.shared.get(rank).map_or(0, Range::len).max(splits.ffn[rank].len());
         let shared = config.experts.is_some_and(|e| e.shared > 0);
@@ -190,7 +190,7 @@ impl Buffers {
             sums: rows(if shared { config.hidden } else { 0 }),
             rows: 0,
             positions: Vec::with_capacity(tokens),
-            logits: Vec::new(),
+            logits: Buffer::default(),
         }
     }
 }

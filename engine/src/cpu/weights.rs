@@ -165,14 +165,6 @@ impl Weights {
     }
 }
 
-/// The first `len` values of a buffer, which grows as needed.
-pub(crate) fn first_values(buffer: &mut Vec<f32>, len: usize) -> &mut [f32] {
-    if buffer.len() < len {
-        buffer.resize(len, 0.0);
-    }
-    &mut buffer[..len]
-}
-
 /// The kernels' name for a stored type.
 pub(crate) fn weight_type(dtype: DType) -> WeightType {
     match dtype {
