@@ -141,10 +141,10 @@ impl Isa {
     }
 
     /// The instructions that multiply quantized activations of so many tokens: a matrix unit repays what weights have to be made into for it
-    /// from 33 on, found by measurement.
+    /// from 25 on, found by measurement.
     pub fn for_tokens(self, tokens: usize) -> Self {
         match self {
-            Self::Amx(proof) if tokens < 33 => Self::Avx512(proof.avx512()),
+            Self::Amx(proof) if tokens < 25 => Self::Avx512(proof.avx512()),
             _ => self,
         }
     }

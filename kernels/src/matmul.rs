@@ -4,9 +4,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use crate::layout::{LINE, Layout, ROWS};
+use crate::layout::{Layout, ROWS};
 use crate::memory::{self, AlignedBytes};
-use crate::pool::{Disjoint, Shares, split};
+use crate::pool::{Disjoint, Shares};
 use crate::quantized::{PANEL, Panel, WIDE_PANEL};
 use crate::scalar::{blocks, dot};
 use crate::{Isa, Matrix, Pool, Quantized};
@@ -265,11 +265,6 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
                 let Some(ready) = &ready.1 else { continue };
                 for tile in block.clone() {
                     let bytes = (expanded_bytes > 0).then(|| &scratch[(tile - start) * expanded_bytes..][..expanded_bytes]);
-                    if expanded_bytes > 0 && tile + block.len() < whole.end {
-                        // While this block is multiplied, memory brings the next one.
-                        let next = job.weights.tile(layout, tile + block.len());
-                        memory::ask_for(&next[split(next.len(), x.panels(), p, LINE)]);
-                    }
                     kernels.multiply(ready, layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
                     let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);
                     for (token, results) in tokens.clone().zip(&results) {

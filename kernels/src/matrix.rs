@@ -1,10 +1,11 @@
 //! Weight matrices, packed for the kernels.
 
+use std::cell::RefCell;
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use crate::layout::{LINE, Layout, ROWS};
-use crate::memory::AlignedBytes;
+use crate::memory::{AlignedBytes, Buffer};
 use crate::scalar::blocks;
 use crate::{Isa, Pool, WeightType};
 
@@ -133,6 +134,11 @@ impl Matrix {
     }
 }
 
+thread_local! {
+    /// Stored rows that this thread packs next.
+    static STORED: RefCell<Buffer<u8>> = RefCell::default();
+}
+
 /// Packs a matrix from pieces, so that the source need never be in memory whole.
 #[derive(Debug)]
 pub struct MatrixBuilder {
@@ -235,17 +241,16 @@ impl MatrixBuilder {
         let (tile_rows, tile_bytes) = layout.map_or((1, row_bytes), |layout| (ROWS, layout.tile()));
         let piece = (PIECE_BYTES / (tile_rows * row_bytes)).max(1);
         let failed = Mutex::new(None);
-        pool.for_rows(&mut self.matrix.data, tile_bytes, 1, |first, part| {
-            let mut buffer = Vec::new();
+        let fill = |first: usize, part: &mut [u8], stored: &mut Buffer<u8>| {
             for (i, tiles) in part.chunks_mut(piece * tile_bytes).enumerate() {
                 let first = (first + i * piece) * tile_rows;
                 let rows = first..rows.min(first + tiles.len() / tile_bytes * tile_rows);
                 let done = match layout {
                     None => read(rows, tiles),
                     Some(layout) => {
-                        buffer.resize(rows.len() * row_bytes, 0);
-                        read(rows, &mut buffer).map(|()| {
-                            let stored = buffer.chunks(ROWS * row_bytes);
+                        let stored = stored.first(rows.len() * row_bytes);
+                        read(rows, stored).map(|()| {
+                            let stored = stored.chunks(ROWS * row_bytes);
                             stored.zip(tiles.chunks_exact_mut(tile_bytes)).for_each(|(stored, tile)| layout.pack(stored, tile));
                         })
                     }
@@ -255,7 +260,8 @@ impl MatrixBuilder {
                     return;
                 }
             }
-        });
+        };
+        pool.for_rows(&mut self.matrix.data, tile_bytes, 1, |first, part| STORED.with_borrow_mut(|stored| fill(first, part, stored)));
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 

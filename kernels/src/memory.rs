@@ -90,6 +90,8 @@ pub unsafe trait Number: Copy {}
 // SAFETY: 4 bytes, any of which make a value.
 unsafe impl Number for f32 {}
 // SAFETY: one byte, any of which makes a value.
+unsafe impl Number for u8 {}
+// SAFETY: as above.
 unsafe impl Number for i8 {}
 // SAFETY: 2 bytes, any of which make a value.
 unsafe impl Number for u16 {}
