@@ -85,8 +85,7 @@ impl FileMap {
     pub fn release(&self, range: std::ops::Range<usize>) {
         #[cfg(unix)]
         {
-            // SAFETY: asks for a constant.
-            let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
+            let page = crate::memory::page_size();
             let (start, end) = (range.start.next_multiple_of(page), range.end.min(self.len) / page * page);
             if start < end {
                 // SAFETY: whole pages inside the mapping; a private clean file mapping is read again on the next access.

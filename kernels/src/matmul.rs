@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use crate::layout::{Layout, ROWS};
-use crate::memory::{self, AlignedBytes};
+use crate::memory::{self, Buffer};
 use crate::pool::{Disjoint, Shares};
 use crate::quantized::{PANEL, Panel, WIDE_PANEL};
 use crate::scalar::{blocks, dot};
@@ -228,7 +228,7 @@ const BLOCK_BYTES: usize = 256 << 10;
 
 thread_local! {
     /// Expanded tiles of this thread.
-    static EXPANDED: RefCell<AlignedBytes> = RefCell::new(AlignedBytes::zeroed(0));
+    static EXPANDED: RefCell<Buffer<u8>> = RefCell::default();
 }
 
 /// Products of interleaved tiles: blocks of tiles that fit in the cache, expanded once, and every panel over each block.
@@ -243,9 +243,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
     let expanded_bytes = if kernels.wants_expanded(layout, x.panels(), columns) { kernels.expanded_bytes(layout) } else { 0 };
     let block = if x.panels() == 1 { 1 } else { (BLOCK_BYTES / expanded_bytes.max(layout.tile()).max(1)).max(1) };
     EXPANDED.with_borrow_mut(|scratch| {
-        if scratch.len() < block * expanded_bytes {
-            *scratch = AlignedBytes::zeroed(block * expanded_bytes);
-        }
+        let scratch = scratch.first(block * expanded_bytes);
         let mut results = [[0.0; ROWS]; WIDE_PANEL];
         let mut ready = (0, None);
         for start in whole.clone().step_by(block) {

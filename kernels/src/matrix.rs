@@ -241,27 +241,26 @@ impl MatrixBuilder {
         let (tile_rows, tile_bytes) = layout.map_or((1, row_bytes), |layout| (ROWS, layout.tile()));
         let piece = (PIECE_BYTES / (tile_rows * row_bytes)).max(1);
         let failed = Mutex::new(None);
-        let fill = |first: usize, part: &mut [u8], stored: &mut Buffer<u8>| {
+        pool.for_rows(&mut self.matrix.data, tile_bytes, 1, |first, part| {
             for (i, tiles) in part.chunks_mut(piece * tile_bytes).enumerate() {
                 let first = (first + i * piece) * tile_rows;
                 let rows = first..rows.min(first + tiles.len() / tile_bytes * tile_rows);
                 let done = match layout {
                     None => read(rows, tiles),
-                    Some(layout) => {
-                        let stored = stored.first(rows.len() * row_bytes);
-                        read(rows, stored).map(|()| {
-                            let stored = stored.chunks(ROWS * row_bytes);
-                            stored.zip(tiles.chunks_exact_mut(tile_bytes)).for_each(|(stored, tile)| layout.pack(stored, tile));
-                        })
-                    }
+                    Some(layout) => STORED.with_borrow_mut(|buffer| {
+                        let stored = buffer.first(rows.len() * row_bytes);
+                        read(rows, stored)?;
+                        let stored = stored.chunks(ROWS * row_bytes);
+                        stored.zip(tiles.chunks_exact_mut(tile_bytes)).for_each(|(stored, tile)| layout.pack(stored, tile));
+                        Ok(())
+                    }),
                 };
                 if let Err(error) = done {
                     failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
                     return;
                 }
             }
-        };
-        pool.for_rows(&mut self.matrix.data, tile_bytes, 1, |first, part| STORED.with_borrow_mut(|stored| fill(first, part, stored)));
+        });
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 

@@ -14,6 +14,13 @@ use std::ptr::NonNull;
 const MAPPED_FROM: usize = 128 << 10;
 const VECTOR: usize = 64;
 
+/// Bytes of a page of the system.
+#[cfg(unix)]
+pub(crate) fn page_size() -> usize {
+    // SAFETY: asks for a constant.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+}
+
 /// Asks for the lines of bytes that will be read soon, into the second-level cache.
 #[cfg_attr(not(target_arch = "x86_64"), expect(unused_variables, reason = "there is no stable instruction for it"))]
 pub(crate) fn ask_for(bytes: &[u8]) {

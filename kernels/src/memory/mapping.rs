@@ -5,6 +5,8 @@
 use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use super::page_size;
+
 const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a mapping, or more: what is not touched takes no memory.
 const SHARED: usize = 64 << 20;
@@ -71,9 +73,7 @@ pub(super) struct Cut {
 impl Cut {
     /// At least `len` zero bytes; `None` if the system has not that many.
     pub(super) fn new(len: usize) -> Option<Self> {
-        // SAFETY: asks for a number.
-        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
-        let len = len.checked_next_multiple_of(page)?;
+        let len = len.checked_next_multiple_of(page_size())?;
         let mut room = ROOM.lock().unwrap_or_else(PoisonError::into_inner);
         let (current, given) = (room.0.upgrade(), room.1);
         let left = current.as_ref().map_or(0, |mapping| mapping.len - given);
