@@ -85,7 +85,7 @@ fn measure(pool: &Pool, isa: Isa, matrix: &Matrix, tokens: usize, line: &str) {
     let mut quantized = Quantized::new(matrix.activation_block().unwrap_or(32));
     let mut quantize = || {
         if matrix.activation_block().is_some() {
-            quantized.quantize(pool, isa, &x, tokens, k);
+            quantized.quantize(pool, isa.for_products(tokens, [matrix.dtype()]), &x, tokens, k);
         }
     };
     let quantizing = best(&mut quantize);

@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use crate::WeightType;
+
 /// Proof that this CPU has AVX2, FMA and F16C; only [`Avx2::detect`] makes one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Avx2(());
@@ -140,11 +142,13 @@ impl Isa {
         Self::available().pop().unwrap_or(Self::Scalar)
     }
 
-    /// The instructions that multiply quantized activations of so many tokens: a matrix unit repays what weights have to be made into for it
-    /// from 25 on, found by measurement.
-    pub fn for_tokens(self, tokens: usize) -> Self {
+    /// The instructions that multiply quantized activations of so many tokens with weights of these types, by what was measured. A matrix unit
+    /// multiplies Q8_0 as it is stored, from 8 tokens on faster than vectors; other weights have to be made into what it reads, which it
+    /// repays from 25 on.
+    pub fn for_products(self, tokens: usize, types: impl IntoIterator<Item = WeightType>) -> Self {
+        let from = if types.into_iter().all(|dtype| dtype == WeightType::Q8_0) { 8 } else { 25 };
         match self {
-            Self::Amx(proof) if tokens < 25 => Self::Avx512(proof.avx512()),
+            Self::Amx(proof) if tokens < from => Self::Avx512(proof.avx512()),
             _ => self,
         }
     }

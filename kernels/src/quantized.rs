@@ -128,7 +128,7 @@ impl Quantized {
     pub fn resize(&mut self, isa: Isa, tokens: usize, k: usize) {
         assert!(k.is_multiple_of(self.block), "{k} values are not whole blocks of {}", self.block);
         (self.tokens, self.k) = (tokens, k);
-        self.wide = matches!(isa.for_tokens(tokens), Isa::Amx(_));
+        self.wide = matches!(isa, Isa::Amx(_));
         let values = tokens * k;
         let (offset_run, sum_run) = self.runs();
         self.q.first(values);
@@ -137,7 +137,7 @@ impl Quantized {
         self.sums.resize(values / sum_run, 0);
     }
 
-    /// Quantizes `x`, `[tokens, k]` row-major, in parallel.
+    /// Quantizes `x`, `[tokens, k]` row-major, in parallel, to be multiplied with `isa`.
     ///
     /// # Panics
     /// If `x` is not `tokens · k` values or `k` is not whole blocks.

@@ -46,7 +46,7 @@ impl Prober {
         Machine {
             read,
             read_alone: self.one.as_ref().map_or(read, |one| self.memory.read_bandwidth(one, PASSES)),
-            products: probe::int8_peak(&self.all, self.isa.for_tokens(tokens), PASSES),
+            products: probe::int8_peak(&self.all, self.isa.for_products(tokens, std::iter::empty()), PASSES),
         }
     }
 }

@@ -1,8 +1,8 @@
 //! Inputs of products: quantized once for all products that share them, and brought together from the ranks that computed them.
 
-use std::ops::Range;
+use std::{iter, ops::Range};
 
-use kernels::{Buffer, Input, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
+use kernels::{Buffer, Input, Isa, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
 use plan::model::TensorId;
 
 use super::{
@@ -24,16 +24,13 @@ impl Blocks {
         &mut self.0[usize::from(block == 256)]
     }
 
-    /// `x`, `[tokens, k]`, in the form that `matrix` takes.
-    fn input<'a>(&'a mut self, compute: &Compute, matrix: &Matrix, x: &'a [f32], tokens: usize) -> Input<'a> {
-        match matrix.activation_block() {
-            None => Input::F32(x),
-            Some(block) => {
-                let quantized = self.of(block);
-                quantized.quantize(&compute.pool, compute.isa, x, tokens, matrix.k());
-                Input::Quantized(quantized)
-            }
-        }
+    /// `x`, `[tokens, k]`, in the form that `matrices` take, all the same.
+    fn input<'a, 'm>(&'a mut self, compute: &Compute, matrices: impl Iterator<Item = &'m Matrix> + Clone, x: &'a [f32], tokens: usize) -> Input<'a> {
+        let Some((matrix, block)) = matrices.clone().find_map(|matrix| Some((matrix, matrix.activation_block()?))) else { return Input::F32(x) };
+        let quantized = self.of(block);
+        let isa = compute.isa.for_products(tokens, matrices.map(Matrix::dtype));
+        quantized.quantize(&compute.pool, isa, x, tokens, matrix.k());
+        Input::Quantized(quantized)
     }
 }
 
@@ -87,7 +84,7 @@ impl Inputs {
         let block = |(linear, _): &Into<'_>| linear.matrix.activation_block();
         into.sort_by_key(block);
         for group in into.chunk_by_mut(|a, b| block(a) == block(b)) {
-            let input = self.whole.input(compute, &group[0].0.matrix, x, tokens);
+            let input = self.whole.input(compute, group.iter().map(|(linear, _)| &linear.matrix), x, tokens);
             let products = group.iter_mut().map(|(linear, out)| {
                 let weights = &linear.matrix;
                 Product { weights, rows: 0..weights.rows(), out }
@@ -112,7 +109,7 @@ impl Inputs {
         out: &mut [f32],
     ) {
         self.observe(id, matrix, x, tokens);
-        let input = self.whole.input(compute, matrix, x, tokens);
+        let input = self.whole.input(compute, iter::once(matrix), x, tokens);
         matmul(&compute.pool, compute.isa, matrix, 0..rows, input, tokens, out);
     }
 
@@ -137,7 +134,7 @@ impl Inputs {
             left = behind;
             products.push(Product { weights: matrix, rows: run.clone(), out: own });
         }
-        let input = self.whole.input(compute, matrix, x, tokens);
+        let input = self.whole.input(compute, iter::once(matrix), x, tokens);
         matmul_group(&compute.pool, compute.isa, &mut products, input, tokens);
         for Product { rows, out: own, .. } in &products {
             for (token, own) in own.chunks_exact(rows.len()).enumerate() {
@@ -166,7 +163,8 @@ impl Inputs {
         }
         let input = match matrix.activation_block() {
             Some(block) if ranks.many() && columns.iter().all(|c| c.end.is_multiple_of(block)) => {
-                self.gather_quantized(compute, ranks, own, columns, tokens, block)?;
+                let isa = compute.isa.for_products(tokens, [matrix.dtype()]);
+                self.gather_quantized(compute, ranks, own, columns, tokens, (block, isa))?;
                 Input::Quantized(self.whole.of(block))
             }
             _ => {
@@ -179,7 +177,7 @@ impl Inputs {
                 } else {
                     own
                 };
-                self.whole.input(compute, matrix, x, tokens)
+                self.whole.input(compute, iter::once(matrix), x, tokens)
             }
         };
         matmul(&compute.pool, compute.isa, matrix, 0..matrix.rows(), input, tokens, out);
@@ -203,12 +201,12 @@ impl Inputs {
         own: &[f32],
         columns: &[Range<usize>],
         tokens: usize,
-        block: usize,
+        (block, isa): (usize, Isa),
     ) -> Result<(), CollectiveError> {
         let own_columns = columns[ranks.rank()].clone();
         let k = columns.last().map_or(0, |c| c.end);
         let part = self.own.of(block);
-        part.quantize(&compute.pool, compute.isa, own, tokens, own_columns.len());
+        part.quantize(&compute.pool, isa, own, tokens, own_columns.len());
         self.exported.clear();
         part.export(0..tokens, 0..own_columns.len(), &mut self.exported);
         // Bytes of the columns from 0 up to a border between blocks.
@@ -223,9 +221,9 @@ impl Inputs {
         self.parts.extend(columns.iter().map(|c| bytes(c.start)..bytes(c.end)));
         ranks.all_gather(gathered, &self.parts, 1)?;
         let whole = self.whole.of(block);
-        whole.resize(compute.isa, tokens, k);
+        whole.resize(isa, tokens, k);
         for (columns, part) in columns.iter().zip(&self.parts) {
-            whole.import(compute.isa, 0..tokens, columns.clone(), &gathered[part.clone()]);
+            whole.import(isa, 0..tokens, columns.clone(), &gathered[part.clone()]);
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! Products of tiles with panels by the matrix unit, which sums 8-bit products of 16 rows, up to 16 columns and 64 values of k at once; all
 //! else in 512-bit vectors.
 //!
-//! Its sums of a panel lie as the vectors': a row of 16 lanes for each column. Weights are expanded for it. In blocks of 32, to signed bytes.
+//! Its sums of a panel lie as the vectors': a row of 16 lanes for each column. Q8_0 is multiplied as it is stored; other weights are expanded. In blocks of 32, to signed bytes.
 //! In blocks of 256, to their products with the scales of their runs, so that a block has one sum: a product fits into 16 bits, whose low and
 //! high bytes are planes of their own. That is exact: 256 · 255 · 127 and 256 · 16 · 127 · 256 are below 2^31.
 #![expect(unsafe_code, reason = "instructions of the matrix unit and of vectors, and loads by pointer")]
@@ -18,7 +18,7 @@ use crate::{Amx, WeightType};
 
 use super::ask_ahead;
 use super::avx512::{
-    Bytes, Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights256, WithMin, expand32, group, halves,
+    Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights256, WithMin, expand32, group, halves,
 };
 
 /// Tile kernels of the matrix unit, for panels whose values lie token after token.
@@ -29,23 +29,27 @@ const PLANE: usize = 64 * LINE;
 
 /// Calls a kernel with its last generic argument, the number of columns, made a constant.
 macro_rules! by_columns {
-    ($n:expr, $kernel:ident::<$generic:tt>$arguments:tt) => {
-        by_columns!(@ $n, $kernel, $generic, $arguments, 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16)
+    ($n:expr, $kernel:ident::<$($generic:tt),+>$arguments:tt) => {
+        by_columns!(@ $n, $kernel, ($($generic),+), $arguments, 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16)
     };
-    (@ $n:expr, $kernel:ident, $generic:tt, $arguments:tt, $($columns:literal)+) => {
+    (@ $n:expr, $kernel:ident, $generics:tt, $arguments:tt, $($columns:literal)+) => {
         match $n {
-            $($columns => by_columns!(@@ $kernel, $generic, $columns, $arguments),)+
+            $($columns => by_columns!(@@ $kernel, $generics, $columns, $arguments),)+
             _ => unreachable!("panels hold 1 to 16 tokens"),
         }
     };
-    (@@ $kernel:ident, $generic:tt, $columns:literal, $arguments:tt) => { $kernel::<$generic, $columns>$arguments };
+    (@@ $kernel:ident, ($($generic:tt),+), $columns:literal, $arguments:tt) => { $kernel::<$($generic,)+ $columns>$arguments };
 }
 
 impl Tiles for AmxTiles {
     type Ready = Unit;
 
     fn expanded_bytes(&self, layout: &Layout) -> usize {
-        let planes = if layout.dtype.block_len() == 256 { 2 } else { 1 };
+        let planes = match layout.dtype {
+            WeightType::Q8_0 => 0,
+            dtype if dtype.block_len() == 256 => 2,
+            _ => 1,
+        };
         layout.blocks * layout.dtype.block_len() * ROWS * planes
     }
 
@@ -59,7 +63,6 @@ impl Tiles for AmxTiles {
         // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
         unsafe {
             match layout.dtype {
-                WeightType::Q8_0 => expand32::<Bytes, 128>(body, blocks, out),
                 WeightType::Q4_0 => expand32::<Q4, 8>(body, blocks, out),
                 WeightType::Q4_1 => expand32::<Q4, 0>(body, blocks, out),
                 WeightType::Q5_0 => expand32::<Q5, 16>(body, blocks, out),
@@ -71,6 +74,7 @@ impl Tiles for AmxTiles {
                 WeightType::Q4_K => expand256::<Q4K>(body, blocks, out),
                 WeightType::Q5_K => expand256::<Q5K>(body, blocks, out),
                 WeightType::Q6_K => expand256::<Q6K>(body, blocks, out),
+                WeightType::Q8_0 => {}
                 WeightType::F32 | WeightType::F16 | WeightType::BF16 => unreachable!("float weights have no tiles"),
             }
         }
@@ -91,11 +95,12 @@ impl Tiles for AmxTiles {
         // the expanded tile and of the panel is read for each of `layout.blocks`.
         unsafe {
             match layout.dtype {
-                WeightType::Q8_0 | WeightType::Q4_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
-                    by_columns!(n, tile32::<Plain>(front, bytes, blocks, panel, out));
+                WeightType::Q8_0 => by_columns!(n, tile32::<Plain, true>(front, body, blocks, panel, out)),
+                WeightType::Q4_0 | WeightType::Q5_0 | WeightType::IQ4_NL => {
+                    by_columns!(n, tile32::<Plain, false>(front, bytes, blocks, panel, out));
                 }
-                WeightType::Q4_1 | WeightType::Q5_1 => by_columns!(n, tile32::<WithMin>(front, bytes, blocks, panel, out)),
-                WeightType::MXFP4 => by_columns!(n, tile32::<Exponent>(front, bytes, blocks, panel, out)),
+                WeightType::Q4_1 | WeightType::Q5_1 => by_columns!(n, tile32::<WithMin, false>(front, bytes, blocks, panel, out)),
+                WeightType::MXFP4 => by_columns!(n, tile32::<Exponent, false>(front, bytes, blocks, panel, out)),
                 WeightType::Q2_K => by_columns!(n, tile256::<Q2K>(front, body, bytes, blocks, panel, out)),
                 WeightType::Q3_K => by_columns!(n, tile256::<Q3K>(front, body, bytes, blocks, panel, out)),
                 WeightType::Q4_K => by_columns!(n, tile256::<Q4K>(front, body, bytes, blocks, panel, out)),
@@ -166,20 +171,25 @@ impl Sums {
     }
 }
 
-/// `sums`: of the columns of 32 values at `rows` with eight lines.
+/// `sums`: of the columns of 32 values at `rows` with eight lines, of signed or unsigned bytes.
 #[inline(always)]
-unsafe fn block32(rows: *const i8, lines: *const u8, sums: &mut Sums) {
+unsafe fn block32<const UNSIGNED: bool>(rows: *const i8, lines: *const u8, sums: &mut Sums) {
     // SAFETY: the caller's promise: the unit is set up for columns of 32 values, and reads and writes as much.
     unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tileloadd tmm2, [{rows} + {k}]",
-            "tileloadd tmm3, [{lines} + {line}]",
-            "tdpbssd tmm0, tmm2, tmm3",
-            "tilestored [{sums} + {line}], tmm0",
-            rows = in(reg) rows, k = in(reg) 32_usize, lines = in(reg) lines, line = in(reg) LINE, sums = in(reg) sums,
-            options(nostack, preserves_flags),
-        );
+        macro_rules! multiply {
+            ($product:literal) => {
+                asm!(
+                    "tilezero tmm0",
+                    "tileloadd tmm2, [{rows} + {k}]",
+                    "tileloadd tmm3, [{lines} + {line}]",
+                    $product,
+                    "tilestored [{sums} + {line}], tmm0",
+                    rows = in(reg) rows, k = in(reg) 32_usize, lines = in(reg) lines, line = in(reg) LINE, sums = in(reg) sums,
+                    options(nostack, preserves_flags),
+                )
+            };
+        }
+        if UNSIGNED { multiply!("tdpbsud tmm0, tmm2, tmm3") } else { multiply!("tdpbssd tmm0, tmm2, tmm3") }
     }
 }
 
@@ -210,19 +220,32 @@ unsafe fn block256(rows: *const i8, planes: *const u8, low: &mut Sums, high: &mu
     }
 }
 
+/// `STORED`: the lines are those of the tile itself, whose bytes are 128 more than what they stand for; else expanded ones.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma")]
-unsafe fn tile32<F: Front, const N: usize>(front: *const u8, bytes: *const u8, blocks: usize, panel: &Panel<'_>, out: &mut Results) {
-    // SAFETY: the caller's promise of sizes: for each block F::BYTES at `front`, 8 lines at `bytes`, and of the panel 32 · N values, N scales
-    // and N sums.
+unsafe fn tile32<F: Front, const STORED: bool, const N: usize>(
+    front: *const u8,
+    lines: *const u8,
+    blocks: usize,
+    panel: &Panel<'_>,
+    out: &mut Results,
+) {
+    // SAFETY: the caller's promise of sizes: for each block F::BYTES at `front`, 8 lines at `lines`, and of the panel 32 · N values, N scales,
+    // N offsets and N sums.
     unsafe {
         let mut sums = Sums::NONE;
         let mut acc = [_mm512_setzero_ps(); N];
         for b in 0..blocks {
-            block32(panel.q.as_ptr().add(b * 32 * N), bytes.add(b * 8 * LINE), &mut sums);
-            let (front, scales) = (front.add(b * F::BYTES), panel.scales.as_ptr().add(b * N));
+            let lines = lines.add(b * 8 * LINE);
+            if STORED {
+                // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
+                ask_ahead(front.wrapping_add(b * (8 * LINE + F::BYTES)), (8 * LINE + F::BYTES).div_ceil(LINE));
+            }
+            block32::<STORED>(panel.q.as_ptr().add(b * 32 * N), lines, &mut sums);
+            let (front, scales, offsets) = (front.add(b * F::BYTES), panel.scales.as_ptr().add(b * N), panel.offsets.as_ptr().add(b * N));
             let (d, m) = (F::scales(front), if F::MINS { halves(front.add(32)) } else { _mm512_setzero_ps() });
             for c in 0..N {
-                let (d_a, sum) = (_mm512_set1_ps(*scales.add(c)), sums.column(c));
+                let d_a = _mm512_set1_ps(*scales.add(c));
+                let sum = if STORED { _mm512_add_epi32(sums.column(c), _mm512_set1_epi32(*offsets.add(c))) } else { sums.column(c) };
                 acc[c] = _mm512_fmadd_ps(_mm512_mul_ps(d, d_a), _mm512_cvtepi32_ps(sum), acc[c]);
                 if F::MINS {
                     // −16 times the sum of the column's values.
