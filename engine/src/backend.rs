@@ -2,24 +2,19 @@
 
 use plan::step::BlockCopy;
 
-use crate::{Observed, Progress, Timings, batch::Batch, collective::CollectiveError, ranks::Ranks};
+use crate::{
+    Observed, Progress, Timings,
+    batch::Batch,
+    collective::CollectiveError,
+    question::{Need, Row},
+    ranks::Ranks,
+};
 
 /// What a stage's computation is given beside its batch.
 pub(crate) struct Context<'a, 'r> {
     pub(crate) ranks: &'a mut Ranks<'r>,
     pub(crate) progress: &'a Progress,
     pub(crate) timings: &'a mut Timings,
-}
-
-/// Which logits are wanted.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Of {
-    /// All.
-    All,
-    /// Those of these vocabulary rows, counted from this rank's first, ascending; what stands in the others' places means nothing.
-    Rows(Vec<usize>),
-    /// Those of so many of the likeliest tokens; others may be minus infinity.
-    Likeliest(usize),
 }
 
 /// Holds one rank's weights and KV cache, and computes its part of a stage.
@@ -39,8 +34,8 @@ pub(crate) trait Backend: Send {
     /// What [`Backend::forward`] left, `[rows, hidden]`.
     fn rows(&self) -> &[f32];
 
-    /// This rank's logits, `[rows, own vocabulary rows]`, of normed states, `[rows, hidden]`, on a stage that multiplies the vocabulary.
-    fn logits(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32];
+    /// What is needed of this rank's logits of normed states, `[rows, hidden]`, for each of `needs`, on a stage that multiplies the vocabulary.
+    fn vocabulary(&mut self, states: &[f32], needs: &[Need], timings: &mut Timings) -> Vec<Row<'_>>;
 
     /// What the classification head makes of `states`, `[rows, hidden]`: `[rows, labels]`, on the last stage of a model that has one.
     fn classify(&mut self, states: &[f32], rows: usize) -> Vec<f32>;

@@ -9,6 +9,7 @@ mod load;
 mod project;
 mod screen;
 mod stage;
+mod vocabulary;
 mod weights;
 
 pub(crate) use adapter::Adapted;

@@ -65,7 +65,6 @@ pub struct Engine {
     head: Option<Head>,
     /// Rows of the vocabulary that the first stage multiplies for the last.
     lent: Range<usize>,
-    compute: Compute,
     backend: Box<dyn Backend>,
     sequences: Sequences,
     /// Adapters by slot, from 1.
@@ -96,7 +95,7 @@ impl Engine {
         let compute = Compute { pool: Arc::new(Pool::new(options.threads)), isa: options.isa };
         let backend = Cpu::load(config, shard, kv, options, &compute, weights, loaded)?;
         let head = shard.is_last().then(|| match config.encoder {
-            None => Head::Sampler(Box::new(Sampler::new(compute.clone(), &shard.splits, config.hidden))),
+            None => Head::Sampler(Box::new(Sampler::new(compute, &shard.splits, config.hidden))),
             Some(_) => Head::Pooling,
         });
         Ok(Self {
@@ -106,7 +105,6 @@ impl Engine {
             first: shard.is_first(),
             head,
             lent: if shard.is_last() { 0..0 } else { shard.product() },
-            compute,
             backend: Box::new(backend),
             sequences: Sequences::new(kv, shard.is_last(), shard.is_last() && shard.rank == 0),
             adapters: HashMap::new(),
@@ -216,7 +214,7 @@ impl Engine {
             return Err(StepError::Invalid { step: *step, source });
         }
         self.progress.begin(*step);
-        let part = sampler::part(&self.compute, &self.lent, self.config.hidden, question, self.backend.as_mut(), &mut self.timings);
+        let part = sampler::part(&self.lent, self.config.hidden, question, self.backend.as_mut(), &mut self.timings);
         self.progress.finish(*step);
         Ok(part)
     }

@@ -1,11 +1,10 @@
-//! What the last stage asks of the first where the vocabulary product is spread over both: states, and what is wanted of their logits.
+//! What is needed of a vocabulary product, and what is found in it: by this stage, or by the first, which is asked where the product is spread
+//! over both.
 
 use std::ops::Range;
 
-use kernels::vocab::VOCAB_TILE;
+use kernels::vocab::{Candidate, TileSum, VOCAB_TILE};
 use plan::step::TokenId;
-
-use crate::backend::Of;
 
 /// States whose logits are wanted, in a step.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,7 +67,33 @@ pub fn part_bytes(needs: &[Need], rows: &Range<usize>) -> usize {
     if rows.is_empty() { 0 } else { needs.iter().map(|need| need.bytes(rows.len())).sum() }
 }
 
-/// Which logits of the vocabulary rows `own` these need.
+/// What was found in a row of logits: of the whole vocabulary, or of a part of its rows.
+#[derive(Debug, Default)]
+pub(crate) struct Row<'a> {
+    /// All of them; empty where the rest is enough.
+    pub(crate) logits: &'a [f32],
+    /// Parts of the softmax sum; none where it is not needed. At the factor of the draw, where there is one.
+    pub(crate) tiles: Vec<TileSum>,
+    /// Whether a logit is NaN or infinity: the softmax sum is not a number then.
+    pub(crate) broken: bool,
+    /// The likeliest, in order.
+    pub(crate) likeliest: Vec<Candidate>,
+    /// Logit of each token of [`Need::targets`]; 0 where that is in another part.
+    pub(crate) targets: Vec<f32>,
+}
+
+/// Which rows of the vocabulary are multiplied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Of {
+    /// All.
+    All,
+    /// These of a rank's, counted from its first, ascending.
+    Rows(Vec<usize>),
+    /// Those that may be of so many of the likeliest tokens.
+    Likeliest(usize),
+}
+
+/// Which of the vocabulary rows `own` these need.
 pub(crate) fn wanted(needs: &[Need], own: &Range<usize>) -> Of {
     let top = |need: &Need| {
         let more = need.whole || need.total || need.sparse || need.draw.is_some() || !need.targets.is_empty();

@@ -31,20 +31,20 @@ use crate::{
     batch::Wanted,
     compute::Compute,
     pooling,
-    question::{self, Need},
+    question::{Need, Row},
     ranks::Ranks,
 };
 
-use draws::{Drawn, Draws};
+use draws::Draws;
 use exchange::{Exchange, Reader};
 pub(crate) use history::History;
 use history::NoMask;
-use results::{Results, Row};
+use results::Results;
 use spread::Waiting;
 pub(crate) use spread::part;
 
 /// Rows of logits computed at once: enough that the weights' way from memory costs less than the products, few enough to be small.
-const ROWS: usize = 32;
+const ROWS: usize = 64;
 /// The last stage's sampler, on each of its ranks.
 #[derive(Debug)]
 pub(crate) struct Sampler {
@@ -125,11 +125,10 @@ impl Sampler {
                 self.take_mask(session, wanted)?;
             }
             let needs: Vec<Need> = with_logits.iter().map(|wanted| exchange::need(session, wanted, self.results.vocab)).collect();
-            let of = question::wanted(&needs, &self.vocab[context.ranks.rank()]);
-            let logits: &[f32] = if with_logits.is_empty() { &[] } else { backend.logits(&self.states, of, context.timings) };
+            let found = if with_logits.is_empty() { Vec::new() } else { backend.vocabulary(&self.states, &needs, context.timings) };
             let start = Instant::now();
             let exchanged = context.ranks.spent;
-            let mut found = self.results(session, &with_logits, &needs, logits, context.ranks)?.into_iter();
+            let mut found = self.results(session, &with_logits, &needs, &found, context.ranks)?.into_iter();
             context.timings.sampling += start.elapsed().saturating_sub(context.ranks.spent - exchanged);
             if context.ranks.rank() == 0 {
                 self.outputs(session.step, chunk.iter().zip(states), &mut found, &mut outputs);
@@ -182,40 +181,40 @@ impl Sampler {
         set.map_err(|NoMask| StepError::Invalid { step, source: InvalidStep::Mask { sequence } })
     }
 
-    /// Results of the wants that need logits, in order; none on ranks other than 0. `logits`: this rank's, of each row.
+    /// Results of the wants that need logits, in order; none on ranks other than 0. `found`: in this rank's part, of each row.
     fn results(
         &mut self,
         session: &mut Session<'_>,
         rows: &[&Wanted],
         needs: &[Need],
-        logits: &[f32],
+        found: &[Row<'_>],
         ranks: &mut Ranks<'_>,
     ) -> Result<Vec<OutputValue>, StepError> {
         let Self { vocab, results, exchange, draws, row, .. } = self;
         let mut values = Vec::new();
-        if !ranks.many() {
-            for ((logits, wanted), need) in logits.chunks_exact(results.vocab).zip(rows).zip(needs) {
-                let row = Row::of(&results.compute, logits, need);
-                results.of_row(session, wanted, &row, &mut values)?;
-            }
+        if ranks.many() {
+            let own = &vocab[ranks.rank()];
+            exchange.run(vocab, needs, ranks, |into| exchange::write(own, needs, found, into))?;
+        }
+        let drawn = draws.run(vocab, needs, found, ranks)?;
+        if ranks.rank() > 0 {
             return Ok(values);
         }
-        let own = &vocab[ranks.rank()];
-        exchange.run(vocab, needs, ranks, |into| exchange::write(&results.compute, own, needs, logits, into))?;
-        let drawn = draws.run(&results.compute, vocab, needs, logits, ranks)?;
-        if ranks.rank() == 0 {
-            let compute = results.compute.clone();
+        let compute = results.compute.clone();
+        let mut drawn = drawn.into_iter();
+        let mut of_row = |wanted: &Wanted, need: &Need, row: &Row<'_>| {
+            let drawn = need.draw.and_then(|_| drawn.next());
+            results.of_row(session, wanted, (row, drawn), &mut values)
+        };
+        if ranks.many() {
             let parts = vocab.iter().cloned().zip(exchange.parts.iter().map(|part| &exchange.buffer[part.clone()]));
             let mut reader = Reader::new(parts, row);
-            let mut drawn = drawn.into_iter();
             for (wanted, need) in rows.iter().zip(needs) {
-                let mut row = reader.row(&compute, need);
-                match need.draw.and_then(|_| drawn.next()) {
-                    Some(Drawn::Token(id)) => row.drawn = Some(id),
-                    Some(Drawn::Broken) => row.broken = true,
-                    None => {}
-                }
-                results.of_row(session, wanted, &row, &mut values)?;
+                of_row(wanted, need, &reader.row(&compute, need))?;
+            }
+        } else {
+            for ((wanted, need), row) in rows.iter().zip(needs).zip(found) {
+                of_row(wanted, need, row)?;
             }
         }
         Ok(values)

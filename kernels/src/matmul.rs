@@ -47,15 +47,18 @@ pub fn matmul(pool: &Pool, isa: Isa, weights: &Matrix, rows: Range<usize>, input
 /// As [`matmul`], for any of the products.
 pub fn matmul_group(pool: &Pool, isa: Isa, products: &mut [Product<'_>], input: Input<'_>, tokens: usize) {
     for product in &*products {
-        check(product, input, tokens);
+        check(product.weights, &product.rows, input, tokens);
+        assert_eq!(product.out.len(), tokens * product.rows.len(), "outputs of {tokens} tokens and rows {:?}", product.rows);
     }
     let threads = pool.threads();
     let jobs: Vec<Job<'_>> = products
         .iter_mut()
         .map(|product| Job {
-            weights: product.weights,
-            rows: product.rows.clone(),
-            out: Output::new(&mut *product.out, product.rows.len(), tokens),
+            part: Part {
+                weights: product.weights,
+                rows: product.rows.clone(),
+                out: Output::new(&mut *product.out, product.rows.len(), tokens),
+            },
             shares: Shares::new(product.rows.len().div_ceil(ROWS), threads),
             grain: grain(product.weights, tokens),
         })
@@ -64,32 +67,78 @@ pub fn matmul_group(pool: &Pool, isa: Isa, products: &mut [Product<'_>], input: 
         for (i, job) in jobs.iter().enumerate() {
             while let Some(units) = job.shares.own(thread, job.grain) {
                 ask_for_small(jobs.get(i + 1));
-                compute(isa, job, job.columns(units), input, tokens);
+                compute(isa, &job.part, job.columns(units), input, tokens);
             }
         }
         for other in (thread + 1..threads).chain(0..thread) {
             for (i, job) in jobs.iter().enumerate().rev() {
                 while let Some(units) = job.shares.of(other, job.grain) {
                     ask_for_small(i.checked_sub(1).map(|before| &jobs[before]));
-                    compute(isa, job, job.columns(units), input, tokens);
+                    compute(isa, &job.part, job.columns(units), input, tokens);
                 }
             }
         }
     });
 }
 
+/// Multiplies the first `rows` rows of `weights` with `tokens` inputs as [`matmul`] does, in pieces of `piece` rows, of which the last may be short.
+/// What comes of a piece, `[tokens, rows of the piece]`, is looked at by the thread that made it, `look(thread, rows, results)`, while it
+/// lies in the cache, and is not kept.
+///
+/// # Panics
+/// As [`matmul`], or if `piece` is 0.
+pub(crate) fn matmul_pieces(
+    pool: &Pool,
+    isa: Isa,
+    (weights, rows): (&Matrix, usize),
+    input: Input<'_>,
+    tokens: usize,
+    piece: usize,
+    look: impl Fn(usize, Range<usize>, &[f32]) + Sync,
+) {
+    check(weights, &(0..rows), input, tokens);
+    let threads = pool.threads();
+    let shares = Shares::new(rows.div_ceil(piece), threads);
+    pool.run(&|thread| {
+        RESULTS.with_borrow_mut(|scratch| {
+            let mut multiply = |pieces: Range<usize>| {
+                for at in pieces {
+                    let rows = at * piece..((at + 1) * piece).min(rows);
+                    let results = scratch.first(tokens * rows.len());
+                    let part = Part { weights, rows: rows.clone(), out: Output::new(results, rows.len(), tokens) };
+                    compute(isa, &part, 0..rows.len(), input, tokens);
+                    look(thread, rows, results);
+                }
+            };
+            while let Some(pieces) = shares.own(thread, 1) {
+                multiply(pieces);
+            }
+            for other in (thread + 1..threads).chain(0..thread) {
+                while let Some(pieces) = shares.of(other, 1) {
+                    multiply(pieces);
+                }
+            }
+        });
+    });
+}
+
 /// Asks memory for the tile of a job that is one: kernels ask within a matrix, and not from one scattered row to the next.
 fn ask_for_small(job: Option<&Job<'_>>) {
-    let Some(job) = job.filter(|job| (1..=ROWS).contains(&job.rows.len())) else { return };
-    if let Some(layout) = job.weights.layout() {
-        memory::ask_for(job.weights.tile(layout, job.rows.start / ROWS));
+    let Some(Part { weights, rows, .. }) = job.map(|job| &job.part).filter(|part| (1..=ROWS).contains(&part.rows.len())) else { return };
+    if let Some(layout) = weights.layout() {
+        memory::ask_for(weights.tile(layout, rows.start / ROWS));
     }
 }
 
-struct Job<'a> {
+/// Rows of a matrix, and where their results go.
+struct Part<'a> {
     weights: &'a Matrix,
     rows: Range<usize>,
     out: Output<'a>,
+}
+
+struct Job<'a> {
+    part: Part<'a>,
     /// Runs of 16 columns of the output, of each thread.
     shares: Shares,
     /// Fewest of them that a thread takes at a time.
@@ -99,7 +148,7 @@ struct Job<'a> {
 impl Job<'_> {
     /// The columns of runs.
     fn columns(&self, units: Range<usize>) -> Range<usize> {
-        units.start * ROWS..(units.end * ROWS).min(self.rows.len())
+        units.start * ROWS..(units.end * ROWS).min(self.part.rows.len())
     }
 }
 
@@ -142,10 +191,8 @@ impl<'a> Output<'a> {
     }
 }
 
-fn check(product: &Product<'_>, input: Input<'_>, tokens: usize) {
-    let Product { weights, rows, out } = product;
+fn check(weights: &Matrix, rows: &Range<usize>, input: Input<'_>, tokens: usize) {
     assert!(rows.start <= rows.end && rows.end <= weights.rows(), "rows {rows:?} of {}", weights.rows());
-    assert_eq!(out.len(), tokens * rows.len(), "outputs of {tokens} tokens and rows {rows:?}");
     match input {
         Input::F32(x) => {
             assert!(weights.activation_block().is_none(), "{} weights need a quantized input", weights.dtype());
@@ -158,8 +205,8 @@ fn check(product: &Product<'_>, input: Input<'_>, tokens: usize) {
     }
 }
 
-/// Computes the columns `part` of a job.
-fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
+/// Computes the columns `columns` of a part.
+fn compute(isa: Isa, part: &Part<'_>, columns: Range<usize>, input: Input<'_>, tokens: usize) {
     // What lies as the matrix unit reads it is for that alone, and it reads nothing else.
     let isa = match (isa, input) {
         (Isa::Amx(_), Input::Quantized(x)) if x.is_wide() => isa,
@@ -169,34 +216,34 @@ fn compute(isa: Isa, job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens
     };
     match (isa, input) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Amx(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::amx::AmxTiles(proof));
+        (Isa::Amx(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
+            tiles(part, columns, x, &crate::x86_64::amx::AmxTiles(proof));
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::Avx512Tiles(proof));
+        (Isa::Avx512(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
+            tiles(part, columns, x, &crate::x86_64::Avx512Tiles(proof));
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::AvxVnni(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof.avx2(), Some(proof)));
+        (Isa::AvxVnni(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
+            tiles(part, columns, x, &crate::x86_64::Avx2Tiles(proof.avx2(), Some(proof)));
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2(proof), Input::Quantized(x)) if job.weights.layout().is_some() => {
-            tiles(job, part, x, &crate::x86_64::Avx2Tiles(proof, None));
+        (Isa::Avx2(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
+            tiles(part, columns, x, &crate::x86_64::Avx2Tiles(proof, None));
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
-            crate::x86_64::float::multiply512(proof, job.weights.dtype(), rows, job.weights.k(), x, store);
+        (Isa::Avx512(proof), Input::F32(x)) => floats(part, columns, x, |rows, store| {
+            crate::x86_64::float::multiply512(proof, part.weights.dtype(), rows, part.weights.k(), x, store);
         }),
         #[cfg(target_arch = "x86_64")]
-        (Isa::AvxVnni(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
-            crate::x86_64::float::multiply256(proof.avx2(), job.weights.dtype(), rows, job.weights.k(), x, store);
+        (Isa::AvxVnni(proof), Input::F32(x)) => floats(part, columns, x, |rows, store| {
+            crate::x86_64::float::multiply256(proof.avx2(), part.weights.dtype(), rows, part.weights.k(), x, store);
         }),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2(proof), Input::F32(x)) => floats(job, part, x, |rows, store| {
-            crate::x86_64::float::multiply256(proof, job.weights.dtype(), rows, job.weights.k(), x, store);
+        (Isa::Avx2(proof), Input::F32(x)) => floats(part, columns, x, |rows, store| {
+            crate::x86_64::float::multiply256(proof, part.weights.dtype(), rows, part.weights.k(), x, store);
         }),
-        _ => scalar(job, part, input, tokens),
+        _ => scalar(part, columns, input, tokens),
     }
 }
 
@@ -229,18 +276,19 @@ const BLOCK_BYTES: usize = 256 << 10;
 thread_local! {
     /// Expanded tiles of this thread.
     static EXPANDED: RefCell<Buffer<u8>> = RefCell::default();
+    /// Results of a piece that this thread multiplied.
+    static RESULTS: RefCell<Buffer<f32>> = RefCell::default();
 }
 
 /// Products of interleaved tiles: blocks of tiles that fit in the cache, expanded once, and every panel over each block.
-fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles) {
-    let Some(layout) = job.weights.layout() else { return };
+fn tiles(part: &Part<'_>, columns: Range<usize>, x: &Quantized, kernels: &impl Tiles) {
+    let Some(layout) = part.weights.layout() else { return };
     if x.tokens() == 0 {
         return;
     }
-    let (first, last) = (job.rows.start + part.start, job.rows.start + part.end);
+    let (first, last) = (part.rows.start + columns.start, part.rows.start + columns.end);
     let whole = first / ROWS..last.div_ceil(ROWS);
-    let columns = x.panel(0).1.n;
-    let expanded_bytes = if kernels.wants_expanded(layout, x.panels(), columns) { kernels.expanded_bytes(layout) } else { 0 };
+    let expanded_bytes = if kernels.wants_expanded(layout, x.panels(), x.panel(0).1.n) { kernels.expanded_bytes(layout) } else { 0 };
     let block = if x.panels() == 1 { 1 } else { (BLOCK_BYTES / expanded_bytes.max(layout.tile()).max(1)).max(1) };
     EXPANDED.with_borrow_mut(|scratch| {
         let scratch = scratch.first(block * expanded_bytes);
@@ -250,7 +298,7 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
             let block = start..(start + block).min(whole.end);
             if expanded_bytes > 0 {
                 for (tile, out) in block.clone().zip(scratch.chunks_exact_mut(expanded_bytes)) {
-                    kernels.expand(layout, job.weights.tile(layout, tile), out);
+                    kernels.expand(layout, part.weights.tile(layout, tile), out);
                 }
             }
             for p in 0..x.panels() {
@@ -263,12 +311,12 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
                 let Some(ready) = &ready.1 else { continue };
                 for tile in block.clone() {
                     let bytes = (expanded_bytes > 0).then(|| &scratch[(tile - start) * expanded_bytes..][..expanded_bytes]);
-                    kernels.multiply(ready, layout, job.weights.tile(layout, tile), bytes, &panel, &mut results);
+                    kernels.multiply(ready, layout, part.weights.tile(layout, tile), bytes, &panel, &mut results);
                     let lanes = first.max(tile * ROWS)..last.min((tile + 1) * ROWS);
                     for (token, results) in tokens.clone().zip(&results) {
                         let results = &results[lanes.start - tile * ROWS..lanes.end - tile * ROWS];
-                        // SAFETY: `matmul_group` gives every column to one thread.
-                        unsafe { job.out.store(token, lanes.start - job.rows.start, results) };
+                        // SAFETY: every column is given to one thread.
+                        unsafe { part.out.store(token, lanes.start - part.rows.start, results) };
                     }
                 }
             }
@@ -277,35 +325,34 @@ fn tiles(job: &Job<'_>, part: Range<usize>, x: &Quantized, kernels: &impl Tiles)
 }
 
 /// Products of float rows, four at a time: `multiply(rows, store)` computes them for all tokens.
-fn floats(job: &Job<'_>, part: Range<usize>, x: &[f32], multiply: impl Fn(&[&[u8]], &mut dyn FnMut(usize, usize, f32))) {
+fn floats(part: &Part<'_>, columns: Range<usize>, x: &[f32], multiply: impl Fn(&[&[u8]], &mut dyn FnMut(usize, usize, f32))) {
     if x.is_empty() {
         // Inputs of no values have products of 0.
-        return scalar(job, part, Input::F32(x), job.out.tokens());
+        return scalar(part, columns, Input::F32(x), part.out.tokens());
     }
-    for start in part.clone().step_by(4) {
-        let columns = start..(start + 4).min(part.end);
-        let rows = job.rows.start + columns.start..job.rows.start + columns.end;
-        let Some(stored) = job.weights.stored_rows(rows.clone()) else { return };
+    for start in columns.clone().step_by(4) {
+        let rows = part.rows.start + start..part.rows.start + (start + 4).min(columns.end);
+        let Some(stored) = part.weights.stored_rows(rows.clone()) else { return };
         let rows: Vec<&[u8]> = stored.chunks_exact(stored.len() / rows.len()).collect();
         multiply(&rows, &mut |row, token, result| {
-            // SAFETY: `matmul_group` gives every column to one thread.
-            unsafe { job.out.store(token, start + row, &[result]) };
+            // SAFETY: every column is given to one thread.
+            unsafe { part.out.store(token, start + row, &[result]) };
         });
     }
 }
 
-fn scalar(job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
-    let k = job.weights.k();
-    let mut values = vec![0.0; if job.weights.activation_block().is_none() { k } else { 0 }];
+fn scalar(part: &Part<'_>, columns: Range<usize>, input: Input<'_>, tokens: usize) {
+    let k = part.weights.k();
+    let mut values = vec![0.0; if part.weights.activation_block().is_none() { k } else { 0 }];
     let activations = match input {
         Input::Quantized(x) => rows_of(x),
         Input::F32(_) => (Vec::new(), Vec::new()),
     };
-    for column in part {
-        let row = job.rows.start + column;
-        job.weights.with_stored_row(row, |stored| {
+    for column in columns {
+        let row = part.rows.start + column;
+        part.weights.with_stored_row(row, |stored| {
             if let Input::F32(_) = input {
-                blocks::floats(job.weights.dtype(), stored, &mut values);
+                blocks::floats(part.weights.dtype(), stored, &mut values);
             }
             for token in 0..tokens {
                 let result = match input {
@@ -316,11 +363,11 @@ fn scalar(job: &Job<'_>, part: Range<usize>, input: Input<'_>, tokens: usize) {
                             q: &activations.0[token * k..(token + 1) * k],
                             scales: &activations.1[token * n..(token + 1) * n],
                         };
-                        dot::quantized(job.weights.dtype(), stored, activation)
+                        dot::quantized(part.weights.dtype(), stored, activation)
                     }
                 };
-                // SAFETY: `matmul_group` gives every column to one thread.
-                unsafe { job.out.store(token, column, &[result]) };
+                // SAFETY: every column is given to one thread.
+                unsafe { part.out.store(token, column, &[result]) };
             }
         });
     }

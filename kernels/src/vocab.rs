@@ -5,8 +5,11 @@
 //! So whoever owns whole tiles can hand over their [`TileSum`]s, and any split gives the same bits. A logit of minus infinity is a token
 //! that cannot come.
 
-use std::cmp::Ordering;
-use std::collections::BinaryHeap;
+mod likeliest;
+mod product;
+
+pub use likeliest::{Candidate, argmax, merge_top_k, top_k};
+pub use product::{Found, Wanted, product};
 
 use crate::{
     Isa, Pool,
@@ -178,109 +181,4 @@ pub fn row_at(logits: &[f32], factor: f32, point: f64) -> Option<usize> {
         }
     }
     last
-}
-
-/// A row of the vocabulary and its logit.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Candidate {
-    /// Row.
-    pub id: u32,
-    /// Its logit.
-    pub logit: f32,
-}
-
-impl Candidate {
-    /// Which of two comes first: the larger logit, at a tie (0 and -0 are one) the lower id. NaN comes last, as minus infinity does.
-    pub fn order(&self, other: &Self) -> Ordering {
-        let value = |x: f32| if x.is_nan() { f32::NEG_INFINITY } else { x + 0.0 };
-        value(other.logit).total_cmp(&value(self.logit)).then(self.id.cmp(&other.id))
-    }
-}
-
-/// The `k` first of `logits` by [`Candidate::order`], in that order; the id of `logits[0]` is `first_id`. Fewer if there are not so many.
-pub fn top_k(pool: &Pool, isa: Isa, logits: &[f32], first_id: u32, k: usize) -> Vec<Candidate> {
-    let mut parts: Vec<(usize, &[f32], Vec<Candidate>)> = (0..pool.threads())
-        .map(|part| crate::split(logits.len(), pool.threads(), part, VOCAB_TILE))
-        .map(|rows| (rows.start, &logits[rows], Vec::new()))
-        .collect();
-    pool.for_each(&mut parts, |(first, logits, found)| {
-        *found = vectorize(isa, Top { logits, first_id: first_id + *first as u32, k });
-    });
-    merge_top_k(parts.into_iter().map(|(.., found)| found), k)
-}
-
-/// The first of `logits` by [`Candidate::order`]; `None` of none.
-pub fn argmax(pool: &Pool, isa: Isa, logits: &[f32], first_id: u32) -> Option<Candidate> {
-    top_k(pool, isa, logits, first_id, 1).pop()
-}
-
-/// The `k` first of several lists by [`Candidate::order`], in that order.
-pub fn merge_top_k(lists: impl IntoIterator<Item = Vec<Candidate>>, k: usize) -> Vec<Candidate> {
-    let mut all: Vec<Candidate> = lists.into_iter().flatten().collect();
-    all.sort_unstable_by(Candidate::order);
-    all.truncate(k);
-    all
-}
-
-/// A candidate in a heap, the last one on top.
-#[derive(Clone, Copy)]
-struct Kept(Candidate);
-
-impl Ord for Kept {
-    fn cmp(&self, other: &Self) -> Ordering {
-        self.0.order(&other.0)
-    }
-}
-impl PartialOrd for Kept {
-    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl PartialEq for Kept {
-    fn eq(&self, other: &Self) -> bool {
-        self.cmp(other).is_eq()
-    }
-}
-impl Eq for Kept {}
-
-struct Top<'a> {
-    logits: &'a [f32],
-    first_id: u32,
-    k: usize,
-}
-
-impl Kernel for Top<'_> {
-    type Output = Vec<Candidate>;
-
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> Vec<Candidate> {
-        let candidate = |i: usize| Candidate { id: self.first_id + i as u32, logit: self.logits[i] };
-        let begin = self.k.min(self.logits.len());
-        let mut heap: BinaryHeap<Kept> = (0..begin).map(|i| Kept(candidate(i))).collect();
-        // Ids rise, so that of equal logits the later one never comes first: only what is above the last of those kept replaces it.
-        let bar = |heap: &BinaryHeap<Kept>| {
-            heap.peek().map_or(f32::INFINITY, |Kept(last)| if last.logit.is_nan() { f32::NEG_INFINITY } else { last.logit })
-        };
-        let mut least = bar(&heap);
-        let mut insert = |i: usize, least: &mut f32| {
-            if self.logits[i] > *least {
-                if let Some(mut last) = heap.peek_mut() {
-                    *last = Kept(candidate(i));
-                }
-                *least = bar(&heap);
-            }
-        };
-        let (chunks, tail) = self.logits[begin..].as_chunks::<LANES>();
-        for (n, chunk) in chunks.iter().enumerate() {
-            let mut above = s.above(s.load(chunk), s.splat(least));
-            while above != 0 {
-                insert(begin + n * LANES + above.trailing_zeros() as usize, &mut least);
-                above &= above - 1;
-            }
-        }
-        for i in self.logits.len() - tail.len()..self.logits.len() {
-            insert(i, &mut least);
-        }
-        heap.into_sorted_vec().into_iter().map(|Kept(candidate)| candidate).collect()
-    }
 }

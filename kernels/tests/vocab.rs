@@ -1,9 +1,12 @@
 //! Softmax sums and the largest logits, on every instruction set and for every split.
 
-use crate::{inputs::Random, vector_isas};
+use crate::{
+    inputs::{Kind, Random, activations, weights},
+    vector_isas,
+};
 use kernels::{
-    Isa, Pool,
-    vocab::{Candidate, TileSum, Total, VOCAB_TILE, argmax, bounded, merge_top_k, row_at, tile_sums, top_k},
+    Input, Isa, Matrix, Pool, Quantized, WeightType, matmul,
+    vocab::{self, Candidate, Found, TileSum, Total, VOCAB_TILE, Wanted, argmax, bounded, merge_top_k, row_at, tile_sums, top_k},
 };
 
 const SIZES: [usize; 10] = [0, 1, 15, 16, 17, 1023, 1024, 1025, 5000, 40_000];
@@ -168,6 +171,91 @@ fn the_largest_are_those_of_a_full_sort() {
             let mut other = ordinary.clone();
             other[n - 1] = 100.0;
             assert_ne!(found(&top_k(&pools[0], Isa::best(), &other, 7, 5)), sorted(&ordinary, 7, 5), "another logit must show");
+        }
+    }
+}
+
+/// What a product is to find in `logits`, by the functions for logits in memory.
+fn looked_for(logits: &[f32], first_id: u32, wanted: &Wanted<'_>) -> Found {
+    let pool = Pool::new(1);
+    let row = |row: u32| row.checked_sub(first_id).and_then(|row| logits.get(row as usize)).copied().unwrap_or(0.0);
+    Found {
+        tiles: wanted.sums.map_or(Vec::new(), |factor| sums(&pool, Isa::Scalar, logits, factor)),
+        bounded: bounded(&pool, Isa::Scalar, logits),
+        likeliest: top_k(&pool, Isa::Scalar, logits, first_id, wanted.top),
+        logits: wanted.rows.iter().map(|&id| row(id)).collect(),
+    }
+}
+
+/// Everything as bits.
+fn exact(of: &Found) -> impl PartialEq + std::fmt::Debug + use<> {
+    let logits: Vec<u32> = of.logits.iter().map(|x| x.to_bits()).collect();
+    (bits(&of.tiles), of.bounded, found(&of.likeliest), logits)
+}
+
+/// Wants of every kind, and none, by turns.
+fn wants(tokens: usize, rows: &[u32], sums: Option<f32>) -> Vec<Wanted<'_>> {
+    let kinds = [
+        Wanted { top: 1, ..Wanted::default() },
+        Wanted { sums, kept: true, ..Wanted::default() },
+        Wanted { top: 40, rows, ..Wanted::default() },
+        Wanted { sums, top: 3, rows: &rows[..2], ..Wanted::default() },
+        Wanted { kept: true, top: 5, ..Wanted::default() },
+        Wanted::default(),
+    ];
+    kinds.into_iter().cycle().take(tokens).collect()
+}
+
+#[test]
+fn a_product_finds_what_is_found_in_its_logits() {
+    let pools = [Pool::new(1), Pool::new(2), Pool::new(3)];
+    let mut isas = vector_isas();
+    isas.push(Isa::Scalar);
+    for (dtype, k) in [(WeightType::F32, 1), (WeightType::Q8_0, 64), (WeightType::Q4_K, 256)] {
+        for (rows, tokens) in [(2500, 7), (700, 2), (1024, 33), (5, 3), (4097, 1)] {
+            let mut stored = weights(dtype, Kind::Ordinary, rows, k, rows as u64);
+            if dtype == WeightType::F32 {
+                // The logits are the weights times one number: minus infinities, ties, and rows that are broken.
+                let mut logits = logits(rows);
+                if tokens == 7 {
+                    (logits[1030], logits[2]) = (f32::NAN, f32::INFINITY);
+                }
+                stored = logits.iter().flat_map(|x| x.to_le_bytes()).collect();
+            }
+            let x = activations(Kind::Ordinary, tokens, k, 5);
+            let (first_id, ids) = (2048, [2048, 2050, 2049, 7, 2048 + rows as u32 - 1, 2048 + rows as u32]);
+            for &isa in &isas {
+                let matrix = Matrix::pack(isa, dtype, rows, k, &stored, &pools[0]).unwrap();
+                let mut quantized = Quantized::new(matrix.activation_block().unwrap_or(32));
+                let input = match matrix.activation_block() {
+                    None => Input::F32(&x),
+                    Some(_) => {
+                        quantized.quantize(&pools[0], isa, &x, tokens, k);
+                        Input::Quantized(&quantized)
+                    }
+                };
+                let mut whole = vec![0.0; tokens * rows];
+                matmul(&pools[0], isa, &matrix, 0..rows, input, tokens, &mut whole);
+                for (pool, sums) in pools.iter().zip([None, Some(1.0), Some(0.7)]) {
+                    let wanted = wants(tokens, &ids, sums);
+                    let keeps: Vec<usize> = (0..tokens).filter(|&token| wanted[token].kept).collect();
+                    let mut kept = vec![f32::NAN; keeps.len() * rows];
+                    let got = vocab::product(pool, isa, (&matrix, rows, first_id), input, &wanted, &mut kept);
+                    assert_eq!(got.len(), tokens);
+                    for ((got, wanted), logits) in got.iter().zip(&wanted).zip(whole.chunks_exact(rows)) {
+                        let want = looked_for(logits, first_id, wanted);
+                        assert_eq!(exact(got), exact(&want), "{dtype} [{rows}] x {tokens} on {isa}, {} threads", pool.threads());
+                    }
+                    for (token, kept) in keeps.into_iter().zip(kept.chunks_exact(rows)) {
+                        let whole = &whole[token * rows..(token + 1) * rows];
+                        assert!(kept.iter().zip(whole).all(|(a, b)| a.to_bits() == b.to_bits()), "what is kept of token {token}");
+                    }
+                }
+                if tokens > 1 {
+                    let [first, other] = [0, 1].map(|token| looked_for(&whole[token * rows..][..rows], first_id, &wants(3, &ids, None)[2]));
+                    assert_ne!(exact(&other), exact(&first), "another token's logits must show");
+                }
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The forward pass of a stage: embedding rows, layers, final norm, vocabulary product.
+//! The forward pass of a stage: embedding rows, layers, final norm.
 
 use std::time::{Duration, Instant};
 
@@ -7,13 +7,11 @@ use plan::model::ModelConfig;
 
 use super::{
     adapter::Adapted,
-    screen::{Screen, Screened},
     stage::{Buffers, Cpu},
     weights::Norm,
 };
 use crate::{
-    Timings,
-    backend::{Context, Of},
+    backend::Context,
     batch::{Batch, Span},
     collective::CollectiveError,
     compute::Compute,
@@ -24,6 +22,11 @@ use crate::{
 pub(super) struct Laps(Instant);
 
 impl Laps {
+    /// From now on.
+    pub(super) fn begin() -> Self {
+        Self(Instant::now())
+    }
+
     pub(super) fn add(&mut self, phase: &mut Duration) {
         let now = Instant::now();
         *phase += now - self.0;
@@ -72,7 +75,7 @@ impl Tail {
 
 impl Cpu {
     pub(super) fn run_layers(&mut self, batch: &Batch<'_>, hidden: &[f32], context: &mut Context<'_, '_>) -> Result<(), CollectiveError> {
-        let mut laps = Laps(Instant::now());
+        let mut laps = Laps::begin();
         self.buffers.rows = batch.tokens;
         self.buffers.positions.clear();
         self.buffers.positions.extend(&batch.positions);
@@ -225,29 +228,6 @@ impl Cpu {
         }
         laps.add(&mut context.timings.output);
         Ok(())
-    }
-
-    /// This rank's logits of states, `[rows, hidden]`.
-    pub(super) fn vocabulary_product(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32] {
-        let mut laps = Laps(Instant::now());
-        let Some((id, matrix)) = self.weights.vocabulary() else { return &mut [] };
-        let tokens = states.len() / self.config.hidden;
-        let logits = self.buffers.logits.first(tokens * self.product);
-        // The last stage sees every state that goes in; the first, which has a part of the rows, sees them once more.
-        let observed = if self.is_last { None } else { self.inputs.observed.take() };
-        match (of, &self.screen) {
-            (Of::Rows(only), _) => self.inputs.multiply_rows(&self.compute, states, tokens, (id, matrix), (&only, self.product), logits),
-            (Of::Likeliest(count), Some(screen)) if Screen::takes(tokens, count) => {
-                let screened = Screened { states, tokens, matrix: (id, matrix), rows: self.product };
-                screen.product(&self.compute, &mut self.inputs, screened, count, logits, timings);
-            }
-            (Of::All | Of::Likeliest(_), _) => {
-                self.inputs.multiply_first(&self.compute, states, tokens, (id, matrix), self.product, logits)
-            }
-        }
-        self.inputs.observed = observed.or(self.inputs.observed.take());
-        laps.add(&mut timings.vocabulary);
-        logits
     }
 }
 

@@ -2,7 +2,10 @@
 
 use std::{iter, ops::Range};
 
-use kernels::{Buffer, Input, Isa, Matrix, Product, Quantized, elementwise, matmul, matmul_group};
+use kernels::{
+    Buffer, Input, Isa, Matrix, Product, Quantized, elementwise, matmul, matmul_group,
+    vocab::{self, Found, Wanted},
+};
 use plan::model::TensorId;
 
 use super::{
@@ -25,8 +28,16 @@ impl Blocks {
     }
 
     /// `x`, `[tokens, k]`, in the form that `matrices` take, all the same.
-    fn input<'a, 'm>(&'a mut self, compute: &Compute, matrices: impl Iterator<Item = &'m Matrix> + Clone, x: &'a [f32], tokens: usize) -> Input<'a> {
-        let Some((matrix, block)) = matrices.clone().find_map(|matrix| Some((matrix, matrix.activation_block()?))) else { return Input::F32(x) };
+    fn input<'a, 'm>(
+        &'a mut self,
+        compute: &Compute,
+        matrices: impl Iterator<Item = &'m Matrix> + Clone,
+        x: &'a [f32],
+        tokens: usize,
+    ) -> Input<'a> {
+        let Some((matrix, block)) = matrices.clone().find_map(|matrix| Some((matrix, matrix.activation_block()?))) else {
+            return Input::F32(x);
+        };
         let quantized = self.of(block);
         let isa = compute.isa.for_products(tokens, matrices.map(Matrix::dtype));
         quantized.quantize(&compute.pool, isa, x, tokens, matrix.k());
@@ -98,49 +109,52 @@ impl Inputs {
         }
     }
 
-    /// Multiplies `x`, `[tokens, k]`, with the first `rows` rows of a matrix.
-    pub(super) fn multiply_first(
+    /// Multiplies `x`, `[tokens, k]`, with the first `rows` rows of the vocabulary, which begin at token `first_id`, and looks for what is wanted of
+    /// each token's logits; `kept` gets those that are to be kept.
+    pub(super) fn vocabulary(
         &mut self,
         compute: &Compute,
         x: &[f32],
-        tokens: usize,
         (id, matrix): (TensorId, &Matrix),
-        rows: usize,
-        out: &mut [f32],
-    ) {
-        self.observe(id, matrix, x, tokens);
-        let input = self.whole.input(compute, iter::once(matrix), x, tokens);
-        matmul(&compute.pool, compute.isa, matrix, 0..rows, input, tokens, out);
+        (rows, first_id): (usize, u32),
+        wanted: &[Wanted<'_>],
+        kept: &mut [f32],
+    ) -> Vec<Found> {
+        self.observe(id, matrix, x, wanted.len());
+        let input = self.whole.input(compute, iter::once(matrix), x, wanted.len());
+        vocab::product(&compute.pool, compute.isa, (matrix, rows, first_id), input, wanted, kept)
     }
 
-    /// Multiplies `x`, `[tokens, k]`, with some of the first `width` rows of a matrix, ascending; the others' places in `out`,
-    /// `[tokens, width]`, are left as they are.
+    /// Multiplies `x`, `[tokens, k]`, with some rows of a matrix, ascending: `[tokens, rows]`.
     pub(super) fn multiply_rows(
         &mut self,
         compute: &Compute,
         x: &[f32],
         tokens: usize,
         (id, matrix): (TensorId, &Matrix),
-        (rows, width): (&[usize], usize),
-        out: &mut [f32],
-    ) {
+        rows: &[usize],
+    ) -> Vec<f32> {
         self.observe(id, matrix, x, tokens);
         let runs: Vec<Range<usize>> = rows.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect();
         let mut results = vec![0.0; tokens * rows.len()];
         let mut left = &mut results[..];
         let mut products = Vec::with_capacity(runs.len());
-        for run in &runs {
+        for run in runs {
             let (own, behind) = left.split_at_mut(tokens * run.len());
             left = behind;
-            products.push(Product { weights: matrix, rows: run.clone(), out: own });
+            products.push(Product { weights: matrix, rows: run, out: own });
         }
         let input = self.whole.input(compute, iter::once(matrix), x, tokens);
         matmul_group(&compute.pool, compute.isa, &mut products, input, tokens);
-        for Product { rows, out: own, .. } in &products {
-            for (token, own) in own.chunks_exact(rows.len()).enumerate() {
-                out[token * width + rows.start..][..rows.len()].copy_from_slice(own);
+        let mut by_token = vec![0.0; tokens * rows.len()];
+        let mut first = 0;
+        for Product { rows: run, out, .. } in &products {
+            for (own, all) in out.chunks_exact(run.len()).zip(by_token.chunks_exact_mut(rows.len())) {
+                all[first..first + run.len()].copy_from_slice(own);
             }
+            first += run.len();
         }
+        by_token
     }
 
     /// Multiplies an input whose columns are spread over the ranks: `own`, `[tokens, columns[rank]]`, is this rank's part.

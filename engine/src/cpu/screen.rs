@@ -5,7 +5,10 @@
 //! the product are among many likeliest of the copy is known from trials alone (`docs/adr/0039-screening.md`), so a model is screened only
 //! where that was asked for, and some products are compared with the whole.
 
-use kernels::{Matrix, WeightType, convert_matrix, vocab};
+use kernels::{
+    Matrix, WeightType, convert_matrix,
+    vocab::{Candidate, Found, Wanted, merge_top_k},
+};
 use plan::{model::TensorId, shard};
 
 use super::{
@@ -36,8 +39,8 @@ pub(super) struct Screened<'a> {
     pub(super) tokens: usize,
     /// The vocabulary.
     pub(super) matrix: (TensorId, &'a Matrix),
-    /// Rows of it, from its first.
-    pub(super) rows: usize,
+    /// Rows of it, from its first, and the token of that.
+    pub(super) rows: (usize, u32),
 }
 
 impl Screen {
@@ -55,34 +58,42 @@ impl Screen {
         tokens <= TOKENS && count <= MOST
     }
 
-    /// Fills `logits`, `[tokens, rows]`: of each token `count` of the likeliest, and others; the rest is minus infinity.
+    /// Of each token `count` of the likeliest.
     pub(super) fn product(
         &self,
         compute: &Compute,
         inputs: &mut Inputs,
         of: Screened<'_>,
         count: usize,
-        logits: &mut [f32],
         timings: &mut Timings,
-    ) {
+    ) -> Vec<Found> {
         let Screened { states, tokens, matrix: (id, matrix), rows } = of;
-        inputs.multiply_first(compute, states, tokens, (id, &self.0), rows, logits);
-        let likeliest = |logits: &[f32], count: usize| {
-            let found = logits.chunks_exact(rows).flat_map(|logits| vocab::top_k(&compute.pool, compute.isa, logits, 0, count));
-            found.map(|candidate| candidate.id as usize).collect::<Vec<_>>()
+        let mut likeliest = |matrix: &Matrix, top: usize| {
+            let wanted = vec![Wanted { top, ..Wanted::default() }; tokens];
+            inputs.vocabulary(compute, states, (id, matrix), rows, &wanted, &mut [])
         };
-        let mut candidates = likeliest(logits, CANDIDATES.max(CANDIDATES_EACH * count));
+        let ids = |found: &[Found]| found.iter().flat_map(|found| &found.likeliest).map(|candidate| candidate.id).collect::<Vec<_>>();
+        let mut candidates = ids(&likeliest(&self.0, CANDIDATES.max(CANDIDATES_EACH * count)));
         candidates.sort_unstable();
         candidates.dedup();
         timings.screened += 1;
         if timings.screened.is_multiple_of(CHECKED) {
-            inputs.multiply_first(compute, states, tokens, (id, matrix), rows, logits);
-            let lacks = likeliest(logits, count).iter().any(|row| candidates.binary_search(row).is_err());
+            let found = likeliest(matrix, count);
             timings.screens_checked += 1;
-            timings.screens_missed += u64::from(lacks);
-            return;
+            timings.screens_missed += u64::from(ids(&found).iter().any(|id| candidates.binary_search(id).is_err()));
+            return found;
         }
-        logits.fill(f32::NEG_INFINITY);
-        inputs.multiply_rows(compute, states, tokens, (id, matrix), (&candidates, rows), logits);
+        let only: Vec<usize> = candidates.iter().map(|id| (id - rows.1) as usize).collect();
+        let logits = inputs.multiply_rows(compute, states, tokens, (id, matrix), &only);
+        let of_token = |logits: &[f32]| {
+            let all = candidates.iter().zip(logits).map(|(&id, &logit)| Candidate { id, logit });
+            Found {
+                tiles: Vec::new(),
+                bounded: logits.iter().all(|&logit| logit < f32::INFINITY),
+                likeliest: merge_top_k([all.collect()], count),
+                logits: Vec::new(),
+            }
+        };
+        logits.chunks_exact(candidates.len()).map(of_token).collect()
     }
 }

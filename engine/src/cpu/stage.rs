@@ -19,10 +19,11 @@ use super::{
 };
 use crate::{
     EngineOptions, LoadShardError, Observed, Timings, WeightReader,
-    backend::{Backend, Context, Of},
+    backend::{Backend, Context},
     batch::Batch,
     collective::CollectiveError,
     compute::Compute,
+    question::{Need, Row},
 };
 
 /// A layer's part of the geometry.
@@ -45,8 +46,8 @@ pub(crate) struct Cpu {
     pub(super) first_layer: usize,
     pub(super) is_first: bool,
     pub(super) is_last: bool,
-    /// Rows of the vocabulary matrix that are multiplied, from its first.
-    pub(super) product: usize,
+    /// Rows of the vocabulary that are multiplied: the first of the matrix.
+    pub(super) product: Range<usize>,
     pub(super) compute: Compute,
     pub(super) weights: Weights,
     /// What the vocabulary is screened by, where it is.
@@ -147,7 +148,7 @@ impl Cpu {
             first_layer: shard.layers.start,
             is_first: shard.is_first(),
             is_last: shard.is_last(),
-            product: shard.product().len(),
+            product: shard.product(),
             compute: compute.clone(),
             weights,
             screen,
@@ -265,7 +266,7 @@ impl Backend for Cpu {
         self.inputs.observed.take().unwrap_or_default()
     }
 
-    fn logits(&mut self, states: &[f32], of: Of, timings: &mut Timings) -> &mut [f32] {
-        self.vocabulary_product(states, of, timings)
+    fn vocabulary(&mut self, states: &[f32], needs: &[Need], timings: &mut Timings) -> Vec<Row<'_>> {
+        self.vocabulary_product(states, needs, timings)
     }
 }

@@ -1,6 +1,6 @@
-//! Draws from all logits where ranks share the vocabulary.
+//! Draws from all logits, as they are.
 //!
-//! Every rank gets the softmax sums of all tiles and sees in which of them a draw falls; whoever has that tile hands its logits to rank 0. So a
+//! Where ranks share the vocabulary, every rank gets the softmax sums of all tiles and sees in which of them a draw falls; whoever has that tile hands its logits to rank 0. So a
 //! draw costs some kilobytes on the way in place of a row of logits, and each rank sums its own.
 
 use std::ops::Range;
@@ -13,8 +13,7 @@ use plan::step::TokenId;
 
 use crate::{
     collective::CollectiveError,
-    compute::Compute,
-    question::{Draw, Need},
+    question::{Draw, Need, Row},
     ranks::Ranks,
 };
 
@@ -45,13 +44,12 @@ pub(super) struct Draws {
 }
 
 impl Draws {
-    /// What the draws among `needs` come to, in order; nothing on ranks other than 0. `logits`: this rank's, of each row.
+    /// What the draws among `needs` come to, in order; nothing on ranks other than 0. `found`: in this rank's part, of each row.
     pub(super) fn run(
         &mut self,
-        compute: &Compute,
         vocab: &[Range<usize>],
         needs: &[Need],
-        logits: &[f32],
+        found: &[Row<'_>],
         ranks: &mut Ranks<'_>,
     ) -> Result<Vec<Drawn>, CollectiveError> {
         let draws: Vec<(usize, Draw)> = needs.iter().enumerate().filter_map(|(row, need)| Some((row, need.draw?))).collect();
@@ -59,17 +57,14 @@ impl Draws {
             return Ok(Vec::new());
         }
         let own = &vocab[ranks.rank()];
-        let row = |at: usize| &logits[at * own.len()..(at + 1) * own.len()];
         let tiles: Vec<Range<usize>> = vocab.iter().map(tiles_of).collect();
         let all = tiles.iter().map(|tiles| tiles.end).max().unwrap_or(0);
 
         self.sums.resize(2 * all * draws.len(), 0.0);
         let mine = &tiles[ranks.rank()];
-        let mut found = vec![TileSum { max: 0.0, sum: 0.0 }; mine.len()];
         let into = &mut self.sums[2 * mine.start * draws.len()..2 * mine.end * draws.len()];
-        for (&(at, draw), into) in draws.iter().zip(into.chunks_exact_mut((2 * mine.len()).max(1))) {
-            vocab::tile_sums(&compute.pool, compute.isa, row(at), draw.factor, &mut found);
-            into.as_chunks_mut().0.iter_mut().zip(&found).for_each(|(pair, tile)| *pair = [tile.max, tile.sum]);
+        for (&(at, _), into) in draws.iter().zip(into.chunks_exact_mut((2 * mine.len()).max(1))) {
+            into.as_chunks_mut().0.iter_mut().zip(&found[at].tiles).for_each(|(pair, tile)| *pair = [tile.max, tile.sum]);
         }
         let pair = 2 * size_of::<f32>();
         ranks.all_gather(bytes::of_mut(&mut self.sums), &tiles, pair * draws.len())?;
@@ -98,7 +93,7 @@ impl Draws {
                 && mine.contains(tile)
             {
                 let rows = rows_of(*tile);
-                self.tiles[span.clone()].copy_from_slice(&row(at)[rows.start - own.start..rows.end - own.start]);
+                self.tiles[span.clone()].copy_from_slice(&found[at].logits[rows.start - own.start..rows.end - own.start]);
             }
         }
         if end > 0 {
@@ -147,7 +142,7 @@ mod tests {
     use plan::step::Sampling;
 
     use super::*;
-    use crate::{collective::Threads, sampler::draw};
+    use crate::{collective::Threads, compute::Compute, sampler::draw};
 
     const VOCAB: usize = 2500;
 
@@ -183,8 +178,14 @@ mod tests {
         // Rows of other needs between them.
         let needs: Vec<Need> = (0..rows.len()).flat_map(|row| [Need::default(), Need { draw: draw(row), ..Need::default() }]).collect();
         let run = |rank: &mut Threads, own: &Range<usize>| {
-            let logits: Vec<f32> = rows.iter().flat_map(|row| [&row[own.clone()], &row[own.clone()]]).flatten().copied().collect();
-            Draws::default().run(&compute(), vocab, &needs, &logits, &mut Ranks::new(rank)).expect("ranks that answer")
+            let mut tiles = vec![TileSum { max: 0.0, sum: 0.0 }; own.len().div_ceil(VOCAB_TILE)];
+            let found = rows.iter().flat_map(|row| {
+                let logits = &row[own.clone()];
+                vocab::tile_sums(&compute().pool, compute().isa, logits, draw::factor(&s), &mut tiles);
+                [Row::default(), Row { logits, tiles: tiles.clone(), ..Row::default() }]
+            });
+            let found: Vec<Row<'_>> = found.collect();
+            Draws::default().run(vocab, &needs, &found, &mut Ranks::new(rank)).expect("ranks that answer")
         };
         // They stay until all are done: a rank that goes is lost to the others.
         let mut ranks = Threads::group(vocab.len(), Duration::from_secs(60));

@@ -6,18 +6,14 @@ use kernels::{
     bytes,
     vocab::{self, Candidate, TileSum, VOCAB_TILE},
 };
-use plan::step::{TokenId, WantKind};
+use plan::step::WantKind;
 
-use super::{
-    Session, draw, philox,
-    results::{Row, direct},
-    wants,
-};
+use super::{Session, draw, philox, results::direct, wants};
 use crate::{
     batch::Wanted,
     collective::CollectiveError,
     compute::Compute,
-    question::{Draw, Need, part_bytes},
+    question::{Draw, Need, Row, part_bytes},
     ranks::Ranks,
 };
 
@@ -90,12 +86,12 @@ impl Exchange {
     }
 }
 
-/// Writes the part of whoever has `rows` of the vocabulary; `logits`: of these, one row after the other.
-pub(crate) fn write(compute: &Compute, rows: &Range<usize>, needs: &[Need], logits: &[f32], into: &mut [u8]) {
+/// Writes the part of whoever has `rows` of the vocabulary; `found`: in these, of each row.
+pub(crate) fn write(rows: &Range<usize>, needs: &[Need], found: &[Row<'_>], into: &mut [u8]) {
     if !rows.is_empty() {
         let mut writer = Writer(into);
-        for (logits, need) in logits.chunks_exact(rows.len()).zip(needs) {
-            writer.row(compute, logits, rows.start, need);
+        for (found, need) in found.iter().zip(needs) {
+            writer.row(found, need);
         }
     }
 }
@@ -110,33 +106,26 @@ impl Writer<'_> {
         self.0 = tail;
     }
 
-    fn row(&mut self, compute: &Compute, logits: &[f32], first: usize, need: &Need) {
+    fn row(&mut self, found: &Row<'_>, need: &Need) {
         if need.whole {
-            return self.put(bytes::of(logits));
+            return self.put(bytes::of(found.logits));
         }
         if need.draw.is_some() {
             return;
         }
-        // Only who has a token's row knows its logit; nobody reads the others' 0.
-        let logit = |target: TokenId| (target as usize).checked_sub(first).and_then(|row| logits.get(row)).copied().unwrap_or(0.0);
-        let row = if need.sparse {
-            Row { broken: need.targets.iter().any(|&target| !logit(target).is_finite()), ..Row::default() }
-        } else {
-            Row::of(compute, logits, &Need { targets: Vec::new(), ..need.clone() })
-        };
-        for tile in &row.tiles {
+        for tile in &found.tiles {
             self.put(&tile.max.to_le_bytes());
             self.put(&tile.sum.to_le_bytes());
         }
         if !need.total {
-            self.put(&u32::from(row.broken).to_le_bytes());
+            self.put(&u32::from(found.broken).to_le_bytes());
         }
-        for candidate in &row.likeliest {
-            self.put(&(candidate.id + first as u32).to_le_bytes());
+        for candidate in &found.likeliest {
+            self.put(&candidate.id.to_le_bytes());
             self.put(&candidate.logit.to_le_bytes());
         }
-        for &target in &need.targets {
-            self.put(&logit(target).to_le_bytes());
+        for logit in &found.targets {
+            self.put(&logit.to_le_bytes());
         }
     }
 }
@@ -164,7 +153,7 @@ impl<'a> Reader<'a> {
                 let into = bytes::of_mut(&mut self.row[rows.clone()]);
                 into.copy_from_slice(take(left, into.len()));
             }
-            return Row::of(compute, self.row, need);
+            return of_logits(compute, self.row, need);
         }
         if need.draw.is_some() {
             return Row::default();
@@ -192,6 +181,20 @@ impl<'a> Reader<'a> {
         row.likeliest = vocab::merge_top_k(lists, need.top);
         row
     }
+}
+
+/// What is needed of a whole row of logits that came in parts.
+fn of_logits<'a>(Compute { pool, isa }: &Compute, logits: &'a [f32], need: &Need) -> Row<'a> {
+    let mut tiles = Vec::new();
+    let broken = if need.total {
+        tiles.resize(logits.len().div_ceil(VOCAB_TILE), TileSum { max: 0.0, sum: 0.0 });
+        vocab::tile_sums(pool, *isa, logits, 1.0, &mut tiles);
+        tiles.iter().any(|tile| tile.sum.is_nan())
+    } else {
+        !vocab::bounded(pool, *isa, logits)
+    };
+    let likeliest = if need.top > 0 { vocab::top_k(pool, *isa, logits, 0, need.top) } else { Vec::new() };
+    Row { logits, tiles, broken, likeliest, targets: need.targets.iter().map(|&id| logits[id as usize]).collect() }
 }
 
 fn take<'a>(left: &mut &'a [u8], len: usize) -> &'a [u8] {

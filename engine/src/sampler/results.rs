@@ -1,30 +1,13 @@
 //! Results of a row of logits: scores, log-probabilities, draws.
 
-use kernels::vocab::{self, Candidate, TileSum, Total};
-use plan::step::{Logprobs, OutputValue, Sampling, TokenId, Want, WantKind};
+use kernels::vocab::Total;
+use plan::step::{Logprobs, OutputValue, Sampling, Want, WantKind};
 
-use super::{Session, draw, history::Counts, philox, wants};
-use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute, question::Need};
+use super::{Session, draw, draws::Drawn, history::Counts, philox, wants};
+use crate::{InvalidStep, StepError, batch::Wanted, compute::Compute, question::Row};
 
 /// Largest `top_k` for which ranks hand over candidates in place of slices.
 const FEW: usize = 1024;
-
-/// A row of logits, as far as rank 0 needs it.
-#[derive(Debug, Default)]
-pub(super) struct Row<'a> {
-    /// `[vocab]`; empty where the rest is enough.
-    pub(super) logits: &'a [f32],
-    /// Parts of the softmax sum; none where it is not needed.
-    pub(super) tiles: Vec<TileSum>,
-    /// Whether a logit is NaN or infinity: the softmax sum is not a number then.
-    pub(super) broken: bool,
-    /// The likeliest, in order.
-    pub(super) likeliest: Vec<Candidate>,
-    /// Logit of each token to be scored, in the order of the wants.
-    pub(super) targets: Vec<f32>,
-    /// What the ranks drew together, if they did: a token, or that none can come.
-    pub(super) drawn: Option<Option<TokenId>>,
-}
 
 /// Makes results of rows.
 #[derive(Debug)]
@@ -46,25 +29,25 @@ impl Results {
         self.compute.isa
     }
 
-    /// Results of one row's wants.
+    /// Results of one row's wants; `drawn`: what the ranks drew together, if they did.
     pub(super) fn of_row(
         &mut self,
         session: &mut Session<'_>,
         wanted: &Wanted,
-        row: &Row<'_>,
+        (row, drawn): (&Row<'_>, Option<Drawn>),
         values: &mut Vec<OutputValue>,
     ) -> Result<(), StepError> {
         let total = Total::of(&row.tiles, 1.0);
         let mut targets = row.targets.iter();
         for want in wants(session.step, wanted).iter().filter(|w| !w.kind.is_vector()) {
-            if row.broken {
+            if row.broken || drawn == Some(Drawn::Broken) {
                 values.push(OutputValue::Failed("the logits are not finite".to_owned()));
                 continue;
             }
             values.push(match want.kind {
                 WantKind::Score { top, .. } => OutputValue::Score(logprobs(&total, row, targets.next().copied(), top)),
                 WantKind::Logits => OutputValue::Logits(row.logits.to_vec()),
-                WantKind::Sample | WantKind::Pooled(_) | WantKind::Classes => self.sample(session, wanted, want, row, &total)?,
+                WantKind::Sample | WantKind::Pooled(_) | WantKind::Classes => self.sample(session, (wanted, want), (row, drawn), &total)?,
             });
         }
         Ok(())
@@ -74,9 +57,8 @@ impl Results {
     fn sample(
         &mut self,
         session: &mut Session<'_>,
-        wanted: &Wanted,
-        want: &Want,
-        row: &Row<'_>,
+        (wanted, want): (&Wanted, &Want),
+        (row, drawn): (&Row<'_>, Option<Drawn>),
         total: &Total,
     ) -> Result<OutputValue, StepError> {
         let (step, part) = (session.step.id, &session.step.sequences[wanted.part]);
@@ -87,7 +69,7 @@ impl Results {
         };
         let s = &history.sampling;
         let uniform = philox::uniform(s.seed, s.choice, position);
-        let id = if let Some(drawn) = row.drawn {
+        let id = if let Some(Drawn::Token(drawn)) = drawn {
             drawn
         } else if let Some(few) = history.few().filter(|_| row.logits.is_empty()) {
             // What the mask forbids is not there, and would not be drawn.
@@ -115,26 +97,6 @@ impl Results {
             logprobs(total, row, logit, top)
         });
         Ok(OutputValue::Token { id, logprobs })
-    }
-}
-
-impl<'a> Row<'a> {
-    /// A whole row of logits.
-    pub(super) fn of(compute: &Compute, logits: &'a [f32], need: &Need) -> Self {
-        let Compute { pool, isa } = compute;
-        let mut tiles = Vec::new();
-        let targets: Vec<f32> = need.targets.iter().map(|&id| logits[id as usize]).collect();
-        let broken = if need.sparse {
-            targets.iter().any(|logit| !logit.is_finite())
-        } else if need.total {
-            tiles.resize(logits.len().div_ceil(vocab::VOCAB_TILE), TileSum { max: 0.0, sum: 0.0 });
-            vocab::tile_sums(pool, *isa, logits, 1.0, &mut tiles);
-            tiles.iter().any(|tile| tile.sum.is_nan())
-        } else {
-            !vocab::bounded(pool, *isa, logits)
-        };
-        let likeliest = if need.top > 0 { vocab::top_k(pool, *isa, logits, 0, need.top) } else { Vec::new() };
-        Self { logits: if need.sparse { &[] } else { logits }, tiles, broken, likeliest, targets, drawn: None }
     }
 }
 

@@ -15,8 +15,7 @@ use crate::{
     InvalidStep, NoMasks, Question, StepError, Timings,
     backend::{Backend, Context},
     batch::Wanted,
-    compute::Compute,
-    question::{part_bytes, wanted},
+    question::part_bytes,
 };
 
 /// A step whose logits are computed in parts.
@@ -41,14 +40,7 @@ impl Waiting {
 }
 
 /// The part of whoever multiplies `rows` of the vocabulary.
-pub(crate) fn part(
-    compute: &Compute,
-    rows: &Range<usize>,
-    hidden: usize,
-    question: &Question,
-    backend: &mut dyn Backend,
-    timings: &mut Timings,
-) -> Vec<u8> {
+pub(crate) fn part(rows: &Range<usize>, hidden: usize, question: &Question, backend: &mut dyn Backend, timings: &mut Timings) -> Vec<u8> {
     let mut part = vec![0; part_bytes(&question.needs, rows)];
     if rows.is_empty() {
         return part;
@@ -57,10 +49,7 @@ pub(crate) fn part(
     for (needs, states) in question.needs.chunks(ROWS).zip(question.states.chunks(ROWS * hidden)) {
         let (into, behind) = left.split_at_mut(part_bytes(needs, rows));
         left = behind;
-        let logits = backend.logits(states, wanted(needs, rows), timings);
-        let start = Instant::now();
-        exchange::write(compute, rows, needs, logits, into);
-        timings.sampling += start.elapsed();
+        exchange::write(rows, needs, &backend.vocabulary(states, needs, timings), into);
     }
     part
 }
@@ -93,7 +82,7 @@ impl Sampler {
     pub(crate) fn multiply(&mut self, backend: &mut dyn Backend, context: &mut Context<'_, '_>) -> Result<(), StepError> {
         let Some(asked) = self.asked.pop_front() else { return Ok(()) };
         let rank = context.ranks.rank();
-        let own = part(&self.results.compute, &self.vocab[rank], self.hidden, &asked.question, backend, context.timings);
+        let own = part(&self.vocab[rank], self.hidden, &asked.question, backend, context.timings);
         self.exchange.run(&self.vocab, &asked.question.needs, context.ranks, |into| into.copy_from_slice(&own))?;
         if rank == 0 {
             let (own, parts) = (std::mem::take(&mut self.exchange.buffer), self.exchange.parts.clone());
@@ -134,7 +123,7 @@ impl Sampler {
         let mut values = Vec::new();
         for (wanted, need) in waiting.wanted.iter().filter(|wanted| wanted.logits).zip(needs) {
             let row = reader.row(&compute, need);
-            self.results.of_row(&mut session, wanted, &row, &mut values)?;
+            self.results.of_row(&mut session, wanted, (&row, None), &mut values)?;
         }
         let mut outputs = Vec::new();
         self.outputs(&waiting.step, waiting.wanted.iter().zip(waiting.states), &mut values.into_iter(), &mut outputs);
