@@ -220,16 +220,12 @@ fn compute(isa: Isa, part: &Part<'_>, columns: Range<usize>, input: Input<'_>, t
             tiles(part, columns, x, &crate::x86_64::amx::AmxTiles(proof));
         }
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
-            tiles(part, columns, x, &crate::x86_64::Avx512Tiles(proof));
-        }
-        #[cfg(target_arch = "x86_64")]
-        (Isa::AvxVnni(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
-            tiles(part, columns, x, &crate::x86_64::Avx2Tiles(proof.avx2(), Some(proof)));
-        }
-        #[cfg(target_arch = "x86_64")]
-        (Isa::Avx2(proof), Input::Quantized(x)) if part.weights.layout().is_some() => {
-            tiles(part, columns, x, &crate::x86_64::Avx2Tiles(proof, None));
+        (Isa::Avx512(_) | Isa::AvxVnni(_) | Isa::Avx2(_), Input::Quantized(x)) if part.weights.layout().is_some() => {
+            if crate::isa::is_intel() {
+                tiles_of_vectors::<crate::x86_64::PageAhead>(isa, part, columns, x);
+            } else {
+                tiles_of_vectors::<crate::x86_64::FarAhead>(isa, part, columns, x);
+            }
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512(proof), Input::F32(x)) => floats(part, columns, x, |rows, store| {
@@ -322,6 +318,18 @@ fn tiles(part: &Part<'_>, columns: Range<usize>, x: &Quantized, kernels: &impl T
             }
         }
     });
+}
+
+/// Products of interleaved tiles by vectors, whose lines are asked for as `A` says.
+#[cfg(target_arch = "x86_64")]
+fn tiles_of_vectors<A: crate::x86_64::Ahead>(isa: Isa, part: &Part<'_>, columns: Range<usize>, x: &Quantized) {
+    use crate::x86_64::{Avx2Tiles, Avx512Tiles};
+    match isa {
+        Isa::Avx512(proof) => tiles(part, columns, x, &Avx512Tiles::<A>::new(proof)),
+        Isa::AvxVnni(proof) => tiles(part, columns, x, &Avx2Tiles::<A>::new(proof.avx2(), Some(proof))),
+        Isa::Avx2(proof) => tiles(part, columns, x, &Avx2Tiles::<A>::new(proof, None)),
+        Isa::Scalar | Isa::Amx(_) => unreachable!("{isa} has no tiles of vectors"),
+    }
 }
 
 /// Products of float rows, four at a time: `multiply(rows, store)` computes them for all tokens.

@@ -16,7 +16,7 @@ use crate::matmul::{Results, Tiles};
 use crate::quantized::{Panel, WIDE_PANEL};
 use crate::{Amx, WeightType};
 
-use super::ask_ahead;
+use super::{PageAhead, ask_ahead};
 use super::avx512::{Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights256, WithMin, expand32, group, halves};
 
 /// Tile kernels of the matrix unit, for panels whose values lie token after token.
@@ -61,12 +61,12 @@ impl Tiles for AmxTiles {
         // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
         unsafe {
             match layout.dtype {
-                WeightType::Q4_0 => expand32::<Q4, 8>(body, blocks, out),
-                WeightType::Q4_1 => expand32::<Q4, 0>(body, blocks, out),
-                WeightType::Q5_0 => expand32::<Q5, 16>(body, blocks, out),
-                WeightType::Q5_1 => expand32::<Q5, 0>(body, blocks, out),
-                WeightType::IQ4_NL => expand32::<Iq4, 128>(body, blocks, out),
-                WeightType::MXFP4 => expand32::<Mx4, 128>(body, blocks, out),
+                WeightType::Q4_0 => expand32::<Q4, PageAhead, 8>(body, blocks, out),
+                WeightType::Q4_1 => expand32::<Q4, PageAhead, 0>(body, blocks, out),
+                WeightType::Q5_0 => expand32::<Q5, PageAhead, 16>(body, blocks, out),
+                WeightType::Q5_1 => expand32::<Q5, PageAhead, 0>(body, blocks, out),
+                WeightType::IQ4_NL => expand32::<Iq4, PageAhead, 128>(body, blocks, out),
+                WeightType::MXFP4 => expand32::<Mx4, PageAhead, 128>(body, blocks, out),
                 WeightType::Q2_K => expand256::<Q2K>(body, blocks, out),
                 WeightType::Q3_K => expand256::<Q3K>(body, blocks, out),
                 WeightType::Q4_K => expand256::<Q4K>(body, blocks, out),
@@ -236,7 +236,7 @@ unsafe fn tile32<F: Front, const STORED: bool, const N: usize>(
             let lines = lines.add(b * 8 * LINE);
             if STORED {
                 // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
-                ask_ahead(front.wrapping_add(b * (8 * LINE + F::BYTES)), (8 * LINE + F::BYTES).div_ceil(LINE));
+                ask_ahead::<PageAhead>(front.wrapping_add(b * (8 * LINE + F::BYTES)), (8 * LINE + F::BYTES).div_ceil(LINE));
             }
             block32::<STORED>(panel.q.as_ptr().add(b * 32 * N), lines, &mut sums);
             let (front, scales, offsets) = (front.add(b * F::BYTES), panel.scales.as_ptr().add(b * N), panel.offsets.as_ptr().add(b * N));
@@ -314,7 +314,7 @@ unsafe fn expand_group<W: Weights256, const G: usize>(body: *const u8, out: *mut
         let bias = _mm512_set1_epi16(if W::MINS { 0 } else { 32 >> W::SHIFT });
         for i in 0..8 {
             if 8 * G + i < W::BODY / LINE {
-                ask_ahead(body.wrapping_add((8 * G + i) * LINE), 1);
+                ask_ahead::<PageAhead>(body.wrapping_add((8 * G + i) * LINE), 1);
             }
             let scales = W::scales(body, (8 * G + i) * 4 / W::RUN);
             // In both halves of a lane, whose row they are of.

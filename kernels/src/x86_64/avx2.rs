@@ -8,13 +8,14 @@
 #![expect(unsafe_code, reason = "vector instructions and loads by pointer")]
 
 use std::arch::x86_64::*;
+use std::marker::PhantomData;
 
 use crate::layout::{LINE, Layout};
 use crate::matmul::Results;
 use crate::quantized::{PANEL, Panel};
 use crate::{Avx2, AvxVnni, WeightType};
 
-use super::{ask_ahead, expanded_bytes};
+use super::{Ahead, FarAhead, ask_ahead, expanded_bytes};
 use weights::{Iq4, Mx4, Q2K, Q3K, Q4, Q4K, Q4Min, Q5, Q5K, Q5Min, Q6K, Q8, Weights, Weights32, Weights256, four, halves, line};
 
 mod weights;
@@ -48,34 +49,34 @@ pub(super) fn most_unpacked(dtype: WeightType, fours: bool) -> usize {
 }
 
 /// Expands the weights of a tile to bytes, a line for every four values of k, in order.
-pub(crate) fn expand(_: Avx2, layout: &Layout, tile: &[u8], out: &mut [u8]) {
+pub(crate) fn expand<A: Ahead>(_: Avx2, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
     let body = tile[layout.front..].as_ptr();
     // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
     unsafe {
         match layout.dtype {
-            WeightType::Q4_0 | WeightType::Q4_1 => expand_all::<Q4>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q5_0 | WeightType::Q5_1 => expand_all::<Q5>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::IQ4_NL => expand_all::<Iq4>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::MXFP4 => expand_all::<Mx4>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q2_K => expand_all::<Q2K>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q3_K => expand_all::<Q3K>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q4_K => expand_all::<Q4K>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q5_K => expand_all::<Q5K>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q6_K => expand_all::<Q6K>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_0 | WeightType::Q4_1 => expand_all::<Q4, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q5_0 | WeightType::Q5_1 => expand_all::<Q5, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::IQ4_NL => expand_all::<Iq4, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::MXFP4 => expand_all::<Mx4, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q2_K => expand_all::<Q2K, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q3_K => expand_all::<Q3K, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q4_K => expand_all::<Q4K, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q5_K => expand_all::<Q5K, A>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q6_K => expand_all::<Q6K, A>(body, layout.blocks, out.as_mut_ptr()),
             _ => {}
         }
     }
 }
 
 /// Multiplies a tile with the columns of a panel. `expanded`: what [`expand`] made of the tile, if it did.
-pub(crate) fn multiply(_: Avx2, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
-    multiply_by::<Pairs>(layout, tile, expanded, panel, out);
+pub(crate) fn multiply<A: Ahead>(_: Avx2, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    multiply_by::<Pairs<A>>(layout, tile, expanded, panel, out);
 }
 
 /// As [`multiply`], in fours.
-pub(crate) fn multiply_vnni(_: AvxVnni, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
-    multiply_by::<Fours>(layout, tile, expanded, panel, out);
+pub(crate) fn multiply_vnni<A: Ahead>(_: AvxVnni, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+    multiply_by::<Fours<A>>(layout, tile, expanded, panel, out);
 }
 
 /// As [`multiply`]; the CPU must have the instructions of `D`, for which the callers hold a proof.
@@ -110,8 +111,8 @@ fn multiply_by<D: Dot>(layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, pa
                 match (expanded, halves) {
                     (None, 1) => halves_of::<D, false, 1>(layout.dtype, tile, out),
                     (None, _) => halves_of::<D, false, 2>(layout.dtype, tile, out),
-                    (_, 1) => halves_of::<D, true, 1>(layout.dtype, tile, out),
-                    _ => halves_of::<D, true, 2>(layout.dtype, tile, out),
+                    (_, 1) => halves_of::<D::Expanded, true, 1>(layout.dtype, tile, out),
+                    _ => halves_of::<D::Expanded, true, 2>(layout.dtype, tile, out),
                 }
             }
         }
@@ -176,6 +177,10 @@ unsafe fn chunk<W: Weights, const EXPANDED: bool>(tile: &Tile<'_>, block: usize,
 
 /// How unsigned and signed bytes are multiplied.
 trait Dot {
+    /// How far ahead lines are asked for.
+    type Ahead: Ahead;
+    /// The same for expanded tiles, for which nothing is asked.
+    type Expanded: Dot;
     /// Whether four products are added to a 32-bit sum at once.
     const FOURS: bool;
     /// Halves of a tile that go together with many columns: sums of both fit into the registers where pairs need none beside them.
@@ -208,12 +213,14 @@ trait Dot {
 }
 
 /// AVX2: in pairs, into 16 bits.
-struct Pairs;
+struct Pairs<A>(PhantomData<A>);
 
 /// AVX-VNNI.
-struct Fours;
+struct Fours<A>(PhantomData<A>);
 
-impl Dot for Pairs {
+impl<A: Ahead> Dot for Pairs<A> {
+    type Ahead = A;
+    type Expanded = Pairs<FarAhead>;
     const FOURS: bool = false;
 
     #[inline(always)]
@@ -234,7 +241,9 @@ impl Dot for Pairs {
     }
 }
 
-impl Dot for Fours {
+impl<A: Ahead> Dot for Fours<A> {
+    type Ahead = A;
+    type Expanded = Fours<FarAhead>;
     const FOURS: bool = true;
 
     #[inline(always)]
@@ -271,7 +280,7 @@ unsafe fn tile32<D: Dot, W: Weights32, const EXPANDED: bool, const H: usize, con
         let first = !EXPANDED && (tile.half, tile.column) == (0, 0);
         for b in 0..tile.blocks {
             if first {
-                ask_ahead(next, (W::BODY + W::FRONT).div_ceil(LINE));
+                ask_ahead::<D::Ahead>(next, (W::BODY + W::FRONT).div_ceil(LINE));
                 next = next.wrapping_add(W::BODY + W::FRONT);
             }
             let q = tile.panel.q.as_ptr().add(b * 32 * n + 4 * tile.column);
@@ -362,7 +371,7 @@ unsafe fn tile256<D: Dot, W: Weights256, const EXPANDED: bool, const H: usize, c
                 if !EXPANDED {
                     // A share of the lines ahead with every run.
                     let lines = W::BODY / LINE * W::RUN / 256 + 1;
-                    ask_ahead(body.wrapping_add(j * lines * LINE), lines);
+                    ask_ahead::<D::Ahead>(body.wrapping_add(j * lines * LINE), lines);
                 }
                 for h in 0..H {
                     let half = tile.half + h;
@@ -431,13 +440,13 @@ unsafe fn tile256<D: Dot, W: Weights256, const EXPANDED: bool, const H: usize, c
 }
 
 #[target_feature(enable = "avx2")]
-unsafe fn expand_all<W: Weights>(body: *const u8, blocks: usize, out: *mut u8) {
+unsafe fn expand_all<W: Weights, A: Ahead>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and W::CHUNKS lines at `out` for each block.
     unsafe {
         for b in 0..blocks {
             for c in 0..W::CHUNKS {
                 if c < W::BODY / LINE {
-                    ask_ahead(body.wrapping_add(b * W::BODY + c * LINE), 1);
+                    ask_ahead::<A>(body.wrapping_add(b * W::BODY + c * LINE), 1);
                 }
                 for half in 0..2 {
                     let bytes = W::chunk(body.add(b * W::BODY), half, c);

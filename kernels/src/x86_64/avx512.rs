@@ -16,7 +16,7 @@ use crate::matmul::Results;
 use crate::quantized::{PANEL, Panel};
 use crate::scalar::blocks;
 
-use super::{ask_ahead, expanded_bytes};
+use super::{Ahead, ask_ahead, expanded_bytes};
 
 /// Calls a kernel with its last generic argument, the number of columns, made a constant: 1..=12.
 macro_rules! columns {
@@ -40,28 +40,28 @@ macro_rules! columns {
 }
 
 /// Expands the weights of a tile to bytes, a line for every four values of k, in order.
-pub(crate) fn expand(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
+pub(crate) fn expand<A: Ahead>(_: Avx512, layout: &Layout, tile: &[u8], out: &mut [u8]) {
     assert!(tile.len() == layout.tile() && out.len() == expanded_bytes(layout));
     let body = tile[layout.front..].as_ptr();
     // SAFETY: the token proves the features; the lengths were checked, and every line read or written lies in a block of `tile` or `out`.
     unsafe {
         match layout.dtype {
-            WeightType::Q4_0 | WeightType::Q4_1 => expand32::<Q4, 0>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q5_0 | WeightType::Q5_1 => expand32::<Q5, 0>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::IQ4_NL => expand32::<Iq4, 0>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::MXFP4 => expand32::<Mx4, 0>(body, layout.blocks, out.as_mut_ptr()),
-            WeightType::Q2_K => expand256::<Q2K>(body, layout, out.as_mut_ptr()),
-            WeightType::Q3_K => expand256::<Q3K>(body, layout, out.as_mut_ptr()),
-            WeightType::Q5_K => expand256::<Q5K>(body, layout, out.as_mut_ptr()),
-            WeightType::Q4_K => expand256::<Q4K>(body, layout, out.as_mut_ptr()),
-            WeightType::Q6_K => expand256::<Q6K>(body, layout, out.as_mut_ptr()),
+            WeightType::Q4_0 | WeightType::Q4_1 => expand32::<Q4, A, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q5_0 | WeightType::Q5_1 => expand32::<Q5, A, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::IQ4_NL => expand32::<Iq4, A, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::MXFP4 => expand32::<Mx4, A, 0>(body, layout.blocks, out.as_mut_ptr()),
+            WeightType::Q2_K => expand256::<Q2K, A>(body, layout, out.as_mut_ptr()),
+            WeightType::Q3_K => expand256::<Q3K, A>(body, layout, out.as_mut_ptr()),
+            WeightType::Q5_K => expand256::<Q5K, A>(body, layout, out.as_mut_ptr()),
+            WeightType::Q4_K => expand256::<Q4K, A>(body, layout, out.as_mut_ptr()),
+            WeightType::Q6_K => expand256::<Q6K, A>(body, layout, out.as_mut_ptr()),
             _ => {}
         }
     }
 }
 
 /// Multiplies a tile with the columns of a panel. `expanded`: what [`expand`] made of the tile, if it did.
-pub(crate) fn multiply(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+pub(crate) fn multiply<A: Ahead>(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
     let k = layout.blocks * layout.dtype.block_len();
     assert!(tile.len() == layout.tile() && (1..=PANEL).contains(&panel.n) && panel.q.len() == panel.n * k);
     assert!(expanded.is_none_or(|bytes| bytes.len() == expanded_bytes(layout)));
@@ -75,30 +75,30 @@ pub(crate) fn multiply(_: Avx512, layout: &Layout, tile: &[u8], expanded: Option
         let (by_128, by_16) = (Bias { offsets: panel.offsets, shift: 0 }, Bias { offsets: panel.sums, shift: 0 });
         let by_8 = Bias { shift: 1, ..by_16 };
         match (layout.dtype, bytes) {
-            (WeightType::Q8_0, _) => columns!(n, tile32::<Bytes, Plain>(front, body, blocks, panel, by_128, out)),
-            (WeightType::Q4_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_8, out)),
-            (WeightType::Q4_0, None) => columns!(n, tile32::<Q4, Plain>(front, body, blocks, panel, by_8, out)),
+            (WeightType::Q8_0, _) => columns!(n, tile32::<Bytes, Plain, A>(front, body, blocks, panel, by_128, out)),
+            (WeightType::Q4_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain, A>(front, bytes, blocks, panel, by_8, out)),
+            (WeightType::Q4_0, None) => columns!(n, tile32::<Q4, Plain, A>(front, body, blocks, panel, by_8, out)),
             (WeightType::Q4_1 | WeightType::Q5_1, Some(bytes)) => {
-                columns!(n, tile32::<Bytes, WithMin>(front, bytes, blocks, panel, by_16, out));
+                columns!(n, tile32::<Bytes, WithMin, A>(front, bytes, blocks, panel, by_16, out));
             }
-            (WeightType::Q4_1, None) => columns!(n, tile32::<Q4, WithMin>(front, body, blocks, panel, by_16, out)),
-            (WeightType::Q5_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_16, out)),
-            (WeightType::Q5_0, None) => columns!(n, tile32::<Q5, Plain>(front, body, blocks, panel, by_16, out)),
-            (WeightType::Q5_1, None) => columns!(n, tile32::<Q5, WithMin>(front, body, blocks, panel, by_16, out)),
-            (WeightType::IQ4_NL, Some(bytes)) => columns!(n, tile32::<Bytes, Plain>(front, bytes, blocks, panel, by_128, out)),
-            (WeightType::IQ4_NL, None) => columns!(n, tile32::<Iq4, Plain>(front, body, blocks, panel, by_128, out)),
-            (WeightType::MXFP4, Some(bytes)) => columns!(n, tile32::<Bytes, Exponent>(front, bytes, blocks, panel, by_128, out)),
-            (WeightType::MXFP4, None) => columns!(n, tile32::<Mx4, Exponent>(front, body, blocks, panel, by_128, out)),
-            (WeightType::Q2_K, Some(bytes)) => columns!(n, tile256::<Q2K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q2_K, None) => columns!(n, tile256::<Q2K, false>(front, body, body, blocks, panel, out)),
-            (WeightType::Q3_K, Some(bytes)) => columns!(n, tile256::<Q3K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q3_K, None) => columns!(n, tile256::<Q3K, false>(front, body, body, blocks, panel, out)),
-            (WeightType::Q4_K, Some(bytes)) => columns!(n, tile256::<Q4K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q4_K, None) => columns!(n, tile256::<Q4K, false>(front, body, body, blocks, panel, out)),
-            (WeightType::Q5_K, Some(bytes)) => columns!(n, tile256::<Q5K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q5_K, None) => columns!(n, tile256::<Q5K, false>(front, body, body, blocks, panel, out)),
-            (WeightType::Q6_K, Some(bytes)) => columns!(n, tile256::<Q6K, true>(front, body, bytes, blocks, panel, out)),
-            (WeightType::Q6_K, None) => columns!(n, tile256::<Q6K, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q4_1, None) => columns!(n, tile32::<Q4, WithMin, A>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_0, Some(bytes)) => columns!(n, tile32::<Bytes, Plain, A>(front, bytes, blocks, panel, by_16, out)),
+            (WeightType::Q5_0, None) => columns!(n, tile32::<Q5, Plain, A>(front, body, blocks, panel, by_16, out)),
+            (WeightType::Q5_1, None) => columns!(n, tile32::<Q5, WithMin, A>(front, body, blocks, panel, by_16, out)),
+            (WeightType::IQ4_NL, Some(bytes)) => columns!(n, tile32::<Bytes, Plain, A>(front, bytes, blocks, panel, by_128, out)),
+            (WeightType::IQ4_NL, None) => columns!(n, tile32::<Iq4, Plain, A>(front, body, blocks, panel, by_128, out)),
+            (WeightType::MXFP4, Some(bytes)) => columns!(n, tile32::<Bytes, Exponent, A>(front, bytes, blocks, panel, by_128, out)),
+            (WeightType::MXFP4, None) => columns!(n, tile32::<Mx4, Exponent, A>(front, body, blocks, panel, by_128, out)),
+            (WeightType::Q2_K, Some(bytes)) => columns!(n, tile256::<Q2K, A, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q2_K, None) => columns!(n, tile256::<Q2K, A, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q3_K, Some(bytes)) => columns!(n, tile256::<Q3K, A, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q3_K, None) => columns!(n, tile256::<Q3K, A, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q4_K, Some(bytes)) => columns!(n, tile256::<Q4K, A, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q4_K, None) => columns!(n, tile256::<Q4K, A, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q5_K, Some(bytes)) => columns!(n, tile256::<Q5K, A, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q5_K, None) => columns!(n, tile256::<Q5K, A, false>(front, body, body, blocks, panel, out)),
+            (WeightType::Q6_K, Some(bytes)) => columns!(n, tile256::<Q6K, A, true>(front, body, bytes, blocks, panel, out)),
+            (WeightType::Q6_K, None) => columns!(n, tile256::<Q6K, A, false>(front, body, body, blocks, panel, out)),
             _ => unreachable!("float weights have no tiles"),
         }
     }
@@ -285,7 +285,7 @@ impl Weights32 for Q5 {
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
+unsafe fn tile32<W: Weights32, F: Front, A: Ahead, const N: usize>(
     mut front: *const u8,
     mut body: *const u8,
     blocks: usize,
@@ -302,7 +302,7 @@ unsafe fn tile32<W: Weights32, F: Front, const N: usize>(
         // The scales before the blocks of the next tile are asked for too: a step ahead of a block and its scales, from where the tile begins.
         let mut next = front;
         for _ in 0..blocks {
-            ask_ahead(next, (W::BODY + F::BYTES).div_ceil(LINE));
+            ask_ahead::<A>(next, (W::BODY + F::BYTES).div_ceil(LINE));
             next = next.wrapping_add(W::BODY + F::BYTES);
             let mut sums = [_mm512_setzero_si512(); N];
             if !F::MINS {
@@ -554,7 +554,7 @@ pub(super) use group;
 
 /// `EXPANDED`: the weights are lines of bytes at `bytes`, else they are unpacked from `body`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma")]
-unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
+unsafe fn tile256<W: Weights256, A: Ahead, const EXPANDED: bool, const N: usize>(
     front: *const u8,
     body: *const u8,
     bytes: *const u8,
@@ -579,7 +579,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
                 }
             } else {
                 for g in 0..8 {
-                    group!(g, runs::<W, N>(&mut total, body, q, offsets));
+                    group!(g, runs::<W, A, N>(&mut total, body, q, offsets));
                 }
             }
             let d = halves(if W::MINS { body } else { front.add(32 * b) });
@@ -599,7 +599,7 @@ unsafe fn tile256<W: Weights256, const EXPANDED: bool, const N: usize>(
 
 /// Adds to `total` the runs of group `G` of a block, unpacked.
 #[inline(always)]
-unsafe fn runs<W: Weights256, const N: usize, const G: usize>(
+unsafe fn runs<W: Weights256, A: Ahead, const N: usize, const G: usize>(
     total: &mut [__m512i; N],
     body: *const u8,
     q: *const i8,
@@ -607,7 +607,7 @@ unsafe fn runs<W: Weights256, const N: usize, const G: usize>(
 ) {
     // A share of the lines ahead.
     let lines = W::BODY / LINE / 8 + 1;
-    ask_ahead(body.wrapping_add(G * lines * LINE), lines);
+    ask_ahead::<A>(body.wrapping_add(G * lines * LINE), lines);
     for j in G * 32 / W::RUN..(G + 1) * 32 / W::RUN {
         let first = j * W::RUN / 4 - 8 * G;
         // SAFETY: the caller's block.
@@ -649,12 +649,12 @@ unsafe fn run<W: Weights256, const N: usize>(
 
 /// `BIAS`: what is taken from every byte.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-pub(super) unsafe fn expand32<W: Weights32, const BIAS: u8>(body: *const u8, blocks: usize, out: *mut u8) {
+pub(super) unsafe fn expand32<W: Weights32, A: Ahead, const BIAS: u8>(body: *const u8, blocks: usize, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 8 lines at `out` for each block.
     unsafe {
         let bias = _mm512_set1_epi8(BIAS.cast_signed());
         for b in 0..blocks {
-            ask_ahead(body.wrapping_add(b * W::BODY), W::BODY / LINE);
+            ask_ahead::<A>(body.wrapping_add(b * W::BODY), W::BODY / LINE);
             for i in 0..4 {
                 let lines = W::pair(body.add(b * W::BODY), i);
                 let at = if W::APART { [i, i + 4] } else { [2 * i, 2 * i + 1] };
@@ -667,12 +667,12 @@ pub(super) unsafe fn expand32<W: Weights32, const BIAS: u8>(body: *const u8, blo
 }
 
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq")]
-unsafe fn expand256<W: Weights256>(body: *const u8, layout: &Layout, out: *mut u8) {
+unsafe fn expand256<W: Weights256, A: Ahead>(body: *const u8, layout: &Layout, out: *mut u8) {
     // SAFETY: the caller's promise: W::BODY bytes at `body` and 64 lines at `out` for each block.
     unsafe {
         for b in 0..layout.blocks {
             for g in 0..8 {
-                group!(g, expand_group::<W>(body.add(b * W::BODY), out.add(64 * b * LINE)));
+                group!(g, expand_group::<W, A>(body.add(b * W::BODY), out.add(64 * b * LINE)));
             }
         }
     }
@@ -680,12 +680,12 @@ unsafe fn expand256<W: Weights256>(body: *const u8, layout: &Layout, out: *mut u
 
 /// Expands group `G` of a block to `out`, where the block begins.
 #[inline(always)]
-unsafe fn expand_group<W: Weights256, const G: usize>(body: *const u8, out: *mut u8) {
+unsafe fn expand_group<W: Weights256, A: Ahead, const G: usize>(body: *const u8, out: *mut u8) {
     // SAFETY: the caller's block.
     unsafe {
         for i in 0..8 {
             if 8 * G + i < W::BODY / LINE {
-                ask_ahead(body.wrapping_add((8 * G + i) * LINE), 1);
+                ask_ahead::<A>(body.wrapping_add((8 * G + i) * LINE), 1);
             }
             _mm512_storeu_si512(out.add((8 * G + i) * LINE).cast(), W::chunk::<G>(body, i));
         }
