@@ -45,6 +45,7 @@ pub(crate) use spread::part;
 
 /// Rows of logits computed at once: enough that the weights' way from memory costs less than the products, few enough to be small.
 const ROWS: usize = 64;
+
 /// The last stage's sampler, on each of its ranks.
 #[derive(Debug)]
 pub(crate) struct Sampler {

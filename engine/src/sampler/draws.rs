@@ -1,7 +1,7 @@
 //! Draws from all logits, as they are.
 //!
-//! Where ranks share the vocabulary, every rank gets the softmax sums of all tiles and sees in which of them a draw falls; whoever has that tile hands its logits to rank 0. So a
-//! draw costs some kilobytes on the way in place of a row of logits, and each rank sums its own.
+//! Where ranks share the vocabulary, every rank gets the softmax sums of all tiles and sees in which of them a draw falls; whoever has that
+//! tile hands its logits to rank 0. So a draw costs some kilobytes on the way in place of a row of logits, and each rank sums its own.
 
 use std::ops::Range;
 

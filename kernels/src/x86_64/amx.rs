@@ -16,8 +16,8 @@ use crate::matmul::{Results, Tiles};
 use crate::quantized::{Panel, WIDE_PANEL};
 use crate::{Amx, WeightType};
 
-use super::{PageAhead, ask_ahead};
 use super::avx512::{Exponent, Front, Iq4, Mx4, Plain, Q2K, Q3K, Q4, Q4K, Q5, Q5K, Q6K, Weights256, WithMin, expand32, group, halves};
+use super::{PageAhead, ask_ahead};
 
 /// Tile kernels of the matrix unit, for panels whose values lie token after token.
 pub(crate) struct AmxTiles(pub(crate) Amx);

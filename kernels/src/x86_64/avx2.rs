@@ -75,7 +75,14 @@ pub(crate) fn multiply<A: Ahead>(_: Avx2, layout: &Layout, tile: &[u8], expanded
 }
 
 /// As [`multiply`], in fours.
-pub(crate) fn multiply_vnni<A: Ahead>(_: AvxVnni, layout: &Layout, tile: &[u8], expanded: Option<&[u8]>, panel: &Panel<'_>, out: &mut Results) {
+pub(crate) fn multiply_vnni<A: Ahead>(
+    _: AvxVnni,
+    layout: &Layout,
+    tile: &[u8],
+    expanded: Option<&[u8]>,
+    panel: &Panel<'_>,
+    out: &mut Results,
+) {
     multiply_by::<Fours<A>>(layout, tile, expanded, panel, out);
 }
 
