@@ -22,16 +22,6 @@ pub struct Avx512(());
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Amx(());
 
-/// Whether Intel made this CPU, whose memory is to be asked in other ways.
-#[cfg(target_arch = "x86_64")]
-pub(crate) fn is_intel() -> bool {
-    static IS: std::sync::LazyLock<bool> = std::sync::LazyLock::new(|| {
-        let vendor = std::arch::x86_64::__cpuid(0);
-        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
-    });
-    *IS
-}
-
 impl Avx2 {
     /// The proof, if this CPU has the instructions.
     pub fn detect() -> Option<Self> {

@@ -221,7 +221,7 @@ fn compute(isa: Isa, part: &Part<'_>, columns: Range<usize>, input: Input<'_>, t
         }
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx512(_) | Isa::AvxVnni(_) | Isa::Avx2(_), Input::Quantized(x)) if part.weights.layout().is_some() => {
-            if crate::isa::is_intel() {
+            if crate::x86_64::is_intel() {
                 tiles_of_vectors::<crate::x86_64::PageAhead>(isa, part, columns, x);
             } else {
                 tiles_of_vectors::<crate::x86_64::FarAhead>(isa, part, columns, x);

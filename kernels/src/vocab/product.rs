@@ -110,14 +110,8 @@ pub fn product(
             }
         }
     });
-    let mut parts: Vec<Vec<Part>> = parts.into_iter().map(|parts| parts.into_inner().unwrap_or_else(PoisonError::into_inner)).collect();
-    let found = wanted.iter().enumerate().rev().map(|(token, wanted)| {
-        debug_assert!(parts.iter().all(|parts| parts.len() == token + 1));
-        merged(wanted, rows, parts.iter_mut().filter_map(Vec::pop))
-    });
-    let mut found: Vec<Found> = found.collect();
-    found.reverse();
-    found
+    let mut parts: Vec<_> = parts.into_iter().map(|parts| parts.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter()).collect();
+    wanted.iter().map(|wanted| merged(wanted, rows, parts.iter_mut().filter_map(Iterator::next))).collect()
 }
 
 /// What all threads found of a token.

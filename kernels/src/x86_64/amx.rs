@@ -1,9 +1,10 @@
 //! Products of tiles with panels by the matrix unit, which sums 8-bit products of 16 rows, up to 16 columns and 64 values of k at once; all
 //! else in 512-bit vectors.
 //!
-//! Its sums of a panel lie as the vectors': a row of 16 lanes for each column. Q8_0 is multiplied as it is stored; other weights are expanded. In blocks of 32, to signed bytes.
-//! In blocks of 256, to their products with the scales of their runs, so that a block has one sum: a product fits into 16 bits, whose low and
-//! high bytes are planes of their own. That is exact: 256 · 255 · 127 and 256 · 16 · 127 · 256 are below 2^31.
+//! Its sums of a panel lie as the vectors': a row of 16 lanes for each column. Q8_0 is multiplied as it is stored; other weights are expanded
+//! for it. In blocks of 32, to signed bytes. In blocks of 256, to their products with the scales of their runs, so that a block has one sum: a
+//! product fits into 16 bits, whose low and high bytes are planes of their own. That is exact: 256 · 255 · 127 and 256 · 16 · 127 · 256 are
+//! below 2^31.
 #![expect(unsafe_code, reason = "instructions of the matrix unit and of vectors, and loads by pointer")]
 
 use std::arch::asm;

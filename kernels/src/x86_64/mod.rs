@@ -7,8 +7,9 @@ pub(crate) mod avx512;
 pub(crate) mod float;
 pub(crate) mod quantize;
 
-use std::arch::x86_64::{_MM_HINT_NTA, _MM_HINT_T1, _mm_prefetch};
+use std::arch::x86_64::{__cpuid, _MM_HINT_NTA, _MM_HINT_T1, _mm_prefetch};
 use std::marker::PhantomData;
+use std::sync::LazyLock;
 
 use crate::layout::{LINE, Layout, ROWS};
 use crate::matmul::{Results, Tiles};
@@ -54,6 +55,15 @@ impl Ahead for FarAhead {
 impl Ahead for PageAhead {
     const FAR: usize = 4 << 10;
     const NEAR: usize = 1 << 10;
+}
+
+/// Whether Intel made this CPU, whose memory is asked a page ahead.
+pub(crate) fn is_intel() -> bool {
+    static IS: LazyLock<bool> = LazyLock::new(|| {
+        let vendor = __cpuid(0);
+        [vendor.ebx, vendor.edx, vendor.ecx].map(u32::to_le_bytes).as_flattened() == b"GenuineIntel"
+    });
+    *IS
 }
 
 /// Asks for the lines that will be read when those from `line` on, `count` of them, have been.
